@@ -1,0 +1,71 @@
+"""Which dtype a loss is computed in and which it is returned in: decided here once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """`compute` holds every intermediate value; `result` is what the caller gets, after one rounding."""
+
+    compute: torch.dtype
+    result: torch.dtype
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Say whether autocast is active for tensors on this device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+class HasDtype(Protocol):
+    """A tensor, or logits that are not built."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        ...
+
+
+def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
+    """Promote the floating dtypes of the tensors as torch does; half precision computes in float32.
+
+    Under autocast torch's losses answer in float32, and so do these.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    result = present[0].dtype
+    for tensor in present[1:]:
+        if tensor.dtype.is_floating_point:
+            result = torch.promote_types(result, tensor.dtype)
+    compute = torch.float32 if result in _HALF else result
+    if autocast and result in _HALF and under_autocast(present[0].device):
+        result = torch.float32
+    return Precision(compute, result)
+
+
+def no_autocast(tensor: HasDtype) -> torch.autocast:
+    """Return a context in which operations keep the dtypes they are given."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def check_input(name: str, input: object, target: object) -> None:
+    """Raise, as torch does, unless both are tensors and the input has a floating dtype.
+
+    An integer target of the input's own shape is the target's mistake, and is left to its check.
+    """
+    for argument, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor) and not hasattr(value, "materialize"):
+            raise TypeError(f"{name}: argument '{argument}' must be Tensor, not {type(value).__name__}")
+    if isinstance(input, Tensor) and not input.dtype.is_floating_point:
+        raise NotImplementedError(f"{name}: input must have a floating dtype, got {input.dtype}; use input.float()")

@@ -1,0 +1,77 @@
+"""The only place that divides by a count: what `reduction` means, and how rows become a loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as torch_reduction
+
+Empty = Literal["nan", "zero"]
+Normalizer = Literal["weights", "rows"] | float | Tensor | None
+
+
+def resolve_reduction(
+    reduction: str, size_average: bool | None, reduce: bool | None, *, extra: tuple[str, ...] = ()
+) -> str:
+    """Return "none", "mean", "sum" or one of `extra`, from torch's present and deprecated arguments."""
+    if size_average is not None or reduce is not None:
+        return torch_reduction.legacy_get_string(size_average, reduce)
+    if reduction in ("none", "mean", "sum") or reduction in extra:
+        return reduction
+    if reduction == "elementwise_mean":
+        torch_reduction.get_enum(reduction)  # torch's deprecation warning
+        return "mean"
+    legal = ", ".join(repr(name) for name in ("none", "mean", "sum", *extra))
+    raise ValueError(f"{reduction} is not a valid value for reduction; expected one of {legal}")
+
+
+def check_normalizer(normalizer: Normalizer, reduction: str) -> None:
+    """Raise unless `normalizer` is one `mean_denominator` knows and the reduction divides at all."""
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer={normalizer!r} sets what reduction='mean' divides by, but reduction={reduction!r}"
+        )
+    if isinstance(normalizer, str) and normalizer not in ("weights", "rows"):
+        raise ValueError(f"normalizer must be None, 'weights', 'rows', a number or a 0-d tensor, got {normalizer!r}")
+    if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a 0-d tensor, got shape {tuple(normalizer.shape)}")
+
+
+def mean_denominator(
+    normalizer: Normalizer, *, default: Tensor | float, weights: Tensor | float, rows: Tensor | float
+) -> Tensor | float:
+    """Return what "mean" divides by; the caller says what each name means for its loss."""
+    if normalizer is None:
+        return default
+    if isinstance(normalizer, str):
+        return weights if normalizer == "weights" else rows
+    return normalizer
+
+
+def check_empty(empty: str) -> None:
+    """Raise unless `empty` is one of the two answers to a mean over nothing."""
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' (torch's answer) or 'zero', got {empty!r}")
+
+
+def reduce_rows(
+    rows: Tensor, reduction: str, *, denominator: Tensor | float, dtype: torch.dtype, empty: Empty = "nan"
+) -> Tensor:
+    """Reduce per-row (or per-element) losses held in an accumulation dtype, and round once to `dtype`."""
+    if reduction == "none":
+        return rows.to(dtype)
+    total = rows.sum()
+    if reduction == "sum":
+        return total.to(dtype)
+    if empty == "zero":
+        divisor = torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+        nothing = divisor == 0
+        mean = torch.where(nothing, total * 0, total / divisor.masked_fill(nothing, 1))
+        return mean.to(dtype)
+    if not isinstance(denominator, Tensor) and denominator == 0:
+        return (total / total.new_zeros(())).to(dtype)
+    return (total / denominator).to(dtype)

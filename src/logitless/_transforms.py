@@ -1,0 +1,27 @@
+"""What surrounds a call: function transforms, forward mode, a compiler, fake tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+
+def transform_reason(*tensors: Tensor | None) -> str | None:
+    """Return why only plain differentiable operations serve this call, or None if a kernel may."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces plain operations"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    for tensor in tensors:
+        if tensor is not None and (isinstance(tensor, FakeTensor) or tensor.device.type == "meta"):
+            return "the tensors hold no data"
+    return None
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Say whether looking at the values is possible and free of a device synchronisation."""
+    return tensor.device.type == "cpu" and transform_reason(tensor) is None

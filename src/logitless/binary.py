@@ -1,0 +1,229 @@
+"""Losses of a target for each element by itself: binary cross-entropy, from probabilities and from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logitless import _dispatch
+from logitless._precision import check_input, no_autocast, precision_of
+from logitless._reduce import Normalizer, check_normalizer, mean_denominator, reduce_rows, resolve_reduction
+from logitless._tiles import fold_rows
+from logitless._transforms import values_are_readable
+from logitless.kernels import reference
+from logitless.lazy import LazyLogits
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    class_dim: int | None = None,
+    normalizer: Normalizer = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the binary cross-entropy between probabilities and targets, in nats.
+
+    Equals `torch.nn.functional.binary_cross_entropy(input, target, weight, ...)`: elementwise
+    `-weight * (target * input.log() + (1 - target) * (1 - input).log())`, each logarithm at least -100.
+
+    Args:
+        input: probabilities within [0, 1], any shape.
+        target: the input's shape, within [0, 1]; floating, integer or bool.
+        weight: broadcast against the target from the right, or along `class_dim`; gradients flow to it.
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        reduction: "none", "mean" (over what `normalizer` says) or "sum".
+        class_dim: the dimension a (C,) weight belongs to, where it is not the last.
+        normalizer: what "mean" divides by: None is torch's number of elements; "weights" the sum of the weights,
+            "rows" the first size; or a number.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        A scalar, or with "none" the input's shape; in the input's dtype (float32 under autocast).
+
+    Raises:
+        ValueError: the shapes differ. RuntimeError: a value outside [0, 1] or NaN: names it and its position.
+
+    Source: `torch.nn.functional.binary_cross_entropy`. In training the gradient is `(p - t) / (p (1 - p))`, which a
+    sigmoid before it cancels; `binary_cross_entropy_with_logits` does that without losing it to rounding.
+
+    >>> import torch, logitless.functional as F
+    >>> F.binary_cross_entropy(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]))
+    tensor(0.1643)
+    """
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    check_normalizer(normalizer, reduction)
+    check_input("binary_cross_entropy", input, target)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Using a target size ({target.shape}) that is different to the input size ({input.shape}) is "
+            "deprecated. Please ensure they have the same size."
+        )
+    for name, tensor in (("input", input), ("target", target)):
+        _check_within_unit_interval(name, tensor)
+    weight = _broadcastable("weight", weight, input.shape, class_dim)
+    _dispatch.pick("binary_cross_entropy", (input, target, weight), backend)
+    precision = precision_of(input)
+    with no_autocast(input):
+        loss = reference.binary_cross_entropy(input.to(precision.compute), target.to(precision.compute))
+        loss, weight = _weighted(loss, weight)
+    return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor | LazyLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    class_dim: int | None = None,
+    normalizer: Normalizer = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the binary cross-entropy between logits and targets, in nats.
+
+    Equals `torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, pos_weight=pos_weight)`:
+    elementwise `-weight * (pos_weight * target * logsigmoid(input) + (1 - target) * logsigmoid(-input))`.
+
+    Args:
+        input: logits, any shape; or LazyLogits (rows, classes), which "mean" and "sum" never build.
+        target: the input's shape; floating, integer or bool. Not required to lie within [0, 1], as in torch.
+        weight, pos_weight: broadcast against the target from the right, or along `class_dim`; `pos_weight` above 1
+            raises recall. Gradients flow to both.
+        size_average, reduce, reduction, class_dim, normalizer, backend: as in `binary_cross_entropy`.
+
+    Returns:
+        A scalar, or with "none" the input's shape; in the promoted dtype (float32 under autocast). An infinite
+        logit of the right label costs 0.
+
+    Raises:
+        ValueError: the shapes differ. RuntimeError: a weight does not broadcast.
+
+    Source: `torch.nn.functional.binary_cross_entropy_with_logits`. In training the gradient is
+    `sigmoid(input) - target`: each class is its own question, and confident right answers stop moving.
+
+    >>> import torch, logitless.functional as F
+    >>> F.binary_cross_entropy_with_logits(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.0878)
+    """
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    check_normalizer(normalizer, reduction)
+    check_input("binary_cross_entropy_with_logits", input, target)
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    weight = _broadcastable("weight", weight, input.shape, class_dim)
+    pos_weight = _broadcastable("pos_weight", pos_weight, input.shape, class_dim)
+    if isinstance(input, LazyLogits):
+        if reduction != "none":
+            return _lazy_binary_cross_entropy(input, target, weight, pos_weight, reduction, normalizer, backend)
+        input = input.materialize()  # the answer asked for is itself of the logits' size
+    _dispatch.pick("binary_cross_entropy_with_logits", (input, target, weight, pos_weight), backend)
+    precision = precision_of(input, target, weight, pos_weight)
+    compute = precision.compute
+    with no_autocast(input):
+        positive = None if pos_weight is None else pos_weight.to(compute)
+        loss = reference.binary_cross_entropy_with_logits(input.to(compute), target.to(compute), positive)
+        loss, weight = _weighted(loss, weight)
+    return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+
+def _lazy_binary_cross_entropy(
+    input: LazyLogits,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    normalizer: Normalizer,
+    backend: str | None,
+) -> Tensor:
+    """Return the reduced loss of logits made a tile at a time: each row is summed over its classes."""
+    precision = precision_of(input, target, weight, pos_weight)
+    rows = input.rows()
+    _dispatch.pick("binary_cross_entropy_with_logits", (*rows.tensors, target, weight, pos_weight), backend)
+    per_row: list[Tensor | None] = [target.reshape(-1, input.num_classes)]
+    shared: list[Tensor | None] = []
+    along: list[bool] = []
+    for tensor in (weight, pos_weight):
+        by_row = tensor is not None and tensor.shape[:-1].numel() > 1
+        along.append(by_row)
+        if tensor is not None and by_row:
+            per_row.append(tensor.expand(input.shape).reshape(-1, input.num_classes))
+        else:
+            shared.append(None if tensor is None else tensor.reshape(-1))
+
+    def function(tile: Tensor, tile_target: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        by_row, by_class = iter(rest[: sum(along)]), iter(rest[sum(along) :])
+        tile_weight, positive = (next(by_row) if row else next(by_class) for row in along)
+        compute = precision.compute
+        positive = None if positive is None else positive.to(compute)
+        loss = reference.binary_cross_entropy_with_logits(tile.to(compute), tile_target.to(compute), positive)
+        loss, element_weight = _weighted(loss, tile_weight)
+        counted = torch.ones_like(loss) if element_weight is None else element_weight.expand_as(loss)
+        return loss.sum(1), counted.sum(1)
+
+    loss, counted = fold_rows(function, [rows], per_row, shared, itemsize=precision.compute.itemsize)
+    denominator = mean_denominator(
+        normalizer, default=float(input.numel()), weights=counted.sum(), rows=float(input.shape[0])
+    )
+    return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
+
+
+def _broadcastable(name: str, weight: Tensor | None, sizes: torch.Size, class_dim: int | None) -> Tensor | None:
+    """Return the weight shaped to broadcast from the right, from a (C,) weight along `class_dim` if asked."""
+    if weight is None:
+        return None
+    if class_dim is not None:
+        if weight.dim() != 1 or weight.shape[0] != sizes[class_dim]:
+            raise RuntimeError(
+                f"{name}: class_dim={class_dim} expects shape ({sizes[class_dim]},), got {tuple(weight.shape)}"
+            )
+        axis = class_dim % len(sizes)
+        return weight.view([-1 if dim == axis else 1 for dim in range(len(sizes))])
+    padded = (1,) * (len(sizes) - weight.dim()) + tuple(weight.shape)
+    if len(padded) != len(sizes) or any(have not in (1, want) for have, want in zip(padded, sizes, strict=True)):
+        hint = ""
+        if weight.dim() == 1 and len(sizes) > 2 and weight.shape[0] == sizes[1]:
+            hint = (
+                "; for one number a class pass class_dim=1, or "
+                + f"{name}.view({', '.join(['-1'] + ['1'] * (len(sizes) - 2))})"
+            )
+        raise RuntimeError(f"{name} of shape {tuple(weight.shape)} does not broadcast to {tuple(sizes)}{hint}")
+    return weight
+
+
+def _check_within_unit_interval(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point or not values_are_readable(tensor):
+        return
+    outside = ~((tensor >= 0) & (tensor <= 1))
+    if not bool(outside.any()):
+        return
+    position = tuple(outside.nonzero()[0].tolist())
+    value = tensor[position].item()
+    what = "NaN" if value != value else repr(value)
+    raise RuntimeError(
+        f"binary_cross_entropy: all elements of {name} should be between 0 and 1; {name}{list(position)} is {what}"
+    )
+
+
+def _weighted(loss: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if weight is None:
+        return loss, None
+    weight = weight.to(loss.dtype)
+    return reference.times_zero_safe(weight, loss), weight
+
+
+def _reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype, normalizer: Normalizer) -> Tensor:
+    if reduction != "mean":
+        return reduce_rows(loss, reduction, denominator=1.0, dtype=dtype)
+    elements = float(loss.numel())
+    weights = elements if weight is None else weight.expand_as(loss).sum()
+    rows = float(loss.shape[0]) if loss.dim() else 1.0
+    denominator = mean_denominator(normalizer, default=elements, weights=weights, rows=rows)
+    return reduce_rows(loss, reduction, denominator=denominator, dtype=dtype)

@@ -1,0 +1,89 @@
+"""Torch's Kullback-Leibler divergence between two given distributions; from logits, see `measures.kl`."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from logitless import _dispatch
+from logitless._precision import check_input, no_autocast, precision_of
+from logitless._reduce import reduce_rows, resolve_reduction
+from logitless._targets import resolve_class_dim
+from logitless.kernels import reference
+
+_MEAN_IS_NOT_THE_DIVERGENCE = (
+    "reduction: 'mean' divides the total loss by both the batch size and the support size. "
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition; "
+    "'rowmean' divides by the number of rows, which is right for (N, C, d1, ...) too."
+)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    *,
+    class_dim: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the Kullback-Leibler divergence KL(target || exp(input)), in nats.
+
+    Equals `torch.nn.functional.kl_div(input, target, ...)`: elementwise `target * (target.log() - input)`. The true
+    distribution P is `target`; the predicted one, Q, is `input` and in log space.
+
+    Args:
+        input: log-probabilities of Q, any shape.
+        target: probabilities of P, or with `log_target` their logarithms; the input's shape (as torch, a shape that
+            broadcasts is taken, with a warning).
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        reduction: "none", "sum", "batchmean" (the sum over the first size), "rowmean" (the sum over the number of
+            rows, right for (N, C, d1, ...) as well), or torch's default "mean", which divides by the number of
+            elements and so is *not* the divergence: it warns, as in torch.
+        class_dim: for "rowmean", the classes' dimension where it is not 0 of one row, else 1.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        A scalar, or with "none" the input's shape, whose single elements may be negative. A zero target gives 0 and
+        a gradient of 0, whatever the input.
+
+    Raises:
+        RuntimeError: an integer dtype, or shapes that do not broadcast. ValueError: an unknown reduction.
+
+    Source: `torch.nn.functional.kl_div`; Kullback and Leibler (1951). In training with a fixed target it has the
+    gradient of cross-entropy: it draws the prediction onto the whole target distribution.
+
+    >>> import torch, logitless.functional as F
+    >>> F.kl_div(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]), reduction="batchmean")
+    tensor(0.6931)
+    """
+    if reduction == "mean" and size_average is None and reduce is None:
+        warnings.warn(_MEAN_IS_NOT_THE_DIVERGENCE, stacklevel=2)
+    reduction = resolve_reduction(reduction, size_average, reduce, extra=("batchmean", "rowmean"))
+    for tensor in (input, target):
+        if isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
+            raise RuntimeError(f"kl_div: Integral inputs not supported, got {tensor.dtype}")
+    check_input("kl_div", input, target)
+    if input.shape != target.shape:
+        warnings.warn(
+            f"kl_div: input {tuple(input.shape)} and target {tuple(target.shape)} differ and are broadcast, as in "
+            "torch; expand one of them if that is meant",
+            stacklevel=2,
+        )
+    _dispatch.pick("kl_div", (input, target), backend)
+    precision = precision_of(input, target)
+    with no_autocast(input):
+        elements = reference.kl_div(input.to(precision.compute), target.to(precision.compute), log_target)
+    if reduction in ("none", "sum"):
+        return reduce_rows(elements, reduction, denominator=1.0, dtype=precision.result)
+    if reduction == "batchmean":
+        denominator = input.shape[0] if input.dim() else 1
+    elif reduction == "rowmean":
+        classes = elements.shape[resolve_class_dim("kl_div", elements.dim(), class_dim)] if elements.dim() else 1
+        denominator = elements.numel() // max(classes, 1)
+    else:
+        denominator = elements.numel()
+    return reduce_rows(elements, "mean", denominator=float(denominator), dtype=precision.result)

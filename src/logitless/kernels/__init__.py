@@ -1,0 +1,1 @@
+"""The backends: each file computes the same rows; `reference` is the definition."""

@@ -1,0 +1,247 @@
+"""What torch lacks: per-row measures of one distribution or of two, each given by its logits, dense or lazy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless import _dispatch
+from logitless._precision import check_input
+from logitless._targets import ClassTarget, class_target
+from logitless._tiles import LogitRows, dense_rows, fold_rows
+from logitless.kernels import reference
+from logitless.lazy import LazyLogits
+
+
+class TokenStats(NamedTuple):
+    """One number a row: what one distribution says of one target."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    rank: Tensor
+
+
+class PairStats(NamedTuple):
+    """One number a row: how two distributions p and q differ. `nll_p` and `nll_q` need a target."""
+
+    kl: Tensor
+    reverse_kl: Tensor
+    js: Tensor
+    cross_entropy: Tensor
+    entropy_p: Tensor
+    entropy_q: Tensor
+    same_top: Tensor
+    nll_p: Tensor | None
+    nll_q: Tensor | None
+
+
+def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100) -> TokenStats:
+    """Return each row's negative log-likelihood, log-sum-exp, entropy, top class and the target's rank.
+
+    Equals, for dense `z`: `nll = F.cross_entropy(z, target, reduction="none")`, `lse = z.logsumexp(-1)`,
+    `entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)`, `argmax = z.argmax(-1)` and
+    `rank = (z > z.gather(-1, target[..., None])).sum(-1)`, with LazyLogits in O(rows) and one tile of memory.
+
+    Args:
+        logits: (..., classes), floating, or LazyLogits.
+        target: class indices (...), any integer dtype.
+        ignore_index: rows with this index are never read: their nll, lse and entropy are 0 with no gradient, their
+            argmax and rank -1.
+
+    Returns:
+        TokenStats of the target's shape: nll, lse and entropy in nats, float32 (float64 for float64 logits) and
+        differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top class.
+
+    Raises:
+        IndexError: a target is not a class. ValueError, RuntimeError, TypeError: shapes and dtypes.
+
+    Source: definitions of Shannon (1948); the per-token primitive of perplexity, DPO, GRPO and z-loss. In training
+    `nll.mean()` is cross-entropy, `lse.square().mean()` is z-loss, and `-entropy.mean()` keeps a policy exploring.
+
+    >>> import torch, logitless as ll
+    >>> stats = ll.token_stats(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([1]))
+    >>> stats.nll, stats.rank
+    (tensor([2.2395]), tensor([1]))
+    """
+    check_input("token_stats", logits, target)
+    if logits.dim() < 1:
+        raise ValueError("token_stats: expected logits (..., classes), got a 0-d tensor")
+    meaning = class_target(
+        "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
+    )
+    rows = _rows(logits)
+    _dispatch.pick("token_stats", (*rows.tensors, target))
+
+    def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = ClassTarget(1, meaning.classes, ignore_index, *parts)
+        stats = reference.token_stats(tile.double(), row_target)
+        return tuple(_rounded(value, logits) for value in stats)
+
+    stats = fold_rows(function, [rows], [_flat(meaning.indices), _flat(meaning.ignored), _flat(meaning.impossible)])
+    return TokenStats(*(value.view(logits.shape[:-1]) for value in stats))
+
+
+def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None) -> PairStats:
+    """Return each row's divergences between two distributions, their entropies, and whether their tops agree.
+
+    Equals, with `P = p.softmax(-1)` and `Q = q.softmax(-1)`: `kl = (P * (P / Q).log()).sum(-1)`,
+    `reverse_kl = (Q * (Q / P).log()).sum(-1)`, `js = (KL(P, M) + KL(Q, M)) / 2` with `M = (P + Q) / 2`,
+    `cross_entropy = -(P * Q.log()).sum(-1) = entropy_p + kl`, `same_top = p.argmax(-1) == q.argmax(-1)`.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits (of any hidden width).
+        target: class indices (...) for nll_p and nll_q, or None.
+
+    Returns:
+        PairStats of shape (...), in nats, float32 (float64 if either is), differentiable but for same_top. A
+        divergence is a sum of terms that are not negative: it never is, is 0 for equal rows, and is right to a
+        relative rounding when it is 1e-10. It is infinite where P > 0 and Q = 0.
+
+    Raises:
+        ValueError: the shapes differ. IndexError: a target is not a class.
+
+    Source: Kullback and Leibler (1951); Lin (1991). In training, `kl` with p fixed makes q cover all of p (forward,
+    as distillation); `reverse_kl` makes q settle on a mode of p; `js` lies between and is bounded by log 2.
+
+    >>> import torch, logitless as ll
+    >>> stats = ll.pair_stats(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    >>> stats.kl, stats.js, stats.same_top
+    (tensor([0.4621]), tensor([0.1109]), tensor([False]))
+    """
+    check_input("pair_stats", p, q)
+    if p.shape != q.shape or p.dim() < 1:
+        raise ValueError(
+            f"pair_stats: expected p and q of one shape (..., classes), got {tuple(p.shape)} and {tuple(q.shape)}"
+        )
+    meaning = None
+    if target is not None:
+        meaning = class_target(
+            "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
+        )
+    parts = (None, None, None) if meaning is None else (meaning.indices, meaning.ignored, meaning.impossible)
+    sources = [_rows(p), _rows(q)]
+    _dispatch.pick("pair_stats", (*sources[0].tensors, *sources[1].tensors, target))
+    classes = p.shape[-1]
+
+    def function(tile_p: Tensor, tile_q: Tensor, *tile_parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = None if meaning is None else ClassTarget(1, classes, -100, *tile_parts)
+        stats = reference.pair_stats(tile_p.double(), tile_q.double(), row_target)
+        return tuple(_rounded(value, p, q) for value in stats if value is not None)
+
+    stats = [value.view(p.shape[:-1]) for value in fold_rows(function, sources, [_flat(part) for part in parts])]
+    return PairStats(*stats, *([None, None] if target is None else []))
+
+
+def entropy(logits: Tensor | LazyLogits) -> Tensor:
+    """Return the entropy of each row's distribution.
+
+    Equals `torch.distributions.Categorical(logits=logits).entropy()`.
+
+    Args:
+        logits: (..., classes), floating, or LazyLogits.
+
+    Returns:
+        (...), in nats, float32 (float64 for float64 logits): 0 for a certain outcome, log(classes) for a flat row.
+        A -inf logit counts for nothing, in value and gradient.
+
+    Raises:
+        TypeError, NotImplementedError, ValueError: not floating logits of one or more dimensions.
+
+    Source: Shannon (1948). In training, adding it to the loss makes predictions confident, subtracting it flat.
+
+    >>> import torch, logitless as ll
+    >>> ll.entropy(torch.zeros(2, 4))
+    tensor([1.3863, 1.3863])
+    """
+    check_input("entropy", logits, logits)
+    if logits.dim() < 1:
+        raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
+    rows = _rows(logits)
+    _dispatch.pick("entropy", rows.tensors)
+
+    def function(tile: Tensor) -> tuple[Tensor, ...]:
+        return (_rounded(reference.entropy(tile.double(), -1), logits),)
+
+    (value,) = fold_rows(function, [rows])
+    return value.view(logits.shape[:-1])
+
+
+def kl(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+    """Return the Kullback-Leibler divergence KL(p || q) of each row, from logits.
+
+    Equals `(p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)`: p is the true distribution.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+
+    Returns:
+        (...), in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for equal rows.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Kullback and Leibler (1951). In training with p fixed it is distillation: q learns to cover all of p.
+
+    >>> import torch, logitless as ll
+    >>> ll.kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.4621])
+    """
+    return _divergence("kl", reference.kl, p, q)
+
+
+def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+    """Return the Jensen-Shannon divergence of each row, from logits.
+
+    Equals `(kl(p, m) + kl(q, m)) / 2` with `m = ((p.softmax(-1) + q.softmax(-1)) / 2).log()`.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+
+    Returns:
+        (...), in nats, float32 (float64 if either is); differentiable in both; between 0 and log 2, symmetric.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Lin (1991). In training it lies between covering all of p and settling on a mode of it.
+
+    >>> import torch, logitless as ll
+    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1109])
+    """
+    return _divergence("js", reference.js, p, q)
+
+
+def _divergence(name: str, measure: reference.PairMeasure, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+    check_input(name, p, q)
+    if p.shape != q.shape or p.dim() < 1:
+        raise ValueError(
+            f"{name}: expected p and q of one shape (..., classes), got {tuple(p.shape)} and {tuple(q.shape)}"
+        )
+    sources = [_rows(p), _rows(q)]
+    _dispatch.pick(name, (*sources[0].tensors, *sources[1].tensors))
+
+    def function(tile_p: Tensor, tile_q: Tensor) -> tuple[Tensor, ...]:
+        return (_rounded(measure(tile_p.double(), tile_q.double()), p, q),)
+
+    (value,) = fold_rows(function, sources)
+    return value.view(p.shape[:-1])
+
+
+def _rows(logits: Tensor | LazyLogits) -> LogitRows:
+    return logits.rows() if isinstance(logits, LazyLogits) else dense_rows(logits)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def _rounded(value: Tensor, *logits: Tensor | LazyLogits) -> Tensor:
+    """Round once from float64 to what the caller gets; integers and booleans stay."""
+    if not value.dtype.is_floating_point or any(given.dtype == torch.float64 for given in logits):
+        return value
+    return value.float()

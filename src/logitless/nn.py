@@ -1,0 +1,441 @@
+"""The loss modules of `torch.nn`, with its names, constructors, repr, state and semantics.
+
+Each is a subclass of torch's module of the same name whose `forward` is the function in `logitless.functional`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
+
+from logitless import functional as F
+from logitless._reduce import Empty, Normalizer, check_empty, check_normalizer
+from logitless.lazy import LazyLogits
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CosineEmbeddingLoss",
+    "CosineSimilarity",
+    "CrossEntropyLoss",
+    "KLDivLoss",
+    "LinearCrossEntropyLoss",
+    "NLLLoss",
+]
+
+
+def _extra_repr(**options: object) -> str:
+    """Return the options that differ from torch's behaviour; nothing, as torch, where none does."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, "nan"))
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`logitless.functional.cross_entropy` as a module.
+
+    Equals `torch.nn.CrossEntropyLoss(weight, ...)(input, target)`, and takes LazyLogits too. `class_dim`,
+    `normalizer`, `empty` and `backend` are the function's. Source, shapes, units (nats), errors and what it does to
+    training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.CrossEntropyLoss()(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
+    tensor(0.2395)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        class_dim: int | None = None,
+        normalizer: Normalizer = None,
+        empty: Empty = "nan",
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        check_normalizer(normalizer, self.reduction)
+        check_empty(empty)
+        self.class_dim = class_dim
+        self.normalizer = normalizer
+        self.empty = empty
+        self.backend = backend
+
+    def forward(self, input: Tensor | LazyLogits, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            class_dim=self.class_dim,
+            normalizer=self.normalizer,
+            empty=self.empty,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(class_dim=self.class_dim, normalizer=self.normalizer, empty=self.empty, backend=self.backend)
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """`logitless.functional.nll_loss` as a module.
+
+    Equals `torch.nn.NLLLoss(weight, ...)(input, target)`. `class_dim`, `normalizer`, `empty` and `backend` are the
+    function's. Source, shapes, units (nats), errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.NLLLoss()(torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([0]))
+    tensor(0.3567)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        class_dim: int | None = None,
+        normalizer: Normalizer = None,
+        empty: Empty = "nan",
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        check_normalizer(normalizer, self.reduction)
+        check_empty(empty)
+        self.class_dim = class_dim
+        self.normalizer = normalizer
+        self.empty = empty
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
+            normalizer=self.normalizer,
+            empty=self.empty,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(class_dim=self.class_dim, normalizer=self.normalizer, empty=self.empty, backend=self.backend)
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """`logitless.functional.kl_div` as a module.
+
+    Equals `torch.nn.KLDivLoss(...)(input, target)`; `reduction` may also be "rowmean". `class_dim` and `backend` are
+    the function's. Source, shapes, units (nats), errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.KLDivLoss(reduction="batchmean")(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]))
+    tensor(0.6931)
+    """
+
+    def __init__(
+        self,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        log_target: bool = False,
+        *,
+        class_dim: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(size_average, reduce, reduction, log_target)
+        self.class_dim = class_dim
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.kl_div(
+            input,
+            target,
+            reduction=self.reduction,
+            log_target=self.log_target,
+            class_dim=self.class_dim,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(class_dim=self.class_dim, backend=self.backend)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """`logitless.functional.binary_cross_entropy` as a module.
+
+    Equals `torch.nn.BCELoss(weight, ...)(input, target)`. `class_dim`, `normalizer` and `backend` are the function's.
+    Source, shapes, units (nats), errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.BCELoss()(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]))
+    tensor(0.1643)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        class_dim: int | None = None,
+        normalizer: Normalizer = None,
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(weight, size_average, reduce, reduction)
+        check_normalizer(normalizer, self.reduction)
+        self.class_dim = class_dim
+        self.normalizer = normalizer
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.binary_cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
+            normalizer=self.normalizer,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(class_dim=self.class_dim, normalizer=self.normalizer, backend=self.backend)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """`logitless.functional.binary_cross_entropy_with_logits` as a module.
+
+    Equals `torch.nn.BCEWithLogitsLoss(weight, ...)(input, target)`, and takes LazyLogits too. `class_dim`,
+    `normalizer` and `backend` are the function's. Source, shapes, units (nats), errors and what it does to training:
+    see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.BCEWithLogitsLoss()(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.0878)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        class_dim: int | None = None,
+        normalizer: Normalizer = None,
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        check_normalizer(normalizer, self.reduction)
+        self.class_dim = class_dim
+        self.normalizer = normalizer
+        self.backend = backend
+
+    def forward(self, input: Tensor | LazyLogits, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
+            normalizer=self.normalizer,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(class_dim=self.class_dim, normalizer=self.normalizer, backend=self.backend)
+
+
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    """`logitless.functional.cosine_embedding_loss` as a module.
+
+    Equals `torch.nn.CosineEmbeddingLoss(margin, ...)(input1, input2, target)`. `backend` is the function's. Source,
+    shapes, errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.CosineEmbeddingLoss()(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]), torch.tensor([1]))
+    tensor(0.0400)
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.0,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(margin, size_average, reduce, reduction)
+        self.backend = backend
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return F.cosine_embedding_loss(
+            input1, input2, target, margin=self.margin, reduction=self.reduction, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(backend=self.backend)
+
+
+class CosineSimilarity(torch.nn.CosineSimilarity):
+    """`logitless.functional.cosine_similarity` as a module.
+
+    Equals `torch.nn.CosineSimilarity(dim, eps)(x1, x2)`. `backend` is the function's. Source, shapes, errors and what
+    it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.CosineSimilarity()(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+    tensor([0.9600])
+    """
+
+    def __init__(self, dim: int = 1, eps: float = 1e-8, *, backend: str | None = None) -> None:
+        """Take torch's arguments, and the function's own."""
+        super().__init__(dim, eps)
+        self.backend = backend
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the similarity."""
+        return F.cosine_similarity(x1, x2, self.dim, self.eps, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        """Return the options that are not torch's."""
+        return _extra_repr(backend=self.backend)
+
+
+class LinearCrossEntropyLoss(_WeightedLoss):
+    """`logitless.functional.linear_cross_entropy` as a module that holds the head.
+
+    Equals `torch.nn.LinearCrossEntropyLoss(in_features, num_classes, ...)(input, target)`, with its parameters' names
+    and shapes. `scale`, `softcap`, `normalizer`, `empty`, `max_bytes` and `backend` are the function's. Source, shapes,
+    units (nats), errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> head = nn.LinearCrossEntropyLoss(3, 4)
+    >>> head(torch.zeros(2, 3), torch.tensor([0, 3])).item() == torch.tensor(4.0).log().item()
+    True
+    """
+
+    ignore_index: int | None
+    label_smoothing: float
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: LinearCrossEntropyOptions | None = None,
+        scale: float | Tensor = 1.0,
+        softcap: float | None = None,
+        normalizer: Normalizer = None,
+        empty: Empty = "nan",
+        max_bytes: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Take torch's arguments, and the function's own."""
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        super().__init__(weight=weight, size_average=None, reduce=None, reduction=reduction)
+        check_normalizer(normalizer, reduction)
+        check_empty(empty)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        # Flat, as in torch, so that states load from one into the other.
+        self.linear = torch.nn.Linear(
+            in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+        )
+        self.options = options
+        self.scale = scale
+        self.softcap = softcap
+        self.normalizer = normalizer
+        self.empty = empty
+        self.max_bytes = max_bytes
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            scale=self.scale,
+            softcap=self.softcap,
+            normalizer=self.normalizer,
+            empty=self.empty,
+            max_bytes=self.max_bytes,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return torch's description, and the options that are not torch's."""
+        torchs = (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+        own = _extra_repr(
+            scale=None if isinstance(self.scale, float) and self.scale == 1.0 else self.scale,
+            softcap=self.softcap,
+            normalizer=self.normalizer,
+            empty=self.empty,
+            max_bytes=self.max_bytes,
+            backend=self.backend,
+        )
+        return f"{torchs}, {own}" if own else torchs
