@@ -31,7 +31,7 @@ def test_every_public_name_has_a_place_on_the_api_page(path: str) -> None:
 @pytest.mark.parametrize("path", [path for path in PUBLIC if inspect.isfunction(resolve(path))])
 def test_every_public_function_states_its_contract_and_shows_a_run(path: str) -> None:
     text = inspect.getdoc(resolve(path)) or ""
-    assert "Equals " in text
+    assert "Equals" in text
     assert ">>> " in text
 
 
@@ -56,6 +56,7 @@ def test_importing_the_package_imports_none_of_the_command_lines_libraries() -> 
     import subprocess
     import sys
 
-    code = "import sys, logitless; print([m for m in ('typer', 'transformers', 'plotly', 'numpy.f2py') if m in sys.modules])"
+    libraries = ("typer", "transformers", "plotly", "pyarrow", "mpmath")
+    code = f"import sys, logitless; print([name for name in {libraries} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
