@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,15 +40,15 @@ class HasDtype(Protocol):
 
 
 def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
-    """Promote the floating dtypes of the tensors as torch does; half precision computes in float32.
+    """Promote the floating dtypes of the tensors as torch does (integers alone: to the default dtype).
+
+    Half precision computes in float32.
 
     Under autocast torch's losses answer in float32, and so do these.
     """
     present = [tensor for tensor in tensors if tensor is not None]
-    result = present[0].dtype
-    for tensor in present[1:]:
-        if tensor.dtype.is_floating_point:
-            result = torch.promote_types(result, tensor.dtype)
+    floating = [tensor.dtype for tensor in present if tensor.dtype.is_floating_point]
+    result = functools.reduce(torch.promote_types, floating) if floating else torch.get_default_dtype()
     compute = torch.float32 if result in _HALF else result
     if autocast and result in _HALF and under_autocast(present[0].device):
         result = torch.float32

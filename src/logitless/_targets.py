@@ -51,6 +51,19 @@ def check_class_weight(name: str, weight: Tensor | None, classes: int) -> None:
         )
 
 
+def check_weight_dtype(name: str, weight: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise, as torch does for class indices, unless the class weight has the input's dtype."""
+    if weight is None or weight.dtype == dtype:
+        return
+    wanted, given = (
+        torch.empty(0, dtype=each).type().split(".")[1][: -len("Tensor")] for each in (dtype, weight.dtype)
+    )
+    raise RuntimeError(
+        f"{name}: expected scalar type {wanted} but found {given}: weight must have the input's dtype; "
+        f"use weight.to({dtype})"
+    )
+
+
 def class_target(
     name: str,
     sizes: torch.Size,
@@ -117,8 +130,8 @@ def _shaped_indices(name: str, sizes: torch.Size, target: Tensor, dim: int) -> T
 def _index_target(name: str, target: Tensor, classes: int, ignore_index: int, dim: int) -> ClassTarget:
     if target.dtype not in _INDEX_DTYPES:
         raise RuntimeError(
-            f"{name}: expected target dtype to be an integer type (class indices), but got {target.dtype}; "
-            "class probabilities have the input's shape"
+            f"{name}: expected target dtype to be Long or Byte, or another integer type (class indices), "
+            f"but got {target.dtype}; class probabilities have the input's shape"
         )
     indices = target.to(torch.int64)
     ignored = indices == ignore_index

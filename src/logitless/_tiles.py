@@ -189,7 +189,7 @@ class _Fold(torch.autograd.Function):
         if all(grad is None for grad in grad_outputs):
             return (None,) * (1 + len(tensors))
         with _no_autocast(tensors):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or transform_reason(*grad_outputs) is not None:
                 return (None, *_differentiable_backward(plan, tensors, needed, grad_outputs))
             return (None, *_tiled_backward(plan, tensors, needed, grad_outputs))
 

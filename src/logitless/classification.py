@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
-from logitless._precision import Precision, check_input, no_autocast, precision_of
+from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
     Normalizer,
@@ -19,7 +19,7 @@ from logitless._reduce import (
     reduce_rows,
     resolve_reduction,
 )
-from logitless._targets import ClassTarget, check_class_weight, class_target
+from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, class_target
 from logitless._tiles import fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits, linear
@@ -85,7 +85,7 @@ def cross_entropy(
     check_input("cross_entropy", input, target)
     meaning = class_target("cross_entropy", input.shape, target, ignore_index=ignore_index, class_dim=class_dim)
     check_class_weight("cross_entropy", weight, meaning.classes)
-    precision = _precision(input, meaning, weight)
+    precision = _precision("cross_entropy", input, meaning, weight)
     if isinstance(input, LazyLogits):
         rows = _lazy_rows(input, meaning, weight, label_smoothing, None, backend)
     else:
@@ -149,7 +149,7 @@ def nll_loss(
     )
     check_class_weight("nll_loss", weight, meaning.classes)
     _dispatch.pick("nll_loss", (input, target, weight), backend)
-    precision = precision_of(input)
+    precision = _precision("nll_loss", input, meaning, weight)
     with no_autocast(input):
         rows = reference.nll(input.to(precision.compute), meaning, weight)
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
@@ -184,7 +184,8 @@ def linear_cross_entropy(
         linear_bias: `linear_weight.shape[:-1]`, or None.
         weight, reduction, label_smoothing, normalizer, empty, backend: as in `cross_entropy`.
         ignore_index: an index to leave out; None is -100 for indices. Refused with probabilities, as in torch.
-        options: accepted for torch's sake: there is no unchunked path to choose, so nothing it says changes a result.
+        options: accepted for torch's sake: its `acc_dtype` is what the matrix products are computed in; there is no
+            unchunked path to choose, so the rest changes nothing.
         scale, softcap: as in `logitless.linear`.
         max_bytes: the most that may be held beyond inputs and gradients; None is a default of the order of a cache.
 
@@ -212,6 +213,10 @@ def linear_cross_entropy(
     index = -100 if ignore_index is None else ignore_index
     meaning = class_target("linear_cross_entropy", sizes, target, ignore_index=index)
     check_class_weight("linear_cross_entropy", weight, meaning.classes)
+    precision = _precision("linear_cross_entropy", input, meaning, weight)
+    if options is not None and options.acc_dtype is not None:
+        input, linear_weight = input.to(options.acc_dtype), linear_weight.to(options.acc_dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(options.acc_dtype)
     heads = _position_heads(linear_weight, linear_bias)
     targets = _position_targets(meaning, len(heads), positional=linear_weight.dim() > 2)
     parts = []
@@ -222,7 +227,7 @@ def linear_cross_entropy(
     if linear_weight.dim() > 2:
         shape = (input.shape[0], *linear_weight.shape[1:-1])
         rows = reference.ClassRows(*(torch.stack(values, 1).view(shape) for values in zip(*parts, strict=True)))
-    return _reduced(rows, meaning, reduction, _precision(logits, meaning, weight), normalizer, empty)
+    return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
 
 def _check_smoothing(name: str, label_smoothing: float) -> None:
@@ -328,11 +333,14 @@ def _lazy_rows(
     return reference.ClassRows(loss.view(shape), row_weight.view(shape))
 
 
-def _precision(input: Tensor | LazyLogits, meaning: ClassTarget, weight: Tensor | None) -> Precision:
-    """Return torch's promotion: only a probability target and its weight take part in it."""
-    if meaning.probabilities is None:
-        return precision_of(input)
-    return precision_of(input, meaning.probabilities, weight)
+def _precision(name: str, input: Tensor | LazyLogits, meaning: ClassTarget, weight: Tensor | None) -> Precision:
+    """Return torch's promotion: a probability target and its weight take part, an index target's weight must agree."""
+    if meaning.probabilities is not None:
+        return precision_of(input, meaning.probabilities, weight)
+    precision = precision_of(input)
+    if not under_autocast(input.device):
+        check_weight_dtype(name, weight, input.dtype)
+    return precision
 
 
 def _reduced(
