@@ -17,8 +17,12 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     for tensor in tensors:
-        if tensor is not None and (isinstance(tensor, FakeTensor) or tensor.device.type == "meta"):
+        if tensor is None:
+            continue
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             return "the tensors hold no data"
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return "upstream gradients come in a batch"
     return None
 
 
