@@ -206,7 +206,9 @@ def _differentiable_backward(
     with torch.enable_grad():
         outputs = plan.call(tensors, 0, plan.rows)
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
+    pairs = [
+        (out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None and out.requires_grad
+    ]
     grads = iter(
         torch.autograd.grad(
             [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True

@@ -254,8 +254,8 @@ def _check_linear_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tens
         )
     if linear_weight.dim() > 2 and input.dim() == 1:
         raise RuntimeError(
-            f"linear_cross_entropy: a loss of several positions (linear_weight {tuple(linear_weight.shape)}) needs "
-            f"batched input (N, {input.shape[-1]}), got {tuple(input.shape)}"
+            f"linear_cross_entropy: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} "
+            f"requires batched input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
         )
 
 

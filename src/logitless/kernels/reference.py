@@ -171,16 +171,15 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int, eps: float) -> Tensor:
     """
     unit1, norm1 = _scaled(x1, dim, eps)
     unit2, norm2 = _scaled(x2, dim, eps)
-    cosine = (unit1 * unit2).sum(dim, keepdim=True) / (norm1 * norm2)
-    cosine = cosine.squeeze(dim)
+    cosine = (unit1 * unit2).sum(dim) / (norm1 * norm2)
     return cosine + (cosine.clamp(-1, 1) - cosine).detach()
 
 
 def _scaled(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
-    largest = x.detach().abs().amax(dim, keepdim=True)
+    largest = x.detach().abs().amax(dim)
     largest = torch.where((largest == 0) | torch.isinf(largest), 1, largest)
-    unit = x / largest
-    return unit, torch.maximum(torch.linalg.vector_norm(unit, dim=dim, keepdim=True), eps / largest)
+    unit = x / largest.unsqueeze(dim)
+    return unit, torch.maximum(torch.linalg.vector_norm(unit, dim=dim), eps / largest)
 
 
 def cosine_embedding_loss(x1: Tensor, x2: Tensor, target: Tensor, margin: float, dim: int) -> Tensor:
@@ -188,12 +187,12 @@ def cosine_embedding_loss(x1: Tensor, x2: Tensor, target: Tensor, margin: float,
 
     torch's own rule for small vectors stands: 1e-12 is added to each squared norm.
     """
-    large1 = x1.detach().abs().amax(dim, keepdim=True).clamp(min=1)
-    large2 = x2.detach().abs().amax(dim, keepdim=True).clamp(min=1)
-    u1, u2 = x1 / large1, x2 / large2
-    norm1 = torch.sqrt((u1 * u1).sum(dim, keepdim=True) + 1e-12 / large1**2)
-    norm2 = torch.sqrt((u2 * u2).sum(dim, keepdim=True) + 1e-12 / large2**2)
-    cosine = ((u1 * u2).sum(dim, keepdim=True) / (norm1 * norm2)).squeeze(dim)
+    large1 = x1.detach().abs().amax(dim).clamp(min=1)
+    large2 = x2.detach().abs().amax(dim).clamp(min=1)
+    u1, u2 = x1 / large1.unsqueeze(dim), x2 / large2.unsqueeze(dim)
+    norm1 = torch.sqrt((u1 * u1).sum(dim) + 1e-12 / large1**2)
+    norm2 = torch.sqrt((u2 * u2).sum(dim) + 1e-12 / large2**2)
+    cosine = (u1 * u2).sum(dim) / (norm1 * norm2)
     similar = torch.where(target == 1, 1 - cosine, 0)
     return similar + torch.where(target == -1, (cosine - margin).clamp(min=0), 0)
 
