@@ -1,4 +1,4 @@
-"""Each row of docs/numerics.md: torch's answer and ours, both asserted. `test_page_and_tests_hold_the_same_rows` keeps them in step."""
+"""Each row of docs/numerics.md: torch's answer and ours, both asserted; the first test keeps the two in step."""
 
 from __future__ import annotations
 
@@ -605,9 +605,7 @@ def test_B6_logits_take_any_target(functional) -> None:
 
 @pytest.mark.parametrize(("logit", "label"), [(INF, 1.0), (-INF, 0.0)])
 def test_B7_infinite_logit_of_the_right_label(logit, label) -> None:
-    loss = {
-        f: lambda z, f=f: f.binary_cross_entropy_with_logits(z, tensor([label]), reduction="none") for f in (F, LF)
-    }
+    loss = {f: lambda z, f=f: f.binary_cross_entropy_with_logits(z, tensor([label]), reduction="none") for f in (F, LF)}
     assert all_nan(value_and_gradients(loss[F], tensor([logit]))[0])
     assert value_and_gradients(loss[LF], tensor([logit])) == ([0], [[0]])
 
