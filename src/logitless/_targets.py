@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 class ClassTarget:
     """What a target of `cross_entropy` or `nll_loss` means.
 
-    Exactly one of `indices` and `probabilities` is set. `indices` are int64 and safe to gather with: an ignored
-    or impossible position holds 0. `ignored` and `impossible` are boolean rows, or None when no row is so.
-    A row is impossible when its class does not exist and the values could not be read to raise (another
-    device, a transform, a compiler): its loss is NaN.
+    Exactly one of `indices` and `probabilities` is set. `indices` are int64 as given: a kernel that reads them anyway
+    checks their values itself and raises `index_error`; others call `checked_values` first. After that they are safe
+    to gather with (an ignored or impossible position holds 0), and `ignored` and `impossible` are boolean rows, or None
+    when no row is so. A row is impossible when its class does not exist and the values could not be read to raise
+    (another device, a transform, a compiler): its loss is NaN.
     """
 
     class_dim: int
@@ -133,27 +134,36 @@ def _index_target(name: str, target: Tensor, classes: int, ignore_index: int, di
             f"{name}: expected target dtype to be Long or Byte, or another integer type (class indices), "
             f"but got {target.dtype}; class probabilities have the input's shape"
         )
-    indices = target.to(torch.int64)
-    ignored = indices == ignore_index
-    impossible = ((indices < 0) | (indices >= classes)) & ~ignored
+    return ClassTarget(dim, classes, ignore_index, indices=target.to(torch.int64))
+
+
+def checked_values(name: str, target: ClassTarget) -> ClassTarget:
+    """Return the target with its indices checked, safe to gather with, and its ignored rows known."""
+    indices = target.indices
+    if indices is None:
+        return target
+    ignored = indices == target.ignore_index
+    impossible = ((indices < 0) | (indices >= target.classes)) & ~ignored
     if values_are_readable(indices):
         if bool(impossible.any()):
-            raise IndexError(_out_of_range_message(name, indices, impossible, classes, ignore_index))
+            raise index_error(name, target)
         if not bool(ignored.any()):
-            return ClassTarget(dim, classes, ignore_index, indices=indices)
-        return ClassTarget(dim, classes, ignore_index, indices=indices.masked_fill(ignored, 0), ignored=ignored)
+            return target
+        return replace(target, indices=indices.masked_fill(ignored, 0), ignored=ignored)
     safe = indices.masked_fill(ignored | impossible, 0)
-    return ClassTarget(dim, classes, ignore_index, indices=safe, ignored=ignored, impossible=impossible)
+    return replace(target, indices=safe, ignored=ignored, impossible=impossible)
 
 
-def _out_of_range_message(name: str, indices: Tensor, impossible: Tensor, classes: int, ignore_index: int) -> str:
-    first = impossible.nonzero()[0]
-    position = tuple(first.tolist())
-    value = int(indices[position])
+def index_error(name: str, target: ClassTarget) -> IndexError:
+    """Return the error for the first index that is neither a class nor ignored."""
+    indices = target.indices
+    assert indices is not None
+    impossible = ((indices < 0) | (indices >= target.classes)) & (indices != target.ignore_index)
+    position = tuple(impossible.nonzero()[0].tolist())
     count = int(impossible.sum())
     others = f" and {count - 1} more" if count > 1 else ""
     where = f" at position {position if len(position) != 1 else position[0]}" if position else ""
-    return (
-        f"{name}: Target {value} is out of bounds{where}{others}: "
-        f"there are {classes} classes (0 to {classes - 1}) and ignore_index={ignore_index}"
+    return IndexError(
+        f"{name}: Target {int(indices[position])} is out of bounds{where}{others}: "
+        f"there are {target.classes} classes (0 to {target.classes - 1}) and ignore_index={target.ignore_index}"
     )

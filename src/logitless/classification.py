@@ -19,7 +19,7 @@ from logitless._reduce import (
     reduce_rows,
     resolve_reduction,
 )
-from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, class_target
+from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, checked_values, class_target
 from logitless._tiles import fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits, linear
@@ -87,10 +87,12 @@ def cross_entropy(
     check_class_weight("cross_entropy", weight, meaning.classes)
     precision = _precision("cross_entropy", input, meaning, weight)
     if isinstance(input, LazyLogits):
+        meaning = checked_values("cross_entropy", meaning)
         rows = _lazy_rows(input, meaning, weight, label_smoothing, None, backend)
     else:
         _dispatch.pick("cross_entropy", (input, target, weight), backend)
         with no_autocast(input):
+            meaning = checked_values("cross_entropy", meaning)
             rows = reference.cross_entropy(input.to(precision.compute), meaning, weight, label_smoothing)
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
@@ -151,6 +153,7 @@ def nll_loss(
     _dispatch.pick("nll_loss", (input, target, weight), backend)
     precision = _precision("nll_loss", input, meaning, weight)
     with no_autocast(input):
+        meaning = checked_values("nll_loss", meaning)
         rows = reference.nll(input.to(precision.compute), meaning, weight)
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
@@ -211,7 +214,9 @@ def linear_cross_entropy(
     if target.shape == sizes and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     index = -100 if ignore_index is None else ignore_index
-    meaning = class_target("linear_cross_entropy", sizes, target, ignore_index=index)
+    meaning = checked_values(
+        "linear_cross_entropy", class_target("linear_cross_entropy", sizes, target, ignore_index=index)
+    )
     check_class_weight("linear_cross_entropy", weight, meaning.classes)
     precision = _precision("linear_cross_entropy", input, meaning, weight)
     if options is not None and options.acc_dtype is not None:

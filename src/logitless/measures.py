@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitless import _dispatch
 from logitless._precision import check_input
-from logitless._targets import ClassTarget, class_target
+from logitless._targets import ClassTarget, checked_values, class_target
 from logitless._tiles import LogitRows, dense_rows, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits
@@ -73,6 +73,7 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     meaning = class_target(
         "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
     )
+    meaning = checked_values("token_stats", meaning)
     rows = _rows(logits)
     _dispatch.pick("token_stats", (*rows.tensors, target))
 
@@ -122,6 +123,7 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
         meaning = class_target(
             "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
         )
+        meaning = checked_values("pair_stats", meaning)
     parts = (None, None, None) if meaning is None else (meaning.indices, meaning.ignored, meaning.impossible)
     sources = [_rows(p), _rows(q)]
     _dispatch.pick("pair_stats", (*sources[0].tensors, *sources[1].tensors, target))
