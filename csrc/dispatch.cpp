@@ -1,0 +1,83 @@
+// Which instruction set runs: the best one that is compiled in and that the processor has, or the one LOGITLESS_ISA names.
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace logitless {
+namespace {
+
+constexpr const char* kNames[] = {
+#if defined(LL_X86)
+    "avx512", "avx2",
+#endif
+    "portable", nullptr};
+
+#define LL_ENTRY(name, Args) LL_CURRENT::name,
+const Kernels kTables[] = {
+#if defined(LL_X86)
+#define LL_CURRENT avx512
+    {LL_KERNELS(LL_ENTRY)},
+#undef LL_CURRENT
+#define LL_CURRENT avx2
+    {LL_KERNELS(LL_ENTRY)},
+#undef LL_CURRENT
+#endif
+#define LL_CURRENT portable
+    {LL_KERNELS(LL_ENTRY)},
+#undef LL_CURRENT
+};
+#undef LL_ENTRY
+
+int choose() {
+  const char* wanted = std::getenv("LOGITLESS_ISA");
+  for (int i = 0; kNames[i]; ++i) {
+    if (wanted && *wanted ? std::strcmp(wanted, kNames[i]) == 0 : isa_supported(kNames[i])) {
+      if (!isa_supported(kNames[i])) throw std::runtime_error(std::string("LOGITLESS_ISA=") + wanted + ": this processor does not have it");
+      return i;
+    }
+  }
+  std::string known;
+  for (int i = 0; kNames[i]; ++i) known += std::string(i ? ", " : "") + kNames[i];
+  throw std::runtime_error(std::string("LOGITLESS_ISA=") + wanted + ": expected one of " + known);
+}
+
+int chosen() {
+  static const int index = choose();
+  return index;
+}
+
+std::atomic<bool> ran_parallel{false};
+std::atomic<bool> forked{false};
+
+}  // namespace
+
+bool isa_supported(const char* name) {
+#if defined(LL_X86)
+  if (std::strcmp(name, "avx512") == 0)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return std::strcmp(name, "portable") == 0;
+}
+
+const Kernels& kernels() { return kTables[chosen()]; }
+const char* isa_name() { return kNames[chosen()]; }
+const char* const* isa_names() { return kNames; }
+
+bool must_be_serial() { return forked.load(std::memory_order_relaxed); }
+void note_parallel_region() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    if (ran_parallel.load()) forked.store(true);
+  });
+  (void)registered;
+  ran_parallel.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace logitless

@@ -1,0 +1,100 @@
+// Every kernel's arguments, and the table of kernels of one instruction set.
+//
+// To add a kernel: give its arguments a struct here, add it to LL_KERNELS, define
+// `void name(const NameArgs&)` inside `namespace logitless::LL_ISA` in a file listed in CMakeLists.txt, and bind it in
+// module.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace logitless {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// Logits of shape (outer, classes, inner), strides in elements. A row is one (outer, inner) pair, numbered
+// outer * inner_count + inner; every per-row array is dense in that numbering.
+struct Tile {
+  int64_t outer, classes, inner;
+  int64_t outer_stride, class_stride, inner_stride;
+};
+struct Strides { int64_t outer, classes, inner; };
+
+// Pointers that are null are outputs not wanted or inputs not given. "Real" is float, or double for double logits.
+struct RowStatsArgs {
+  DType dtype;
+  int threads;
+  Tile tile;
+  const void* logits;
+  const int64_t* target;     // class index per row, or null
+  int64_t ignore_index;
+  const void* class_weight;  // Real[classes]: weighs smooth_sum and dense_sum
+  const void* dense_target;  // same dtype as the logits, same shape
+  Strides dense_strides;
+  // Outputs, one per row. Of an ignored row: 0, and -1 for argmax and rank.
+  void* nll;         // Real: lse - z[target]
+  void* lse;         // Real
+  void* row_max;     // Real   } lse = row_max + log_sum, kept apart and log_sum in double: the gradient needs both
+  double* log_sum;   // double } to be right to an ulp
+  void* entropy;     // Real
+  int64_t* argmax;   // the first of equal ones
+  int64_t* rank;     // how many classes have a larger logit than the target
+  void* smooth_sum;  // Real: sum_j w_j (lse - z_j)
+  void* dense_sum;   // Real: sum_j t_j w_j (lse - z_j), 0 * inf = 0
+  void* dense_mass;  // Real: sum_j t_j w_j
+  int64_t* bad_row;  // one value: first row whose target is out of range and not ignored, else -1; such a row gives NaN
+};
+
+// dz_j = p_j (a + b (z_j - lse)) + c [j = target] + e t_j w_j + f w_j
+// Each coefficient X of a row is g * X_scale * X[row], where null X means 1, g = upstream[row * upstream_stride] or 1.
+// With `index_weight`, a and c are further multiplied by class_weight[target]; a_extra * g is then added to a.
+struct RowGradArgs {
+  DType dtype;
+  int threads;
+  Tile tile;
+  const void* logits;
+  Strides grad_strides;
+  void* grad;  // same dtype as the logits; may be the logits themselves with the same strides
+  const int64_t* target;
+  int64_t ignore_index;
+  const void* class_weight;
+  int index_weight;
+  const void* dense_target;
+  Strides dense_strides;
+  const void* row_max;    // from row_stats
+  const double* log_sum;  // from row_stats
+  const void* upstream;   // Real
+  int64_t upstream_stride;
+  double a_scale, b_scale, c_scale, e_scale, f_scale, a_extra;
+  const void *a, *b, *c, *e, *f;  // Real
+};
+
+#define LL_KERNELS(X)        \
+  X(row_stats, RowStatsArgs) \
+  X(row_grad, RowGradArgs)
+
+struct Kernels {
+#define LL_MEMBER(name, Args) void (*name)(const Args&);
+  LL_KERNELS(LL_MEMBER)
+#undef LL_MEMBER
+};
+
+#define LL_DECLARE(name, Args) void name(const Args&);
+#define LL_DECLARE_ISA(isa) namespace isa { LL_KERNELS(LL_DECLARE) }
+LL_DECLARE_ISA(portable)
+#if defined(LL_X86)
+LL_DECLARE_ISA(avx2)
+LL_DECLARE_ISA(avx512)
+#endif
+#undef LL_DECLARE_ISA
+
+// dispatch.cpp
+const Kernels& kernels();        // of the instruction set in use, chosen at the first call
+const char* isa_name();
+const char* const* isa_names();  // compiled in, best first, null at the end
+bool isa_supported(const char* name);
+
+// True in a child forked after a parallel region ran: libgomp would wait for threads that do not exist there.
+bool must_be_serial();
+void note_parallel_region();
+
+}  // namespace logitless

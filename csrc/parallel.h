@@ -1,0 +1,24 @@
+// Parallel loops over torch's own OpenMP pool.
+//
+// Results never depend on the number of threads: work is cut into items by shape alone, and items share nothing.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace logitless::LL_ISA {
+
+// Below this many bytes of traffic a parallel region costs more than it gains.
+inline constexpr int64_t kSerialBytes = 128 * 1024;
+
+template <class F> LL_INLINE void parallel_for(int64_t items, int threads, int64_t bytes, const F& run) {
+  if (threads <= 1 || items <= 1 || bytes < kSerialBytes || must_be_serial()) {
+    for (int64_t i = 0; i < items; ++i) run(i);
+    return;
+  }
+  note_parallel_region();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < items; ++i) run(i);
+}
+
+}  // namespace logitless::LL_ISA

@@ -1,0 +1,332 @@
+// row_stats: everything the losses and measures need of each row, in one read of the logits.
+#include "parallel.h"
+#include "row_state.h"
+
+namespace logitless::LL_ISA {
+namespace {
+
+inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
+inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item
+inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
+inline constexpr int64_t kGather = 2048;           // elements of a strided row copied at a time
+
+enum class Fate : uint8_t { kRead, kIgnored, kBad };
+
+template <class T> struct Job {
+  using Real = Compute<T>;
+  const RowStatsArgs& args;
+  const T* logits() const { return static_cast<const T*>(args.logits); }
+  const T* dense() const { return static_cast<const T*>(args.dense_target); }
+  const Real* class_weight() const { return static_cast<const Real*>(args.class_weight); }
+  int64_t rows() const { return args.tile.outer * args.tile.inner; }
+  const T* row(int64_t r) const {
+    return logits() + r / args.tile.inner * args.tile.outer_stride + r % args.tile.inner * args.tile.inner_stride;
+  }
+  const T* dense_row(int64_t r) const {
+    return dense() + r / args.tile.inner * args.dense_strides.outer + r % args.tile.inner * args.dense_strides.inner;
+  }
+  Fate fate(int64_t r) const {
+    if (!args.target) return Fate::kRead;
+    const int64_t t = args.target[r];
+    if (t == args.ignore_index) return Fate::kIgnored;
+    return t < 0 || t >= args.tile.classes ? Fate::kBad : Fate::kRead;
+  }
+  Real target_logit(int64_t r) const { return args.target ? widen(row(r)[args.target[r] * args.tile.class_stride]) : kNaN<Real>; }
+};
+
+// ---- one row at a time --------------------------------------------------------------------------------------------
+
+// Feeds n contiguous logits; w and t may be null.
+template <class T, int Flags>
+LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const Compute<T>* w, const T* t, int64_t n, int64_t first_class, bool fresh) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
+  constexpr bool kWeighted = (Flags & (kSmooth | kDense)) != 0, kTargets = (Flags & kDense) != 0;
+  // Beyond n: a logit of -inf whose weight and target are 0.
+  const auto step = [&](auto count, auto first, int64_t i, int64_t valid) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<Real> zs[K], ws[K], ts[K];
+    for (int k = 0; k < K; ++k) {
+      const bool whole = K > 1 || valid == L;
+      zs[k] = whole ? load(z + i + k * L) : load_partial(z + i, valid, -kInf<Real>);
+      if constexpr (kWeighted) {
+        if (w) ws[k] = whole ? load(w + i + k * L) : load_partial(w + i, valid, Real(0));
+        else ws[k] = whole ? splat<Real>(1) : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? splat<Real>(1) : Vec<Real>{});
+      }
+      if constexpr (kTargets) ts[k] = whole ? load(t + i + k * L) : load_partial(t + i, valid, Real(0));
+    }
+    state.template step<K, decltype(first)::value>(zs, ws, ts, first_class + i);
+  };
+  const auto whole_or = [&](int64_t i) { return n - i < L ? n - i : L; };
+  int64_t i = 0;
+  if (fresh) step(Constant<1>{}, Constant<true>{}, 0, whole_or(0)), i = L;
+  for (; i + 8 * L <= n; i += 8 * L) step(Constant<8>{}, Constant<false>{}, i, L);
+  if (i + 4 * L <= n) step(Constant<4>{}, Constant<false>{}, i, L), i += 4 * L;
+  for (; i < n; i += L) step(Constant<1>{}, Constant<false>{}, i, whole_or(i));
+}
+
+// Feeds classes [begin, end) of a row with any strides, each logit less `base`.
+template <class T, int Flags>
+LL_INLINE RowSums fold_row(const Job<T>& job, int64_t r, int64_t begin, int64_t end, Compute<T> base) {
+  using Real = Compute<T>;
+  const RowStatsArgs& a = job.args;
+  const T* z = job.row(r);
+  const T* t = (Flags & kDense) ? job.dense_row(r) : nullptr;
+  const Real* w = job.class_weight();
+  const Real target_logit = (Flags & kToken) ? job.target_logit(r) : kNaN<Real>;
+  const bool contiguous = a.tile.class_stride == 1 && (!(Flags & kDense) || a.dense_strides.classes == 1);
+  if (base == 0) {
+    RowState<Real, Flags, false> state;
+    state.target_logit = splat<Real>(target_logit);
+    if (contiguous) {
+      feed<T, Flags>(state, z + begin, w ? w + begin : nullptr, t ? t + begin : nullptr, end - begin, begin, true);
+    } else {
+      alignas(LL_BYTES) T zs[kGather], ts[(Flags & kDense) ? kGather : 1];
+      for (int64_t i = begin; i < end; i += kGather) {
+        const int64_t n = end - i < kGather ? end - i : kGather;
+        for (int64_t j = 0; j < n; ++j) zs[j] = z[(i + j) * a.tile.class_stride];
+        if constexpr ((Flags & kDense) != 0)
+          for (int64_t j = 0; j < n; ++j) ts[j] = t[(i + j) * a.dense_strides.classes];
+        feed<T, Flags>(state, zs, w ? w + i : nullptr, (Flags & kDense) ? ts : nullptr, n, i, i == begin);
+      }
+    }
+    return finish<Real, Flags>(state);
+  }
+  // z - base in the compute type; rank is counted on the logits themselves, which the subtraction could tie.
+  RowState<Real, Flags, false> state;
+  alignas(LL_BYTES) Real zs[kGather], ts[(Flags & kDense) ? kGather : 1];
+  int64_t rank = 0;
+  for (int64_t i = begin; i < end; i += kGather) {
+    const int64_t n = end - i < kGather ? end - i : kGather;
+    for (int64_t j = 0; j < n; ++j) {
+      const Real x = widen(z[(i + j) * a.tile.class_stride]);
+      rank += x > target_logit;
+      zs[j] = x - base;
+    }
+    if constexpr ((Flags & kDense) != 0)
+      for (int64_t j = 0; j < n; ++j) ts[j] = widen(t[(i + j) * a.dense_strides.classes]);
+    feed<Real, Flags>(state, zs, w ? w + i : nullptr, (Flags & kDense) ? ts : nullptr, n, i, i == begin);
+  }
+  RowSums sums = finish<Real, Flags>(state);
+  sums.base = base;
+  sums.max += base;
+  sums.rank = rank;
+  return sums;
+}
+
+template <class T, int Flags> __attribute__((noinline)) RowSums fold_part(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
+  return fold_row<T, Flags>(job, r, begin, end, 0);
+}
+template <class T, int Flags> __attribute__((noinline)) RowSums fold_huge(const Job<T>& job, int64_t r, double max) {
+  return fold_row<T, Flags>(job, r, 0, job.args.tile.classes, static_cast<Compute<T>>(max));
+}
+
+// ---- finished rows to outputs ------------------------------------------------------------------------------------
+
+// Rows whose logits are folded, finished a vector of rows at a time.
+template <class T> struct Batch {
+  using Real = Compute<T>;
+  const Job<T>& job;
+  int64_t count = 0;
+  int64_t row[kMaxRows], arg[kMaxRows], rank[kMaxRows];
+  Fate fate[kMaxRows];
+  alignas(LL_BYTES) double max[kMaxRows], above[kMaxRows], base[kMaxRows], power[kMaxRows], rest[kMaxRows], spread[kMaxRows];
+  alignas(LL_BYTES) double smooth_gap[kMaxRows], smooth_mass[kMaxRows], dense_gap[kMaxRows], dense_mass[kMaxRows];
+
+  explicit Batch(const Job<T>& j) : job(j) {}
+
+  template <int Flags> void push(int64_t r, Fate f, RowSums sums) {
+    const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
+    if (f == Fate::kRead && finite && __builtin_fabs(sums.max) > kHuge) sums = fold_huge<T, Flags>(job, r, sums.max);
+    const int64_t i = count++;
+    row[i] = r, fate[i] = f, arg[i] = sums.arg, rank[i] = sums.rank;
+    max[i] = sums.max, base[i] = sums.base, power[i] = sums.power, spread[i] = sums.spread;
+    rest[i] = finite ? sums.rest : __builtin_nan("");
+    above[i] = f == Fate::kRead ? sums.max - static_cast<double>(job.target_logit(r)) : 0;
+    smooth_gap[i] = sums.smooth_gap, smooth_mass[i] = sums.smooth_mass;
+    dense_gap[i] = sums.dense_gap, dense_mass[i] = sums.dense_mass;
+    if (count == kMaxRows) flush();
+  }
+
+  static LL_INLINE void put(void* out, int64_t r, double value) {
+    if (out) static_cast<Real*>(out)[r] = static_cast<Real>(value);
+  }
+
+  void flush() {
+    const RowStatsArgs& a = job.args;
+    constexpr int L = kLanes<double>;
+    alignas(LL_BYTES) double log_sum[kMaxRows], entropy[kMaxRows];
+    for (int64_t i = 0; i < count; i += L) {
+      // exp(-(max - base - power ln2)): what turns the sums' unit into exp(max).
+      const Vec<double> n = load(power + i);
+      const Vec<double> exponent = (load(max + i) - load(base + i) - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+      const Vec<double> unit = exp<double>(-exponent), q = load(rest + i) * unit;
+      const Vec<double> log_q = log1p(q);
+      store(log_sum + i, log_q);
+      store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = row[i];
+      const bool read = fate[i] == Fate::kRead;
+      const double none = fate[i] == Fate::kBad ? __builtin_nan("") : 0.0;
+      put(a.nll, r, read ? above[i] + log_sum[i] : none);
+      put(a.lse, r, read ? max[i] + log_sum[i] : none);
+      put(a.row_max, r, read ? max[i] : none);
+      if (a.log_sum) a.log_sum[r] = read ? log_sum[i] : none;
+      put(a.entropy, r, read ? entropy[i] : none);
+      if (a.argmax) a.argmax[r] = read ? find_argmax(i) : -1;
+      if (a.rank) a.rank[r] = read ? rank[i] : -1;
+      put(a.smooth_sum, r, read ? smooth_gap[i] + smooth_mass[i] * log_sum[i] : none);
+      put(a.dense_sum, r, read ? dense_gap[i] + (dense_mass[i] == 0 ? 0 : dense_mass[i] * log_sum[i]) : none);
+      put(a.dense_mass, r, read ? dense_mass[i] : none);
+    }
+    count = 0;
+  }
+
+  // The first maximal class at or after arg[i], or the first NaN of a NaN row.
+  int64_t find_argmax(int64_t i) const {
+    const T* z = job.row(row[i]);
+    const Tile& tile = job.args.tile;
+    const bool is_nan = rest[i] != rest[i] && __builtin_fabs(max[i]) != __builtin_inf();
+    const Real wanted = static_cast<Real>(max[i]);
+    for (int64_t j = is_nan ? 0 : arg[i]; j < tile.classes;) {
+      if (tile.class_stride == 1 && !is_nan && j + kLanes<Real> <= tile.classes) {
+        const uint32_t found = equal_bits(load(z + j), splat<Real>(wanted));
+        if (found) return j + __builtin_ctz(found);
+        j += kLanes<Real>;
+        continue;
+      }
+      const Real x = widen(z[j * tile.class_stride]);
+      if (is_nan ? x != x : x == wanted) return j;
+      ++j;
+    }
+    return is_nan ? arg[i] : 0;
+  }
+};
+
+inline constexpr RowSums kUnread{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+
+template <class T, int Flags> void by_rows(const Job<T>& job) {
+  const RowStatsArgs& a = job.args;
+  const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
+  int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
+  per_item = per_item < 1 ? 1 : per_item > 16 * kMaxRows ? 16 * kMaxRows : per_item;
+  const int64_t items = (rows + per_item - 1) / per_item;
+  parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
+    Batch<T> batch(job);
+    const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
+    for (int64_t r = item * per_item; r < end; ++r) {
+      const Fate fate = job.fate(r);
+      batch.template push<Flags>(r, fate, fate == Fate::kRead ? fold_part<T, Flags>(job, r, 0, a.tile.classes) : kUnread);
+    }
+    batch.flush();
+  });
+}
+
+// Few long rows: parts of a row are items, combined in the order of the classes.
+template <class T, int Flags> void by_parts(const Job<T>& job) {
+  const RowStatsArgs& a = job.args;
+  const int64_t rows = job.rows(), parts = (a.tile.classes + kSplitClasses - 1) / kSplitClasses;
+  RowSums* sums = static_cast<RowSums*>(__builtin_malloc(static_cast<size_t>(rows * parts) * sizeof(RowSums)));
+  if (!sums) return by_rows<T, Flags>(job);
+  parallel_for(rows * parts, a.threads, rows * a.tile.classes * static_cast<int64_t>(sizeof(T)), [&](int64_t item) {
+    const int64_t r = item / parts, begin = item % parts * kSplitClasses;
+    const int64_t end = begin + kSplitClasses < a.tile.classes ? begin + kSplitClasses : a.tile.classes;
+    sums[item] = job.fate(r) == Fate::kRead ? fold_part<T, Flags>(job, r, begin, end) : kUnread;
+  });
+  Batch<T> batch(job);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Fate fate = job.fate(r);
+    RowSums total = sums[r * parts];
+    if (fate == Fate::kRead)
+      for (int64_t p = 1; p < parts; ++p) total = combine(total, sums[r * parts + p]);
+    batch.template push<Flags>(r, fate, total);
+  }
+  batch.flush();
+  __builtin_free(sums);
+}
+
+// Inner stride 1: neighbouring rows in neighbouring lanes, so (N, C, d1, ...) needs no permuted copy.
+template <class T, int Flags> void by_lanes(const Job<T>& job) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>, kTileVectors = 8;
+  const RowStatsArgs& a = job.args;
+  const int64_t tiles = (a.tile.inner + kTileVectors * L - 1) / (kTileVectors * L);
+  parallel_for(a.tile.outer * tiles, a.threads, job.rows() * a.tile.classes * static_cast<int64_t>(sizeof(T)), [&](int64_t item) {
+    const int64_t outer = item / tiles, inner = item % tiles * kTileVectors * L;
+    const int64_t width = a.tile.inner - inner < kTileVectors * L ? a.tile.inner - inner : kTileVectors * L;
+    const int64_t first_row = outer * a.tile.inner + inner;
+    const int vectors = static_cast<int>((width + L - 1) / L);
+    const T* z = job.row(first_row);
+    const T* t = (Flags & kDense) ? job.dense_row(first_row) : nullptr;
+    const Real* w = job.class_weight();
+    RowState<Real, Flags, true> states[kTileVectors];
+    if constexpr ((Flags & kToken) != 0)
+      for (int64_t i = 0; i < width; ++i)
+        if (job.fate(first_row + i) == Fate::kRead) states[i / L].target_logit[i % L] = job.target_logit(first_row + i);
+    const auto step = [&](auto count, auto first, int64_t c) {
+      constexpr int K = decltype(count)::value;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t valid = width - v * L;
+        const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
+        Vec<Real> zs[K], ws[K], ts[K];
+        for (int k = 0; k < K; ++k) {
+          zs[k] = get(z + (c + k) * a.tile.class_stride + v * L);
+          if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(w ? w[c + k] : Real(1));
+          if constexpr ((Flags & kDense) != 0) ts[k] = get(t + (c + k) * a.dense_strides.classes + v * L);
+        }
+        states[v].template step<K, decltype(first)::value>(zs, ws, ts, c);
+      }
+    };
+    step(Constant<1>{}, Constant<true>{}, 0);
+    int64_t c = 1;
+    for (; c + 8 <= a.tile.classes; c += 8) step(Constant<8>{}, Constant<false>{}, c);
+    for (; c < a.tile.classes; ++c) step(Constant<1>{}, Constant<false>{}, c);
+    Batch<T> batch(job);
+    for (int64_t i = 0; i < width; ++i)
+      batch.template push<Flags>(first_row + i, job.fate(first_row + i), finish_lane<Real, Flags>(states[i / L], static_cast<int>(i % L)));
+    batch.flush();
+  });
+}
+
+template <class T, int Flags> void run(const RowStatsArgs& a) {
+  const Job<T> job{a};
+  const bool lanes = a.tile.class_stride != 1 && a.tile.inner_stride == 1 && a.tile.inner >= kLanes<Compute<T>> / 2 &&
+                     (!(Flags & kDense) || a.dense_strides.inner == 1);
+  if (lanes) return by_lanes<T, Flags>(job);
+  if (job.rows() < 16 && a.tile.classes >= 2 * kSplitClasses) return by_parts<T, Flags>(job);
+  by_rows<T, Flags>(job);
+}
+
+template <class T> void pick(const RowStatsArgs& a) {
+  const int flags = (a.entropy || a.rank ? kToken : 0) | (a.smooth_sum ? kSmooth : 0) | (a.dense_sum || a.dense_mass ? kDense : 0);
+  switch (flags) {
+    case 0: return run<T, 0>(a);
+    case kToken: return run<T, kToken>(a);
+    case kSmooth: return run<T, kSmooth>(a);
+    case kDense: return run<T, kDense>(a);
+    case kSmooth | kDense: return run<T, kSmooth | kDense>(a);
+    default: return run<T, kToken | kSmooth | kDense>(a);  // needs a dense target: module.cpp refuses the call without one
+  }
+}
+
+}  // namespace
+
+void row_stats(const RowStatsArgs& a) {
+  if (a.bad_row) {
+    *a.bad_row = -1;
+    const int64_t rows = a.target ? a.tile.outer * a.tile.inner : 0;
+    for (int64_t r = 0; r < rows && *a.bad_row < 0; ++r) {
+      const int64_t t = a.target[r];
+      if (t != a.ignore_index && (t < 0 || t >= a.tile.classes)) *a.bad_row = r;
+    }
+  }
+  switch (a.dtype) {
+    case DType::kFloat32: return pick<float>(a);
+    case DType::kBFloat16: return pick<BFloat16>(a);
+    case DType::kFloat16: return pick<Float16>(a);
+    case DType::kFloat64: return pick<double>(a);
+  }
+}
+
+}  // namespace logitless::LL_ISA

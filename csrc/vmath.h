@@ -1,0 +1,143 @@
+// Elementary functions on vectors, and sums that do not lose what they add.
+//
+// Precision policy: `exp` is below 1 ulp of its compute type over its whole range (degree 6 in float, 11 in double, both
+// fitted to the relative error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
+// classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes.
+#pragma once
+
+#include "vec.h"
+
+namespace logitless::LL_ISA {
+
+// Logits of larger magnitude than this take a path that first subtracts the row's maximum. Below it, exp(z) is split
+// as 2^n exp(r) straight from z, so that no rounding of z - max enters.
+inline constexpr double kHuge = 2e4;
+
+// exp(x) = fraction * 2^power with fraction in [0.7, 1.5]; for |x| <= 2 * kHuge. NaN gives a NaN fraction.
+template <class Real> struct Exponential { Vec<Real> fraction, power; };
+
+LL_INLINE Exponential<float> split_exp(Vec<float> x) {
+  constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
+  const Vec<float> n = (x * 0x1.715476p+0f + magic) - magic;
+#if LL_HAS_FMA
+  Vec<float> r = x - n * 0x1.62e43p-1f;
+  r = r + n * 0x1.05c61p-29f;
+#else
+  // Each product but the last is exact for |n| < 2^15.
+  Vec<float> r = x - n * 0.693359375f;
+  r = r + n * 2.12192535400390625e-4f;
+  r = r + n * 1.904654299957768e-9f;
+#endif
+  Vec<float> p = r * 0.00138143174418725423f + 0.008368851036416989644f;
+  p = p * r + 0.04166840113396463114f;
+  p = p * r + 0.1666651952453357788f;
+  p = p * r + 0.4999999337294492659f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return {p, n};
+}
+
+LL_INLINE Exponential<double> split_exp(Vec<double> x) {
+  constexpr double magic = 0x1.8p52;
+  const Vec<double> n = (x * 0x1.71547652b82fep+0 + magic) - magic;
+  Vec<double> r = x - n * 0x1.62e42feep-1;  // 32 bits: the product is exact without FMA as well
+  r = r - n * 0x1.a39ef35793c76p-33;
+  Vec<double> p = r * 2.499985468996973408e-8 + 2.763052339124291142e-7;
+  p = p * r + 2.755758843126431582e-6;
+  p = p * r + 0.00002480149238855312254;
+  p = p * r + 0.0001984126950273172393;
+  p = p * r + 0.001388888894424888626;
+  p = p * r + 0.008333333333496926695;
+  p = p * r + 0.04166666666652810512;
+  p = p * r + 0.1666666666666640767;
+  p = p * r + 0.5000000000000010826;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  return {p, n};
+}
+
+// v * 2^power for whole-numbered `power` at most 127 (1023); 0 where the result would be below the normal range.
+LL_INLINE Vec<float> scale_by_power(Vec<float> v, Vec<float> power) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(v, power);
+#else
+  const IntVec<float> n = __builtin_convertvector(maximum<float>(power, splat<float>(-127.0f)), IntVec<float>);
+  return v * as_real<float>((n + 127) << 23);
+#endif
+}
+LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_pd(v, power);
+#else
+  // The low bits of power + magic are the integer; AVX2 has no double -> int64 conversion.
+  constexpr double magic = 0x1.8p52;
+  const Vec<double> n = maximum<double>(power, splat<double>(-1023.0)) + (magic + 1023.0);
+  return v * as_real<double>(as_int<double>(n) << 52);
+#endif
+}
+
+// exp(x) where the result is in range; x is clamped to [-2 * kHuge, 709] and small results become 0. NaN stays NaN.
+template <class Real> LL_INLINE Vec<Real> exp(Vec<Real> x) {
+  constexpr Real most = sizeof(Real) == 4 ? Real(88.3) : Real(709.0);
+  x = minimum<Real>(splat<Real>(most), maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), x));
+  const Exponential<Real> e = split_exp(x);
+  return scale_by_power(e.fraction, e.power);
+}
+
+// exp(x) - 1 for x <= 0, relative error below 1 ulp also for tiny x; -inf gives -1, NaN stays NaN.
+LL_INLINE Vec<double> expm1(Vec<double> x) {
+  x = maximum<double>(splat<double>(-60.0), x);
+  constexpr double magic = 0x1.8p52;
+  const Vec<double> n = (x * 0x1.71547652b82fep+0 + magic) - magic;
+  const Vec<double> r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  Vec<double> q = r * 2.499985468996973408e-8 + 2.763052339124291142e-7;
+  q = q * r + 2.755758843126431582e-6;
+  q = q * r + 0.00002480149238855312254;
+  q = q * r + 0.0001984126950273172393;
+  q = q * r + 0.001388888894424888626;
+  q = q * r + 0.008333333333496926695;
+  q = q * r + 0.04166666666652810512;
+  q = q * r + 0.1666666666666640767;
+  q = q * r + 0.5000000000000010826;
+  q = r + q * r * r;
+  const Vec<double> scale = scale_by_power(splat<double>(1.0), n);
+  return q * scale + (scale - 1.0);
+}
+
+// log1p(x) for x >= 0, relative error below 1 ulp also for tiny x; +inf and NaN are returned as they are.
+LL_INLINE Vec<double> log1p(Vec<double> x) {
+  const Vec<double> u = x + 1.0;
+  const Vec<double> lost = x < 1.0 ? x - (u - 1.0) : 1.0 - (u - x);
+  // u = 2^k m with m in [sqrt(1/2), sqrt(2))
+  const IntVec<double> shifted = as_int<double>(u) - 0x3fe6a09e667f3bcdLL;
+  const IntVec<double> k = shifted >> 52;
+  const Vec<double> m = as_real<double>((shifted & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL);
+  // |k| < 2^31: through the low bits of a double, since AVX2 has no int64 -> double conversion.
+  constexpr double magic = 0x1.8p52;
+  const Vec<double> kd = as_real<double>(k + 0x4338000000000000LL) - magic;
+  const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s, w = z * z, half = f * f * 0.5;
+  const Vec<double> even = w * (w * (w * 0.1531383769920937332 + 0.2222219843214978396) + 0.3999999999940941908);
+  const Vec<double> odd = z * (w * (w * (w * 0.1479819860511658591 + 0.1818357216161805012) + 0.2857142874366239149) + 0.6666666666666735130);
+  const Vec<double> correction = lost / u + kd * 1.90821492927058770002e-10;
+  const Vec<double> y = kd * 6.93147180369123816490e-01 + (f - (half - (s * (half + even + odd) + correction)));
+  return x < __builtin_inf() ? y : x;
+}
+
+// A running sum kept as high + low, exact to about twice the precision of Real.
+template <class Real> struct PairSum {
+  Vec<Real> high{}, low{};
+  LL_INLINE void add(Vec<Real> x) {
+    const Vec<Real> sum = high + x, back = sum - high;
+    low += (high - (sum - back)) + (x - back);
+    high = sum;
+  }
+  LL_INLINE double total() const { return sum_of_lanes(high) + sum_of_lanes(low); }
+};
+
+// Sum of K vectors by halves: rounding error of log2(K) additions.
+template <int K, class V> LL_INLINE V tree_sum(const V* v) {
+  if constexpr (K == 1) return v[0];
+  else return tree_sum<K / 2>(v) + tree_sum<K - K / 2>(v + K / 2);
+}
+
+}  // namespace logitless::LL_ISA
