@@ -88,9 +88,10 @@ def samples(dtype: torch.dtype, *, seed: int = 0) -> Iterator[Sample]:
             )
         yield sample(f"ties, {classes} classes", (normal(classes) * 2).floor(), (normal(classes) * 2).floor())
         yield sample(f"all equal, {classes} classes", torch.full((classes,), 7.25), normal(classes))
-        p = normal(classes) * 5
-        # 2e-5 makes a divergence of about 1e-10, and of about 1e-13 beside a dominant class.
-        yield sample(f"near pair, {classes} classes", p, p + 2e-5 * normal(classes))
+        # 2e-5 makes a divergence of about 1e-10.
+        for name, distance in (("near", 2e-5), ("close", 0.03), ("related", 0.2)):
+            p = normal(classes) * 5
+            yield sample(f"{name} pair, {classes} classes", p, p + distance * normal(classes))
     mask = torch.rand(1000, generator=generator) < 0.3
     other = torch.rand(1000, generator=generator) < 0.3
     mask[0] = other[0] = False

@@ -1,0 +1,216 @@
+"""`logitless check` passes here, writes what it found, and rejects broken measures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from mpmath import mp
+from torch import Tensor
+
+import logitless as ll
+import logitless.functional as LF
+from logitless import _truth
+from logitless._accuracy import ulps
+from logitless.cli.check import check_command
+
+ALL_SAMPLES = _truth.samples
+FEW = ("flat, 2 ", "dominant class, 2 ", "spread 1e2, 2 ", "ties, 2 ", "near pair, 2 ", "opposite")
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a row of each kind, so that a mutant is judged in a second or two."""
+
+    def few(dtype: torch.dtype, *, seed: int = 0) -> Iterator[_truth.Sample]:
+        return (sample for sample in ALL_SAMPLES(dtype, seed=seed) if sample.family.startswith(FEW))
+
+    monkeypatch.setattr(_truth, "samples", few)
+
+
+def exit_status() -> int:
+    try:
+        check_command()
+    except SystemExit as stop:
+        return int(str(stop.code))
+    return 0
+
+
+def test_everything_passes_and_is_written(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    path = tmp_path / "check.json"
+    check_command(path)
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["schema"] == 1
+    assert report["made_by"]["torch"] == torch.__version__
+    assert report["passed"] is True
+    assert all(row["passed"] for row in report["identities"] + report["accuracy"])
+    assert len(report["identities"]) == 13
+    assert {row["measure"] for row in report["accuracy"]} >= {
+        "kl",
+        "js",
+        "entropy",
+        "token_stats.nll",
+        "cosine_similarity",
+    }
+    for row in report["identities"]:
+        assert row["identity"] in printed
+    for row in report["accuracy"]:
+        assert row["measure"] in printed
+        assert row["worst_ulp"] <= row["bound_ulp"]
+    assert "FAIL" not in printed
+    # What the measures are for: torch's own formula misses rows that ours gets right to half a unit.
+    by_name = {(row["measure"], row["dtype"]): row for row in report["accuracy"]}
+    assert by_name["token_stats.nll", "float32"]["worst_ulp"] < 0.51
+    assert by_name["token_stats.nll", "float32"]["worst_ulp_torch_formula"] > 1e6
+    assert by_name["kl", "float32"]["worst_ulp"] < 0.51
+    assert by_name["kl", "float32"]["worst_ulp_torch_formula"] is None
+
+
+def test_an_unwritable_path_is_found_before_the_work(tmp_path) -> None:
+    with pytest.raises(Exception, match="cannot write"):
+        check_command(tmp_path / "missing" / "check.json")
+
+
+def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with every floating answer 1.0001 times too large."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        if isinstance(found, Tensor):
+            return found * 1.0001
+        parts = [x * 1.0001 if isinstance(x, Tensor) and x.is_floating_point() else x for x in found]
+        return type(found)(*parts)
+
+    return call
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (ll, "token_stats"),
+        (ll, "pair_stats"),
+        (ll, "entropy"),
+        (ll, "kl"),
+        (ll, "js"),
+        (LF, "cross_entropy"),
+        (LF, "nll_loss"),
+        (LF, "kl_div"),
+        (LF, "binary_cross_entropy"),
+        (LF, "binary_cross_entropy_with_logits"),
+        (LF, "cosine_similarity"),
+        (LF, "cosine_embedding_loss"),
+    ],
+)
+def test_a_ten_thousandth_too_much_is_rejected(module, name, monkeypatch) -> None:
+    monkeypatch.setattr(module, name, scaled(getattr(module, name)))
+    assert exit_status() == 1
+
+
+def wide(logits: Tensor) -> Tensor:
+    return logits.double()
+
+
+MUTANTS: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
+    "KL as a cross-entropy less an entropy": (
+        ll,
+        "kl",
+        lambda p, q: (
+            (wide(p).softmax(-1) * (wide(p).log_softmax(-1) - wide(q).log_softmax(-1)).nan_to_num()).sum(-1).to(p.dtype)
+        ),
+    ),
+    "KL clamped at 0": (
+        ll,
+        "kl",
+        lambda p, q: (
+            torch.nn.functional.kl_div(
+                wide(q).log_softmax(-1), wide(p).log_softmax(-1), reduction="none", log_target=True
+            )
+            .nan_to_num()
+            .sum(-1)
+            .clamp(min=0)
+            .to(p.dtype)
+        ),
+    ),
+    "KL the wrong way round": (ll, "kl", lambda p, q, kl=ll.kl: kl(q, p)),
+    "KL in bits": (ll, "kl", lambda p, q, kl=ll.kl: kl(p, q) / math.log(2)),
+    "JS without its half": (ll, "js", lambda p, q, js=ll.js: 2 * js(p, q)),
+    "entropy in float32 by torch's formula": (
+        ll,
+        "entropy",
+        lambda z: torch.distributions.Categorical(logits=z).entropy(),
+    ),
+    "cross-entropy by torch": (LF, "cross_entropy", torch.nn.functional.cross_entropy),
+    "BCE with logits by torch": (
+        LF,
+        "binary_cross_entropy_with_logits",
+        torch.nn.functional.binary_cross_entropy_with_logits,
+    ),
+    "cosine by torch": (LF, "cosine_similarity", torch.nn.functional.cosine_similarity),
+    "target off by one": (
+        LF,
+        "cross_entropy",
+        lambda z, t, *args, ce=LF.cross_entropy, **kwargs: ce(
+            z, t if t.is_floating_point() else (t + 1) % z.shape[1], *args, **kwargs
+        ),
+    ),
+}
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_rejected(mutant, monkeypatch, capsys) -> None:
+    module, name, broken = MUTANTS[mutant]
+    monkeypatch.setattr(module, name, broken)
+    assert exit_status() == 1
+    assert "failed: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_the_few_rows_pass_when_nothing_is_broken() -> None:
+    assert exit_status() == 0
+
+
+def test_ulps_counts_spacings_of_the_result() -> None:
+    eps = 2.0**-23
+    assert ulps(1 + eps, mpmath.mpf(1), torch.float32) == 1
+    assert ulps(1 - eps / 2, mpmath.mpf(1), torch.float32) == 0.5
+    assert ulps(2 + 2 * eps, mpmath.mpf(2), torch.float32) == 1
+    assert ulps(0.0, mpmath.mpf(2) ** -149, torch.float32) == 1
+    assert ulps(math.inf, mp.inf, torch.float32) == 0
+    assert ulps(1e30, mp.inf, torch.float32) == math.inf
+    assert ulps(math.inf, mpmath.mpf(10) ** 5, torch.float16) == 0
+    assert ulps(math.nan, mpmath.mpf(1), torch.float32) == math.inf
+    assert ulps(1e-45, mpmath.mpf(0), torch.float32) == math.inf
+
+
+def test_truths_match_scipy_where_scipy_is_accurate() -> None:
+    special = pytest.importorskip("scipy.special")
+    generator = torch.Generator().manual_seed(7)
+    p, q = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(2))
+    with mp.workprec(_truth.BITS):
+        exact = _truth.Exact(_truth.Sample("", p, q, 3))
+        found = {
+            "kl": float(_truth.true_kl(exact).value),
+            "reverse": float(_truth.true_reverse_kl(exact).value),
+            "entropy": float(_truth.true_entropy(exact).value),
+            "nll": float(_truth.true_nll(exact).value),
+            "lse": float(_truth.true_lse(exact).value),
+        }
+    dense_p, dense_q = special.softmax(p.numpy()), special.softmax(q.numpy())
+    expected = {
+        "kl": special.rel_entr(dense_p, dense_q).sum(),
+        "reverse": special.rel_entr(dense_q, dense_p).sum(),
+        "entropy": special.entr(dense_p).sum(),
+        "nll": -math.log(dense_p[3]),
+        "lse": special.logsumexp(p.numpy()),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-13)
