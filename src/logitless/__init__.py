@@ -2,12 +2,15 @@
 
 from logitless import functional, nn
 from logitless._dispatch import BackendStatus, backends, explain
-from logitless.lazy import LazyLogits, linear
+from logitless.heads import LazyHead, lazy_head
+from logitless.lazy import LazyLogits, MaterializeWarning, linear
 from logitless.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
 
 __all__ = [
     "BackendStatus",
+    "LazyHead",
     "LazyLogits",
+    "MaterializeWarning",
     "PairStats",
     "TokenStats",
     "backends",
@@ -16,6 +19,7 @@ __all__ = [
     "functional",
     "js",
     "kl",
+    "lazy_head",
     "linear",
     "nn",
     "pair_stats",

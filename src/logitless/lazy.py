@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._precision import under_autocast
+
+# Logits up to this size are computed without a warning: a prompt's last row, a test's toy model.
+_SMALL_BYTES = 2**20
+
+
+class MaterializeWarning(UserWarning):
+    """An operation computed all the logits of LazyLogits; as an error, it proves that none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +70,21 @@ class HeadRows:
             grad_bias += grad_raw.sum(0, dtype=grad_bias.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyLogits:
     """The logits `softcap * tanh((hidden @ weight.T + bias) * scale / softcap)`, not computed.
 
-    Stands wherever logits of shape (..., classes) stand: in every function and module of logitless, and in
-    torch's own losses. Reshaping and slicing of the leading dimensions, casts and scaling by a number stay
-    lazy; any other torch function computes the logits, after one warning that names it.
+    Stands wherever logits stand: in every function and module of logitless, and in torch's own losses. Casts,
+    scaling by a number or a 0-d tensor, a tanh softcap, sums of two heads, and whatever moves or picks rows stay
+    lazy, as methods and as `torch.*` functions. `argmax`, `max`, `topk` and `logsumexp` over the classes, and
+    `gather` of a few of them, are computed without the logits. Anything else computes all the logits, after a
+    `MaterializeWarning` that says which operation did and where (logits of one row a sequence or of at most 1 MiB
+    need none). Nothing can be written into the logits.
+
+    The classes come last but after a transpose: `transpose(1, 2)` keeps them lazy for `cross_entropy`.
+
+    It is a plain object, which no C++ code can take for a tensor without data, and it says it is a `torch.Tensor`
+    to `isinstance`, as a proxy does: accelerate and transformers ask before they gather, pad or detach an output.
     """
 
     hidden: Tensor
@@ -76,11 +93,34 @@ class LazyLogits:
     scale: float | Tensor = 1.0
     softcap: float | None = None
     dtype_: torch.dtype | None = None
+    class_dim: int = -1
+
+    @property  # type: ignore[misc] # a proxy's class is read-only
+    def __class__(self) -> type:
+        """Return torch.Tensor, but to the compiler, which needs the truth to trace."""
+        return LazyLogits if torch.compiler.is_compiling() else Tensor
+
+    def _with(self, **changes: Any) -> LazyLogits:
+        """Return the same logits with other parts, cut from the graph where the grad mode says so."""
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return _made(LazyLogits(**{**parts, **changes}))
+
+    # What they would be
 
     @property
     def shape(self) -> torch.Size:
-        """The logits' shape, (..., classes)."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        """The logits' shape."""
+        leading = self.hidden.shape[:-1]
+        axis = self._axis
+        return torch.Size((*leading[:axis], self.weight.shape[0], *leading[axis:]))
+
+    @property
+    def _axis(self) -> int:
+        return self.class_dim % self.hidden.dim()
+
+    @property
+    def _last(self) -> bool:
+        return self._axis == self.hidden.dim() - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +134,7 @@ class LazyLogits:
 
     @property
     def num_classes(self) -> int:
-        """The size of the last dimension."""
+        """How many classes there are."""
         return self.weight.shape[0]
 
     @property
@@ -104,9 +144,19 @@ class LazyLogits:
         return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
 
     @property
+    def grad_fn(self) -> None:
+        """None: what the logits are made of has a graph, they do not."""
+        return
+
+    @property
     def ndim(self) -> int:
         """The number of dimensions."""
         return self.hidden.dim()
+
+    @property
+    def mT(self) -> LazyLogits | Tensor:  # noqa: N802 # torch's name
+        """The logits with their last two dimensions exchanged."""
+        return self.transpose(-1, -2)
 
     def dim(self) -> int:
         """Return the number of dimensions."""
@@ -120,12 +170,59 @@ class LazyLogits:
         """Return how many numbers the logits would be."""
         return self.shape.numel()
 
+    def element_size(self) -> int:
+        """Return how many bytes one logit would be."""
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_contiguous(self) -> bool:
+        """Return True: the logits, once computed, would be."""
+        return True
+
     def __len__(self) -> int:
         """Return the first size."""
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[LazyLogits | Tensor]:
+        """Iterate over the first dimension."""
+        return iter(self.unbind(0))
+
+    def __repr__(self) -> str:
+        """Say what the logits would be and what they are made of."""
+        parts = [
+            f"shape={tuple(self.shape)}",
+            f"dtype={self.dtype}",
+            f"hidden={tuple(self.hidden.shape)}",
+            f"weight={tuple(self.weight.shape)}",
+        ]
+        if self.bias is not None:
+            parts.append("bias=True")
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            parts.append(f"scale={self.scale.item() if isinstance(self.scale, Tensor) else self.scale}")
+        if self.softcap is not None:
+            parts.append(f"softcap={self.softcap}")
+        if self.device.type != "cpu":
+            parts.append(f"device='{self.device}'")
+        if self.requires_grad:
+            parts.append("requires_grad=True")
+        return f"LazyLogits({', '.join(parts)})"
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Copy and pickle as the parts."""
+        return LazyLogits, tuple(getattr(self, name) for name in _PARTS)
+
+    # What they are computed by
+
     def rows(self) -> HeadRows:
         """Return the logits as rows to be made tile by tile."""
+        if not self._last:
+            raise ValueError(
+                f"LazyLogits of shape {tuple(self.shape)} have their classes in dimension {self._axis}, not last: "
+                "use .movedim(1, -1), or cross_entropy, which takes them so"
+            )
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         scale = self.scale if isinstance(self.scale, Tensor) else None
         factor = 1.0 if isinstance(self.scale, Tensor) else float(self.scale)
@@ -134,107 +231,476 @@ class LazyLogits:
 
     def materialize(self) -> Tensor:
         """Return the logits as a tensor, all of them."""
-        rows = self.rows()
+        rows = self.classes_last().rows()
         logits = rows.activate(rows.raw(rows.tensors, 0, rows.rows), rows.tensors)
-        return logits.view(self.shape).to(self.dtype)
+        return logits.view(*self.hidden.shape[:-1], self.num_classes).to(self.dtype).movedim(-1, self._axis)
 
-    def reshape(self, *shape: Any) -> LazyLogits:
-        """Return the same logits with other leading dimensions; the last stays the classes."""
-        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if not sizes or sizes[-1] not in (self.num_classes, -1):
-            raise ValueError(
-                f"LazyLogits of shape {tuple(self.shape)} keep their classes last: cannot reshape to {tuple(sizes)}; "
-                "call .materialize() first"
+    def classes_last(self) -> LazyLogits:
+        """Return the logits with the classes moved to the last dimension."""
+        return self if self._last else self._with(class_dim=-1)
+
+    def _dense(self, operation: str) -> Tensor:
+        """Return the logits for an operation that needs them all, and say so unless they are small."""
+        one_row = self._last and self.dim() > 1 and self.shape[-2] == 1
+        if self.numel() * self.dtype.itemsize > _SMALL_BYTES and not one_row:
+            warnings.warn(
+                f"{operation} computes all the logits of LazyLogits with {self.num_classes} classes; "
+                "call .materialize() to say that this is meant",
+                MaterializeWarning,
+                stacklevel=_frames_to_caller(),
             )
-        if sizes[-1] == -1:
-            leading = sizes[:-1]
-            if torch.Size(leading).numel() != self.hidden.shape[:-1].numel():
-                raise ValueError(f"shape {tuple(sizes)} is invalid for LazyLogits of shape {tuple(self.shape)}")
-        return replace(self, hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+        return self.materialize()
 
-    def view(self, *shape: Any) -> LazyLogits:
+    def _per_row(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what a function of rows [rows, classes] gives, in the leading shape, made tile by tile."""
+        from logitless._tiles import fold_rows
+
+        dtype = self.dtype
+        outputs = fold_rows(lambda tile: function(tile.to(dtype)), [self.rows()])
+        return tuple(output.view(*self.hidden.shape[:-1], *output.shape[1:]) for output in outputs)
+
+    def _is_class_dim(self, dim: int | None) -> bool:
+        return dim is not None and dim % self.dim() == self._axis
+
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """Return the top class of each row without the logits, for the classes' dimension."""
+        if not self._is_class_dim(dim):
+            return self._dense("argmax").argmax(dim, keepdim)
+        (top,) = self.classes_last()._per_row(lambda tile: (tile.argmax(-1),))
+        return top.unsqueeze(self._axis) if keepdim else top
+
+    def max(self, dim: int | None = None, keepdim: bool = False) -> Any:
+        """Return the largest logit of each row and its class without the logits, for the classes' dimension."""
+        if not self._is_class_dim(dim):
+            return self._dense("max").max() if dim is None else self._dense("max").max(dim, keepdim)
+        values, indices = self.classes_last()._per_row(lambda tile: tuple(tile.max(-1)))
+        if keepdim:
+            values, indices = values.unsqueeze(self._axis), indices.unsqueeze(self._axis)
+        return torch.return_types.max((values, indices))
+
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        """Return the k largest logits of each row and their classes without the logits."""
+        if not self._last or not self._is_class_dim(dim):
+            return self._dense("topk").topk(k, dim, largest, sorted)
+        values, indices = self._per_row(lambda tile: tuple(tile.topk(k, -1, largest, sorted)))
+        return torch.return_types.topk((values, indices))
+
+    def logsumexp(self, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+        """Return the log-sum-exp of each row without the logits, for the classes' dimension."""
+        axis = dim[0] if isinstance(dim, tuple) and len(dim) == 1 else dim
+        if not isinstance(axis, int) or not self._is_class_dim(axis):
+            return self._dense("logsumexp").logsumexp(dim, keepdim)
+        (value,) = self.classes_last()._per_row(lambda tile: (tile.logsumexp(-1),))
+        return value.unsqueeze(self._axis) if keepdim else value
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        """Return the logits of the classes that `index` names, one product of vectors each."""
+        few = index.dim() == self.dim() and index.shape[-1] * self.hidden.shape[-1] <= self.num_classes
+        if not self._last or not self._is_class_dim(dim) or not few or index.shape[:-1] != self.shape[:-1]:
+            return self._dense("gather").gather(dim, index)
+        rows = self.rows()
+        flat = index.reshape(rows.rows, -1)
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        raw = (rows.tensors[0].unsqueeze(1).to(wide) * self.weight[flat].to(wide)).sum(-1).to(self.hidden.dtype)  # type: ignore[union-attr] # a head's first tensor is its hidden
+        if self.bias is not None:
+            raw = raw + self.bias[flat]
+        return rows.activate(raw, rows.tensors).to(self.dtype).view(index.shape)
+
+    # What moves or picks rows
+
+    def reshape(self, *shape: Any) -> LazyLogits | Tensor:
         """Return the same logits with other leading dimensions."""
+        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        leading = self.hidden.shape[:-1]
+        if not self._last or not sizes or not all(isinstance(size, int) for size in sizes):
+            return self._dense("reshape").reshape(*shape)
+        same_rows = torch.Size(sizes[:-1]).numel() == leading.numel()
+        if sizes[-1] != self.num_classes and not (sizes[-1] == -1 and same_rows):
+            return self._dense("reshape").reshape(*shape)
+        if -1 not in sizes[:-1] and not same_rows:
+            raise RuntimeError(f"shape '{list(sizes)}' is invalid for LazyLogits of shape {tuple(self.shape)}")
+        return self._with(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+
+    def view(self, *shape: Any) -> LazyLogits | Tensor:
+        """Return the same logits with other leading dimensions."""
+        if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+            return self._dense("view").view(shape[0])
         return self.reshape(*shape)
 
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> LazyLogits:
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> LazyLogits | Tensor:
         """Return the logits with the leading dimensions from start_dim to end_dim joined."""
-        last = end_dim % self.dim()
-        if last == self.dim() - 1:
-            raise ValueError("LazyLogits keep their classes last: flatten(0, -2) joins the rows")
-        return replace(self, hidden=self.hidden.flatten(start_dim, last))
+        first, last = start_dim % self.dim(), end_dim % self.dim()
+        if first == last:
+            return self
+        if not self._last or last == self.dim() - 1:
+            return self._dense("flatten").flatten(start_dim, end_dim)
+        return self._with(hidden=self.hidden.flatten(first, last))
+
+    def squeeze(self, dim: int | tuple[int, ...] | None = None) -> LazyLogits | Tensor:
+        """Return the logits without leading dimensions of size 1."""
+        dims = range(self.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+        gone = tuple(at % self.dim() for at in dims if self.shape[at] == 1)
+        if not gone:
+            return self
+        if not self._last or self._axis in gone:
+            return self._dense("squeeze").squeeze(gone)
+        return self._with(hidden=self.hidden.squeeze(gone))
+
+    def unsqueeze(self, dim: int) -> LazyLogits | Tensor:
+        """Return the logits with a leading dimension of size 1 more."""
+        at = dim % (self.dim() + 1)
+        if not self._last or at == self.dim():
+            return self._dense("unsqueeze").unsqueeze(dim)
+        return self._with(hidden=self.hidden.unsqueeze(at))
+
+    def permute(self, *dims: Any) -> LazyLogits:
+        """Return the logits with their dimensions in another order."""
+        given = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        order = [at % self.dim() for at in given]
+        if sorted(order) != list(range(self.dim())):
+            raise RuntimeError(f"permute: {tuple(given)} does not order the dimensions of {tuple(self.shape)}")
+        leading = [at - (at > self._axis) for at in order if at != self._axis]
+        hidden = self.hidden.permute(*leading, self.dim() - 1)
+        return self._with(hidden=hidden, class_dim=order.index(self._axis))
+
+    def transpose(self, dim0: int, dim1: int) -> LazyLogits:
+        """Return the logits with two dimensions exchanged."""
+        order = list(range(self.dim()))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return self.permute(order)
+
+    swapaxes = transpose
+    swapdims = transpose
+
+    def movedim(self, source: int, destination: int) -> LazyLogits:
+        """Return the logits with one dimension moved."""
+        order = list(range(self.dim()))
+        moved = order.pop(source % self.dim())
+        order.insert(destination % self.dim(), moved)
+        return self.permute(order)
+
+    def unbind(self, dim: int = 0) -> tuple[LazyLogits | Tensor, ...]:
+        """Return the slices along a leading dimension."""
+        return self._along("unbind", dim)
+
+    def split(self, split_size: int | list[int], dim: int = 0) -> tuple[LazyLogits | Tensor, ...]:
+        """Return pieces along a leading dimension."""
+        return self._along("split", dim, split_size)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[LazyLogits | Tensor, ...]:
+        """Return a number of pieces along a leading dimension."""
+        return self._along("chunk", dim, chunks)
+
+    def _along(self, name: str, dim: int, *args: Any) -> tuple[LazyLogits | Tensor, ...]:
+        if not self._last or self._is_class_dim(dim):
+            pieces: tuple[Tensor, ...] = getattr(self._dense(name), name)(*args, dim=dim)
+            return pieces
+        return tuple(self._with(hidden=part) for part in getattr(self.hidden, name)(*args, dim=dim % self.dim()))
+
+    def select(self, dim: int, index: int) -> LazyLogits | Tensor:
+        """Return one slice along a dimension."""
+        return self[(slice(None),) * (dim % self.dim()) + (index,)]
+
+    def narrow(self, dim: int, start: int, length: int) -> LazyLogits | Tensor:
+        """Return a range along a dimension."""
+        first = start % self.shape[dim] if start < 0 else start
+        if first + length > self.shape[dim]:
+            raise RuntimeError(f"narrow: {first} + {length} exceeds dimension size {self.shape[dim]}")
+        return self[(slice(None),) * (dim % self.dim()) + (slice(first, first + length),)]
+
+    def index_select(self, dim: int, index: Tensor) -> LazyLogits | Tensor:
+        """Return the slices along a dimension that `index` names."""
+        return self[(slice(None),) * (dim % self.dim()) + (index,)]
+
+    def __getitem__(self, index: Any) -> LazyLogits | Tensor:
+        """Return some rows, and of them all classes or a range; both stay lazy."""
+        items = index if isinstance(index, tuple) else (index,)
+        reach = [_reach(item) for item in items]
+        if not self._last or sum(reach) > self.dim():
+            return self._dense("indexing")[index]
+        at = next((place for place, item in enumerate(items) if item is Ellipsis), len(items))
+        items = (*items[:at], *(slice(None),) * (self.dim() - sum(reach)), *items[at + 1 :])
+        *leading, classes = items
+        if not isinstance(classes, slice) or classes.step not in (None, 1):
+            return self._dense("indexing the classes")[index]
+        hidden = self.hidden[(*leading, slice(None))]
+        if classes.indices(self.num_classes) == (0, self.num_classes, 1):
+            return self._with(hidden=hidden)
+        bias = None if self.bias is None else self.bias[classes]
+        return self._with(hidden=hidden, weight=self.weight[classes], bias=bias)
+
+    # Casts and arithmetic
 
     def contiguous(self) -> LazyLogits:
         """Return the same logits."""
         return self
 
+    def clone(self) -> LazyLogits:
+        """Return the same logits: nothing can be written into them."""
+        return self
+
     def detach(self) -> LazyLogits:
         """Return the logits cut from the graph of everything they are made of."""
-        return replace(
-            self,
-            hidden=self.hidden.detach(),
-            weight=self.weight.detach(),
-            bias=None if self.bias is None else self.bias.detach(),
-            scale=self.scale.detach() if isinstance(self.scale, Tensor) else self.scale,
-        )
+        with torch.no_grad():
+            return self._with()
 
     def float(self) -> LazyLogits:
         """Return the logits as float32."""
-        return replace(self, dtype_=torch.float32)
+        return self._with(dtype_=torch.float32)
 
-    def to(self, dtype: torch.dtype) -> LazyLogits:
-        """Return the logits in another floating dtype."""
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"LazyLogits.to takes a floating dtype, got {dtype!r}; call .materialize() first")
-        return replace(self, dtype_=dtype)
+    def double(self) -> LazyLogits:
+        """Return the logits as float64."""
+        return self._with(dtype_=torch.float64)
 
-    def __getitem__(self, index: Any) -> LazyLogits | Tensor:
-        """Return some of the rows; an index into the classes computes the logits of those classes only."""
-        items = index if isinstance(index, tuple) else (index,)
-        reach = sum(1 for item in items if item is not None and item is not Ellipsis)
-        if Ellipsis in [item if isinstance(item, type(Ellipsis)) else None for item in items] or reach >= self.dim():
-            return self._materialize_for("indexing of the classes")[index]
-        return replace(self, hidden=self.hidden[index])
+    def half(self) -> LazyLogits:
+        """Return the logits as float16."""
+        return self._with(dtype_=torch.float16)
 
-    def __mul__(self, factor: object) -> LazyLogits | Tensor:
-        """Return the logits scaled by a number."""
-        if isinstance(factor, (int, float)) and self.softcap is None:
-            return replace(self, scale=self.scale * factor)
-        return self._materialize_for("mul") * factor  # type: ignore[operator] # torch decides
+    def bfloat16(self) -> LazyLogits:
+        """Return the logits as bfloat16."""
+        return self._with(dtype_=torch.bfloat16)
 
-    __rmul__ = __mul__
+    def to(self, *args: Any, **kwargs: Any) -> LazyLogits | Tensor:
+        """Return the logits in another floating dtype; on another device they are computed first."""
+        dtype, device = kwargs.get("dtype"), kwargs.get("device")
+        for given in (*args, kwargs.get("other")):
+            if isinstance(given, torch.dtype):
+                dtype = given
+            elif isinstance(given, (torch.device, str, int)) and not isinstance(given, bool):
+                device = given
+            elif isinstance(given, Tensor):
+                dtype, device = given.dtype, given.device
+        place = self.device if device is None else torch.device(device)
+        here = place.type == self.device.type and place.index in (None, self.device.index)
+        if not here or (dtype is not None and not dtype.is_floating_point):
+            return self._dense("to").to(*args, **kwargs)
+        return self if dtype in (None, self.dtype) else self._with(dtype_=dtype)
 
-    def __truediv__(self, divisor: object) -> LazyLogits | Tensor:
-        """Return the logits divided by a number, such as a temperature."""
-        if isinstance(divisor, (int, float)) and self.softcap is None:
-            return replace(self, scale=self.scale / divisor)
-        return self._materialize_for("div") / divisor  # type: ignore[operator] # torch decides
+    def type_as(self, other: Tensor) -> LazyLogits | Tensor:
+        """Return the logits in another tensor's dtype."""
+        return self.to(other.dtype)
 
-    def _materialize_for(self, name: str) -> Tensor:
-        size = self.numel() * self.dtype.itemsize
-        caller = sys._getframe(2)
-        warnings.warn(
-            f"{name} at {caller.f_code.co_filename}:{caller.f_lineno} computes all the logits of LazyLogits "
-            f"{tuple(self.shape)} ({size / 2**20:.1f} MiB); call .materialize() to say that this is meant",
-            stacklevel=3,
-        )
-        return self.materialize()
+    def mul(self, other: Any) -> LazyLogits | Tensor:
+        """Return the logits scaled by a number or a 0-d tensor that gradients may flow to."""
+        scaled = self._scaled(other)
+        return self._dense("mul") * other if scaled is None else scaled
+
+    def div(self, other: Any, *, rounding_mode: str | None = None) -> LazyLogits | Tensor:
+        """Return the logits divided by a number or a 0-d tensor, such as a temperature."""
+        scaled = None
+        if rounding_mode is None:
+            if isinstance(other, Real):
+                scaled = self._scaled(1 / float(other)) if other != 0 else None
+            elif isinstance(other, Tensor) and other.numel() == 1:
+                scaled = self._scaled(other.reciprocal())
+        return self._dense("div").div(other, rounding_mode=rounding_mode) if scaled is None else scaled
+
+    def _scaled(self, factor: Any) -> LazyLogits | None:
+        """Return the logits times a factor, or None where that is no head's logits."""
+        if isinstance(factor, Tensor) and not isinstance(factor, LazyLogits):
+            fits = factor.numel() == 1 and factor.dim() <= self.dim() and factor.dtype.is_floating_point
+            return self._with(scale=self.scale * factor.reshape(())) if fits and self.softcap is None else None
+        if not isinstance(factor, Real) or not isfinite(factor):
+            return None
+        if self.softcap is None:
+            return self._with(scale=self.scale * float(factor))
+        # m c tanh(s x / c) is a softcap of |m| c over the scale m s.
+        if factor == 0:
+            return self._with(scale=0.0, softcap=None)
+        return self._with(scale=self.scale * float(factor), softcap=self.softcap * abs(float(factor)))
+
+    def tanh(self) -> LazyLogits | Tensor:
+        """Return the hyperbolic tangent: a softcap of 1, which a later factor raises."""
+        return self._with(softcap=1.0) if self.softcap is None else self._dense("tanh").tanh()
+
+    def neg(self) -> LazyLogits | Tensor:
+        """Return the logits with the other sign."""
+        return self.mul(-1.0)
+
+    def add(self, other: Any, *, alpha: Any = 1) -> LazyLogits | Tensor:
+        """Return the sum with another head's logits (an adapter's), or with one number a class."""
+        total = self._sum(other) if alpha == 1 else None
+        return self._dense("add").add(other, alpha=alpha) if total is None else total
+
+    def _sum(self, other: Any) -> LazyLogits | None:
+        """Return the sum as one head's logits: of both heads' features side by side; None where it is none."""
+        if self.softcap is not None or not self._last:
+            return None
+        if isinstance(other, LazyLogits):
+            return _side_by_side(self, other)
+        a_bias = isinstance(other, Tensor) and other.shape[-1:].numel() == other.numel() == self.num_classes
+        plain = isinstance(self.scale, float) and self.scale == 1.0
+        if not a_bias or not plain or other.dim() > self.dim() or other.dtype != self.weight.dtype:
+            return None
+        bias = other.reshape(-1)
+        return self._with(bias=bias if self.bias is None else self.bias + bias)
+
+    def sub(self, other: Any, *, alpha: Any = 1) -> LazyLogits | Tensor:
+        """Return the difference to another head's logits."""
+        negative = other._scaled(-1.0) if isinstance(other, LazyLogits) and alpha == 1 else None
+        total = None if negative is None else self._sum(negative)
+        return self._dense("sub").sub(other, alpha=alpha) if total is None else total
+
+    __mul__ = __rmul__ = mul
+    __truediv__ = div
+    __add__ = __radd__ = add
+    __sub__ = sub
+    __neg__ = neg
+    __hash__ = object.__hash__
+    multiply = mul
+    divide = true_divide = div
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Raise: there is no memory to write to."""
+        raise TypeError("LazyLogits cannot be written into: call .materialize() first")
+
+    # Everything else a tensor can do
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return the logits as a numpy array."""
+        return self._dense("numpy").__array__(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a tensor has under this name, by way of the logits."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"LazyLogits have no attribute {name!r}")
+        if name in ("retain_grad", "register_hook") or (name.endswith("_") and not name.endswith("__")):
+            raise TypeError(f"{name}: LazyLogits have no memory to change; call .materialize() first")
+        if name.startswith("new_"):
+            return getattr(torch.empty((), dtype=self.dtype, device=self.device), name)
+        if not callable(getattr(Tensor, name)):
+            told = getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+            return getattr(self._dense(name), name) if isinstance(told, Tensor) else told
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self._dense(name), name)(*args, **kwargs)
+
+        return method
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Send torch's losses to the functions of the same name here; compute the logits for anything else."""
-        from logitless import functional
+        """Send torch's losses to the functions of the same name here, and the rest to the methods above."""
+        kwargs = dict(kwargs or {})
+        name = func.__name__
+        if func in (F.cross_entropy, F.binary_cross_entropy_with_logits):
+            from logitless import functional
 
-        if getattr(F, getattr(func, "__name__", ""), None) is func and func.__name__ in functional.__all__:
-            return getattr(functional, func.__name__)(*args, **(kwargs or {}))
+            return getattr(functional, name)(*args, **kwargs)
+        if name in ("cat", "concat", "concatenate"):
+            joined = _joined(*args, **kwargs)
+            if joined is not None:
+                return joined
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        if name in _COMMUTATIVE and args and not isinstance(args[0], LazyLogits):
+            args = (args[1], args[0], *args[2:])
+        if name in _LAZY_METHODS and args and isinstance(args[0], LazyLogits):
+            return getattr(LazyLogits, name)(*args, **kwargs)
 
         def dense(value: Any) -> Any:
             if isinstance(value, LazyLogits):
-                return value._materialize_for(getattr(func, "__name__", repr(func)))
+                return value._dense(name)
             return type(value)(map(dense, value)) if type(value) in (list, tuple) else value
 
-        return func(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
+        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+_PARTS = tuple(field.name for field in fields(LazyLogits))
+_COMMUTATIVE = ("mul", "multiply", "add")
+_LAZY_METHODS = frozenset(
+    name for name, value in vars(LazyLogits).items() if not name.startswith("_") and callable(value)
+) & frozenset(dir(Tensor))
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: LazyLogits, *args: Any) -> Any:
+        return getattr(self._dense(name.strip("_")), name)(*args)
+
+    operate.__doc__ = f"Return the tensor's `{name}`, by way of the logits."
+    operate.__name__ = name
+    return operate
+
+
+for _name in (
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__abs__", "__bool__", "__float__", "__int__"),
+    *("__rsub__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__pow__", "__rpow__"),
+    *("__matmul__", "__rmatmul__"),
+):
+    setattr(LazyLogits, _name, _operator(_name))
+
+
+def _made(logits: LazyLogits) -> LazyLogits:
+    """Return logits as the grad mode has them: made under no_grad, they have no graph, as a tensor has none."""
+    if torch.is_grad_enabled() or not logits.requires_grad:
+        return logits
+    return LazyLogits(
+        logits.hidden.detach(),
+        logits.weight.detach(),
+        None if logits.bias is None else logits.bias.detach(),
+        logits.scale.detach() if isinstance(logits.scale, Tensor) else logits.scale,
+        logits.softcap,
+        logits.dtype_,
+        logits.class_dim,
+    )
+
+
+def _reach(item: Any) -> int:
+    """Return how many dimensions an item of an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, Tensor) and item.dtype == torch.bool:
+        return item.dim()
+    return 1
+
+
+def _side_by_side(first: LazyLogits, second: LazyLogits) -> LazyLogits | None:
+    """Return the sum of two heads' logits as one head over the features of both."""
+    if first.shape != second.shape or second.softcap is not None or not second._last:
+        return None
+    dtype = torch.promote_types(first.hidden.dtype, second.hidden.dtype)
+    hidden, weight, bias = [], [], None
+    for head in (first, second):
+        plain = isinstance(head.scale, float) and head.scale == 1.0
+        hidden.append(head.hidden.to(dtype) if plain else head.hidden.to(dtype) * head.scale)
+        weight.append(head.weight.to(dtype))
+        if head.bias is not None:
+            part = head.bias.to(dtype) * head.scale
+            bias = part if bias is None else bias + part
+    return first._with(
+        hidden=torch.cat(hidden, -1),
+        weight=torch.cat(weight, -1),
+        bias=bias,
+        scale=1.0,
+        dtype_=torch.promote_types(first.dtype, second.dtype),
+    )
+
+
+def _joined(tensors: Sequence[Any], dim: int = 0) -> LazyLogits | None:
+    """Return one head's logits joined along a leading dimension; None where they are not one head's."""
+    first = tensors[0]
+    for other in tensors:
+        if not isinstance(other, LazyLogits) or not other._last or other._is_class_dim(dim):
+            return None
+        same = all(getattr(other, part) is getattr(first, part) for part in ("weight", "bias"))
+        numbers = not isinstance(first.scale, Tensor) and not isinstance(other.scale, Tensor)
+        same_scale = other.scale == first.scale if numbers else other.scale is first.scale
+        if not same or not same_scale or (other.softcap, other.dtype) != (first.softcap, first.dtype):
+            return None
+    hidden = torch.cat([other.hidden for other in tensors], dim % first.dim())
+    joined: LazyLogits = first._with(hidden=hidden)
+    return joined
+
+
+def _frames_to_caller() -> int:
+    """Return the `stacklevel` of the first frame outside logitless and torch."""
+    if torch.compiler.is_compiling():
+        return 2
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("logitless", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def linear(
@@ -292,4 +758,4 @@ def linear(
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         dtypes = [str(t.dtype) for t in (hidden, weight, bias) if t is not None]
         raise ValueError(f"linear: hidden, weight and bias must share one dtype, got {', '.join(dtypes)}")
-    return LazyLogits(hidden, weight, bias, scale, softcap)
+    return _made(LazyLogits(hidden, weight, bias, scale, softcap))
