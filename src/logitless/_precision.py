@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,9 +56,10 @@ def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
     return Precision(compute, result)
 
 
-def no_autocast(tensor: HasDtype) -> torch.autocast:
+def no_autocast(tensor: HasDtype) -> AbstractContextManager[object]:
     """Return a context in which operations keep the dtypes they are given."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_input(name: str, input: object, target: object) -> None:

@@ -9,17 +9,19 @@ plain call, on all rows at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from logitless._precision import no_autocast
 from logitless._transforms import transform_reason
 
 DEFAULT_MAX_BYTES = 128 * 2**20
-# How many tile-sized tensors the reference row functions and their backward hold at once, at most.
-_LIVE_TILES = 8
+# How many tile-sized tensors a source costs the reference row functions and their backward at once, at most.
+_LIVE_TILES = 16
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -177,7 +179,7 @@ class _Fold(torch.autograd.Function):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        with _no_autocast(tensors):
+        with _autocast_off(tensors):
             tiles = [plan.call(tensors, start, stop) for start, stop in plan.tiles()]
         outputs = tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
         ctx.mark_non_differentiable(*(output for output in outputs if not output.dtype.is_floating_point))
@@ -188,15 +190,14 @@ class _Fold(torch.autograd.Function):
         plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if all(grad is None for grad in grad_outputs):
             return (None,) * (1 + len(tensors))
-        with _no_autocast(tensors):
+        with _autocast_off(tensors):
             if torch.is_grad_enabled() or transform_reason(*grad_outputs) is not None:
                 return (None, *_differentiable_backward(plan, tensors, needed, grad_outputs))
             return (None, *_tiled_backward(plan, tensors, needed, grad_outputs))
 
 
-def _no_autocast(tensors: Sequence[Tensor | None]) -> torch.autocast:
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    return torch.autocast(device, enabled=False)
+def _autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[object]:
+    return no_autocast(next(tensor for tensor in tensors if tensor is not None))
 
 
 def _differentiable_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from logitless import _dispatch
@@ -68,6 +69,7 @@ def kl_div(
             raise RuntimeError(f"kl_div: Integral inputs not supported, got {tensor.dtype}")
     check_input("kl_div", input, target)
     if input.shape != target.shape:
+        torch.broadcast_shapes(input.shape, target.shape)
         warnings.warn(
             f"kl_div: input {tuple(input.shape)} and target {tuple(target.shape)} differ and are broadcast, as in "
             "torch; expand one of them if that is meant",

@@ -340,7 +340,11 @@ class CosineSimilarity(torch.nn.CosineSimilarity):
         return _extra_repr(backend=self.backend)
 
 
-class LinearCrossEntropyLoss(_WeightedLoss):
+# torch has the class from 2.13 on; before that there is nothing for isinstance to find.
+_LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc,valid-type] # the base depends on torch
     """`logitless.functional.linear_cross_entropy` as a module that holds the head.
 
     Equals `torch.nn.LinearCrossEntropyLoss(in_features, num_classes, ...)(input, target)`, with its parameters' names
@@ -382,7 +386,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if label_smoothing < 0 or label_smoothing > 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
-        super().__init__(weight=weight, size_average=None, reduce=None, reduction=reduction)
+        _WeightedLoss.__init__(self, weight=weight, size_average=None, reduce=None, reduction=reduction)
         check_normalizer(normalizer, reduction)
         check_empty(empty)
         self.num_classes = num_classes
