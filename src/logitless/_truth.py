@@ -92,6 +92,10 @@ def samples(dtype: torch.dtype, *, seed: int = 0) -> Iterator[Sample]:
         for name, distance in (("near", 2e-5), ("close", 0.03), ("related", 0.2)):
             p = normal(classes) * 5
             yield sample(f"{name} pair, {classes} classes", p, p + distance * normal(classes))
+    for number in range(20):
+        # Where exp(d) - 1 - d is 1e-3 of its parts: no longer for a short series, not yet for subtraction.
+        p = normal(5)
+        yield sample(f"close pair {number}, 5 classes", p, p + 0.05 * normal(5))
     mask = torch.rand(1000, generator=generator) < 0.3
     other = torch.rand(1000, generator=generator) < 0.3
     mask[0] = other[0] = False
