@@ -2,8 +2,9 @@
 
 from logitless import functional, nn
 from logitless._dispatch import BackendStatus, backends, explain
+from logitless._proxy import MaterializeWarning
 from logitless.heads import LazyHead, lazy_head
-from logitless.lazy import LazyLogits, MaterializeWarning, linear
+from logitless.lazy import LazyLogits, linear
 from logitless.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
 
 __all__ = [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from numbers import Real
@@ -15,13 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._precision import under_autocast
-
-# Logits up to this size are computed without a warning: a prompt's last row, a test's toy model.
-_SMALL_BYTES = 2**20
-
-
-class MaterializeWarning(UserWarning):
-    """An operation computed all the logits of LazyLogits; as an error, it proves that none did."""
+from logitless._proxy import TensorProxy
+from logitless._transforms import transform_reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +64,7 @@ class HeadRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class LazyLogits:
+class LazyLogits(TensorProxy):
     """The logits `softcap * tanh((hidden @ weight.T + bias) * scale / softcap)`, not computed.
 
     Stands wherever logits stand: in every function and module of logitless, and in torch's own losses. Casts,
@@ -81,10 +74,9 @@ class LazyLogits:
     `MaterializeWarning` that says which operation did and where (logits of one row a sequence or of at most 1 MiB
     need none). Nothing can be written into the logits.
 
-    The classes come last but after a transpose: `transpose(1, 2)` keeps them lazy for `cross_entropy`.
-
-    It is a plain object, which no C++ code can take for a tensor without data, and it says it is a `torch.Tensor`
-    to `isinstance`, as a proxy does: accelerate and transformers ask before they gather, pad or detach an output.
+    The classes come last but after a transpose: `transpose(1, 2)` keeps them lazy for `cross_entropy`. Made under
+    `no_grad`, the logits have no graph, as a tensor has none. A hidden state or weight changed in place since (an
+    optimiser's step) raises, as autograd does.
     """
 
     hidden: Tensor
@@ -94,16 +86,20 @@ class LazyLogits:
     softcap: float | None = None
     dtype_: torch.dtype | None = None
     class_dim: int = -1
-
-    @property  # type: ignore[misc] # a proxy's class is read-only
-    def __class__(self) -> type:
-        """Return torch.Tensor, but to the compiler, which needs the truth to trace."""
-        return LazyLogits if torch.compiler.is_compiling() else Tensor
+    versions: tuple[int, ...] | None = None
 
     def _with(self, **changes: Any) -> LazyLogits:
         """Return the same logits with other parts, cut from the graph where the grad mode says so."""
+        self._check_unchanged()
         parts = {name: getattr(self, name) for name in _PARTS}
         return _made(LazyLogits(**{**parts, **changes}))
+
+    def _check_unchanged(self) -> None:
+        if self.versions is not None and self.versions != _versions(self):
+            raise RuntimeError(
+                "the hidden states or the head of LazyLogits were modified in place since these logits were made: use "
+                "them before the optimiser's step, or call .materialize() before it"
+            )
 
     # What they would be
 
@@ -144,51 +140,14 @@ class LazyLogits:
         return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
 
     @property
-    def grad_fn(self) -> None:
-        """None: what the logits are made of has a graph, they do not."""
-        return
-
-    @property
-    def ndim(self) -> int:
-        """The number of dimensions."""
-        return self.hidden.dim()
+    def is_leaf(self) -> bool:
+        """Whether no graph leads here."""
+        return not self.requires_grad
 
     @property
     def mT(self) -> LazyLogits | Tensor:  # noqa: N802 # torch's name
         """The logits with their last two dimensions exchanged."""
         return self.transpose(-1, -2)
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return self.hidden.dim()
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """Return the shape, or one size of it."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        """Return how many numbers the logits would be."""
-        return self.shape.numel()
-
-    def element_size(self) -> int:
-        """Return how many bytes one logit would be."""
-        return self.dtype.itemsize
-
-    def is_floating_point(self) -> bool:
-        """Return True."""
-        return True
-
-    def is_contiguous(self) -> bool:
-        """Return True: the logits, once computed, would be."""
-        return True
-
-    def __len__(self) -> int:
-        """Return the first size."""
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[LazyLogits | Tensor]:
-        """Iterate over the first dimension."""
-        return iter(self.unbind(0))
 
     def __repr__(self) -> str:
         """Say what the logits would be and what they are made of."""
@@ -223,6 +182,7 @@ class LazyLogits:
                 f"LazyLogits of shape {tuple(self.shape)} have their classes in dimension {self._axis}, not last: "
                 "use .movedim(1, -1), or cross_entropy, which takes them so"
             )
+        self._check_unchanged()
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         scale = self.scale if isinstance(self.scale, Tensor) else None
         factor = 1.0 if isinstance(self.scale, Tensor) else float(self.scale)
@@ -239,18 +199,6 @@ class LazyLogits:
         """Return the logits with the classes moved to the last dimension."""
         return self if self._last else self._with(class_dim=-1)
 
-    def _dense(self, operation: str) -> Tensor:
-        """Return the logits for an operation that needs them all, and say so unless they are small."""
-        one_row = self._last and self.dim() > 1 and self.shape[-2] == 1
-        if self.numel() * self.dtype.itemsize > _SMALL_BYTES and not one_row:
-            warnings.warn(
-                f"{operation} computes all the logits of LazyLogits with {self.num_classes} classes; "
-                "call .materialize() to say that this is meant",
-                MaterializeWarning,
-                stacklevel=_frames_to_caller(),
-            )
-        return self.materialize()
-
     def _per_row(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return what a function of rows [rows, classes] gives, in the leading shape, made tile by tile."""
         from logitless._tiles import fold_rows
@@ -258,6 +206,18 @@ class LazyLogits:
         dtype = self.dtype
         outputs = fold_rows(lambda tile: function(tile.to(dtype)), [self.rows()])
         return tuple(output.view(*self.hidden.shape[:-1], *output.shape[1:]) for output in outputs)
+
+    def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
+        """Return the log-probabilities, lazy too: `gather` and `sum` over the classes do not compute them all.
+
+        `_stacklevel` is what `F.log_softmax` passes on.
+        """
+        from logitless.log_probs import LazyLogProbs
+
+        if not self._last or not self._is_class_dim(dim):
+            return F.log_softmax(self._dense("log_softmax"), dim, _stacklevel, dtype)
+        logits = self if dtype is None else self.to(dtype)
+        return LazyLogProbs(logits) if isinstance(logits, LazyLogits) else logits.log_softmax(-1)
 
     def _is_class_dim(self, dim: int | None) -> bool:
         return dim is not None and dim % self.dim() == self._axis
@@ -431,9 +391,17 @@ class LazyLogits:
 
     # Casts and arithmetic
 
-    def contiguous(self) -> LazyLogits:
+    def contiguous(self, *, memory_format: torch.memory_format = torch.contiguous_format) -> LazyLogits:
         """Return the same logits."""
         return self
+
+    def atleast_1d(self) -> LazyLogits:
+        """Return the same logits."""
+        return self
+
+    def cpu(self) -> LazyLogits | Tensor:
+        """Return the same logits, computed if they are on another device."""
+        return self.to("cpu")
 
     def clone(self) -> LazyLogits:
         """Return the same logits: nothing can be written into them."""
@@ -550,100 +518,53 @@ class LazyLogits:
     multiply = mul
     divide = true_divide = div
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """Raise: there is no memory to write to."""
-        raise TypeError("LazyLogits cannot be written into: call .materialize() first")
-
-    # Everything else a tensor can do
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """Return the logits as a numpy array."""
-        return self._dense("numpy").__array__(dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what a tensor has under this name, by way of the logits."""
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"LazyLogits have no attribute {name!r}")
-        if name in ("retain_grad", "register_hook") or (name.endswith("_") and not name.endswith("__")):
-            raise TypeError(f"{name}: LazyLogits have no memory to change; call .materialize() first")
-        if name.startswith("new_"):
-            return getattr(torch.empty((), dtype=self.dtype, device=self.device), name)
-        if not callable(getattr(Tensor, name)):
-            told = getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
-            return getattr(self._dense(name), name) if isinstance(told, Tensor) else told
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return getattr(self._dense(name), name)(*args, **kwargs)
-
-        return method
-
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Send torch's losses to the functions of the same name here, and the rest to the methods above."""
-        kwargs = dict(kwargs or {})
-        name = func.__name__
+        """Send torch's losses to the functions of the same name here, and joins of one head's logits to one."""
+        kwargs = kwargs or {}
         if func in (F.cross_entropy, F.binary_cross_entropy_with_logits):
             from logitless import functional
 
-            return getattr(functional, name)(*args, **kwargs)
-        if name in ("cat", "concat", "concatenate"):
+            return getattr(functional, func.__name__)(*args, **kwargs)
+        if func in (torch.cat, torch.concat, torch.concatenate):
             joined = _joined(*args, **kwargs)
             if joined is not None:
                 return joined
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
-        if name in _COMMUTATIVE and args and not isinstance(args[0], LazyLogits):
-            args = (args[1], args[0], *args[2:])
-        if name in _LAZY_METHODS and args and isinstance(args[0], LazyLogits):
-            return getattr(LazyLogits, name)(*args, **kwargs)
-
-        def dense(value: Any) -> Any:
-            if isinstance(value, LazyLogits):
-                return value._dense(name)
-            return type(value)(map(dense, value)) if type(value) in (list, tuple) else value
-
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        return TensorProxy.__torch_function__(func, types, args, kwargs)
 
 
 _PARTS = tuple(field.name for field in fields(LazyLogits))
-_COMMUTATIVE = ("mul", "multiply", "add")
-_LAZY_METHODS = frozenset(
-    name for name, value in vars(LazyLogits).items() if not name.startswith("_") and callable(value)
-) & frozenset(dir(Tensor))
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def operate(self: LazyLogits, *args: Any) -> Any:
-        return getattr(self._dense(name.strip("_")), name)(*args)
-
-    operate.__doc__ = f"Return the tensor's `{name}`, by way of the logits."
-    operate.__name__ = name
-    return operate
-
-
-for _name in (
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__abs__", "__bool__", "__float__", "__int__"),
-    *("__rsub__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__pow__", "__rpow__"),
-    *("__matmul__", "__rmatmul__"),
-):
-    setattr(LazyLogits, _name, _operator(_name))
 
 
 def _made(logits: LazyLogits) -> LazyLogits:
     """Return logits as the grad mode has them: made under no_grad, they have no graph, as a tensor has none."""
-    if torch.is_grad_enabled() or not logits.requires_grad:
-        return logits
-    return LazyLogits(
-        logits.hidden.detach(),
-        logits.weight.detach(),
-        None if logits.bias is None else logits.bias.detach(),
-        logits.scale.detach() if isinstance(logits.scale, Tensor) else logits.scale,
-        logits.softcap,
-        logits.dtype_,
-        logits.class_dim,
-    )
+    hidden, weight, bias, scale = logits.hidden, logits.weight, logits.bias, logits.scale
+    if logits.requires_grad and not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
+    settings = (logits.softcap, logits.dtype_, logits.class_dim)
+    return LazyLogits(hidden, weight, bias, scale, *settings, _versions(logits))
+
+
+_PARTS = tuple(field.name for field in fields(LazyLogits))
+
+
+def _versions(logits: LazyLogits) -> tuple[int, ...] | None:
+    """Return how often each part was written to; None where torch does not count."""
+    parts = [part for part in (logits.hidden, logits.weight, logits.bias, logits.scale) if isinstance(part, Tensor)]
+    if transform_reason(*parts) is not None or any(part.is_inference() for part in parts):
+        return None
+    return tuple(part._version for part in parts)
+
+
+def _is_one_tensor(first: Tensor | None, second: Tensor | None) -> bool:
+    """Say whether both are one tensor, or two of its detached views."""
+    if first is None or second is None or first.requires_grad or second.requires_grad:
+        return first is second
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
 
 
 def _reach(item: Any) -> int:
@@ -683,7 +604,7 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> LazyLogits | None:
     for other in tensors:
         if not isinstance(other, LazyLogits) or not other._last or other._is_class_dim(dim):
             return None
-        same = all(getattr(other, part) is getattr(first, part) for part in ("weight", "bias"))
+        same = _is_one_tensor(other.weight, first.weight) and _is_one_tensor(other.bias, first.bias)
         numbers = not isinstance(first.scale, Tensor) and not isinstance(other.scale, Tensor)
         same_scale = other.scale == first.scale if numbers else other.scale is first.scale
         if not same or not same_scale or (other.softcap, other.dtype) != (first.softcap, first.dtype):
@@ -691,16 +612,6 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> LazyLogits | None:
     hidden = torch.cat([other.hidden for other in tensors], dim % first.dim())
     joined: LazyLogits = first._with(hidden=hidden)
     return joined
-
-
-def _frames_to_caller() -> int:
-    """Return the `stacklevel` of the first frame outside logitless and torch."""
-    if torch.compiler.is_compiling():
-        return 2
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("logitless", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def linear(
