@@ -302,11 +302,13 @@ def _lazy_rows(
     backend: str | None,
 ) -> reference.ClassRows:
     """Return the rows of `reference.cross_entropy` on logits made a tile at a time."""
-    if meaning.class_dim != logits.dim() - 1:
+    if meaning.class_dim != logits.class_dim % logits.dim():
         raise ValueError(
-            f"LazyLogits of shape {tuple(logits.shape)} have their classes last, not in dimension "
-            f"{meaning.class_dim}: pass class_dim=-1, or flatten(0, -2) logits and target"
+            f"LazyLogits of shape {tuple(logits.shape)} have their classes in dimension "
+            f"{logits.class_dim % logits.dim()}, not {meaning.class_dim}: pass class_dim={logits.class_dim}, or "
+            "flatten(0, -2) logits and target"
         )
+    logits = logits.classes_last()
     rows = logits.rows()
     compute = precision_of(logits).compute
     _dispatch.pick("cross_entropy", (*rows.tensors, meaning.indices, weight), backend)
@@ -325,7 +327,9 @@ def _lazy_rows(
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1)
 
-    probabilities = None if meaning.probabilities is None else meaning.probabilities.reshape(-1, meaning.classes)
+    probabilities = None
+    if meaning.probabilities is not None:
+        probabilities = meaning.probabilities.movedim(meaning.class_dim, -1).reshape(-1, meaning.classes)
     loss, row_weight = fold_rows(
         function,
         [rows],
