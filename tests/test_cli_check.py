@@ -12,11 +12,13 @@ import pytest
 import torch
 from mpmath import mp
 from torch import Tensor
+from typer.testing import CliRunner
 
 import logitless as ll
 import logitless.functional as LF
 from logitless import _truth
 from logitless._accuracy import ulps
+from logitless.cli.app import app
 from logitless.cli.check import check_command
 
 ALL_SAMPLES = _truth.samples
@@ -70,7 +72,18 @@ def test_everything_passes_and_is_written(tmp_path, capsys, monkeypatch) -> None
     assert by_name["token_stats.nll", "float32"]["worst_ulp"] < 0.51
     assert by_name["token_stats.nll", "float32"]["worst_ulp_torch_formula"] > 1e6
     assert by_name["kl", "float32"]["worst_ulp"] < 0.51
-    assert by_name["kl", "float32"]["worst_ulp_torch_formula"] is None
+    assert by_name["kl", "float32"]["worst_ulp_torch_formula"] > 1e6
+    assert by_name["kl", "float32"]["rows_lost_by_torch_formula"] > 0
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_the_verb_exits_1_and_still_writes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ll, "kl", lambda p, q, kl=ll.kl: kl(p, q) + 1e-3)
+    path = tmp_path / "check.json"
+    found = CliRunner().invoke(app, ["check", "--json", str(path)])
+    assert found.exit_code == 1
+    assert json.loads(path.read_text(encoding="utf-8"))["passed"] is False
+    assert "failed: kl in float32" in found.stdout
 
 
 def test_an_unwritable_path_is_found_before_the_work(tmp_path) -> None:

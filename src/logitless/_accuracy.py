@@ -186,7 +186,8 @@ class Accuracy:
     """The worst of a measure over all rows of a dtype, in ulp of the result.
 
     `bound` is that of the row with the largest error; `used` is the largest share of its own bound that a row takes,
-    and `family` names that row.
+    and `family` names that row. `theirs` leaves out `theirs_lost` rows, on which torch's formula is NaN, or infinite
+    where the truth is not.
     """
 
     measure: str
@@ -194,6 +195,7 @@ class Accuracy:
     rows: int = 0
     ours: float = 0.0
     theirs: float = 0.0
+    theirs_lost: int = 0
     bound: float = 0.0
     used: float = 0.0
     family: str = ""
@@ -209,7 +211,11 @@ class Accuracy:
         bound = 0.5 + truth.growth * torch.finfo(arithmetic).eps / torch.finfo(dtype).eps
         error = ulps(ours, truth.value, dtype)
         self.rows += 1
-        self.theirs = max(self.theirs, ulps(theirs, truth.value, dtype))
+        their_error = ulps(theirs, truth.value, dtype)
+        if math.isfinite(their_error):
+            self.theirs = max(self.theirs, their_error)
+        else:
+            self.theirs_lost += 1
         if error >= self.ours:
             self.ours, self.bound = error, bound
         if error / bound >= self.used:

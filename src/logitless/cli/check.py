@@ -67,7 +67,8 @@ def _identity_table(rows: list[Identity]) -> Table:
 def _accuracy_table(rows: list[Accuracy]) -> Table:
     table = Table(
         title="Accuracy: worst error over all rows, in ulp of the exact result",
-        caption="bound: what rounding allows that row. used: the largest share of its own bound that any row takes.",
+        caption="lost: rows on which torch's formula is NaN, or infinite where the truth is not. "
+        "bound: what rounding allows that row. used: the largest share of its own bound that any row takes.",
         caption_justify="left",
     )
     for name in ("measure", "dtype", "rows", "logitless", "torch's formula", "bound", "used", ""):
@@ -78,7 +79,7 @@ def _accuracy_table(rows: list[Accuracy]) -> Table:
             row.dtype,
             str(row.rows),
             _ulps(row.ours),
-            _ulps(row.theirs),
+            _ulps(row.theirs) + (f" + {row.theirs_lost} lost" if row.theirs_lost else ""),
             _ulps(row.bound),
             f"{row.used:.0%}",
             _verdict(row.passed),
@@ -125,6 +126,7 @@ def _report(identities: list[Identity], accuracies: list[Accuracy]) -> dict[str,
                 "rows": row.rows,
                 "worst_ulp": _number(row.ours),
                 "worst_ulp_torch_formula": _number(row.theirs),
+                "rows_lost_by_torch_formula": row.theirs_lost,
                 "bound_ulp": _number(row.bound),
                 "worst_family": row.family,
                 "passed": row.passed,
