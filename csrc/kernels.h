@@ -7,6 +7,9 @@
 
 #include <cstdint>
 
+#include "binary.h"
+#include "cosine.h"
+
 namespace logitless {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -68,9 +71,12 @@ struct RowGradArgs {
   const void *a, *b, *c, *e, *f;  // Real
 };
 
-#define LL_KERNELS(X)        \
-  X(row_stats, RowStatsArgs) \
-  X(row_grad, RowGradArgs)
+#define LL_KERNELS(X)              \
+  X(row_stats, RowStatsArgs)       \
+  X(row_grad, RowGradArgs)         \
+  X(elementwise, ElementwiseArgs) \
+  X(cosine, CosineArgs)            \
+  X(cosine_grad, CosineGradArgs)
 
 struct Kernels {
 #define LL_MEMBER(name, Args) void (*name)(const Args&);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "module_elementwise.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -107,6 +108,7 @@ NB_MODULE(_native, m) {
   m.doc() = "CPU kernels of logitless; call them through logitless.kernels.cpu.";
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
+  bind_elementwise(m);
   m.def("pool_tensor", &pool_tensor);
   m.def("pool_clear", &pool_clear);
   m.def("native_info", &native_info);
