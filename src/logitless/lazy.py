@@ -169,9 +169,10 @@ class LazyLogits(TensorProxy):
             parts.append("requires_grad=True")
         return f"LazyLogits({', '.join(parts)})"
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., LazyLogits], tuple[Any, ...]]:
         """Copy and pickle as the parts."""
-        return LazyLogits, tuple(getattr(self, name) for name in _PARTS)
+        self._check_unchanged()
+        return _remade, tuple(getattr(self, name) for name in _PARTS if name != "versions")
 
     # What they are computed by
 
@@ -268,15 +269,16 @@ class LazyLogits(TensorProxy):
 
     # What moves or picks rows
 
-    def reshape(self, *shape: Any) -> LazyLogits | Tensor:
+    def reshape(self, *sizes: Any, shape: Sequence[int] | None = None) -> LazyLogits | Tensor:
         """Return the same logits with other leading dimensions."""
-        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        given = sizes if shape is None else (shape,)
+        sizes = tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         leading = self.hidden.shape[:-1]
         if not self._last or not sizes or not all(isinstance(size, int) for size in sizes):
-            return self._dense("reshape").reshape(*shape)
+            return self._dense("reshape").reshape(sizes)
         same_rows = torch.Size(sizes[:-1]).numel() == leading.numel()
         if sizes[-1] != self.num_classes and not (sizes[-1] == -1 and same_rows):
-            return self._dense("reshape").reshape(*shape)
+            return self._dense("reshape").reshape(sizes)
         if -1 not in sizes[:-1] and not same_rows:
             raise RuntimeError(f"shape '{list(sizes)}' is invalid for LazyLogits of shape {tuple(self.shape)}")
         return self._with(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
@@ -535,9 +537,6 @@ class LazyLogits(TensorProxy):
         return TensorProxy.__torch_function__(func, types, args, kwargs)
 
 
-_PARTS = tuple(field.name for field in fields(LazyLogits))
-
-
 def _made(logits: LazyLogits) -> LazyLogits:
     """Return logits as the grad mode has them: made under no_grad, they have no graph, as a tensor has none."""
     hidden, weight, bias, scale = logits.hidden, logits.weight, logits.bias, logits.scale
@@ -547,6 +546,10 @@ def _made(logits: LazyLogits) -> LazyLogits:
         scale = scale.detach() if isinstance(scale, Tensor) else scale
     settings = (logits.softcap, logits.dtype_, logits.class_dim)
     return LazyLogits(hidden, weight, bias, scale, *settings, _versions(logits))
+
+
+def _remade(*parts: Any) -> LazyLogits:
+    return _made(LazyLogits(*parts))
 
 
 _PARTS = tuple(field.name for field in fields(LazyLogits))
