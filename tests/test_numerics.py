@@ -172,6 +172,29 @@ def test_I8_zero_class_weight_on_a_masked_class() -> None:
     assert LF.cross_entropy(logits, tensor([0]), weight, reduction="sum") == 0
 
 
+def test_I9_ignored_row_of_a_linear_head_is_never_read() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    hidden[2] = NAN
+    target, kept = tensor([0, 1, -100, 3]), [0, 1, 3]
+    _, theirs = value_and_gradients(
+        lambda h, w: F.linear_cross_entropy(h, w, target, ignore_index=-100), hidden, weight
+    )
+    assert all_nan(theirs[0][6:9])
+    assert all_nan(theirs[1])
+    losses = (
+        lambda h, w, t: LF.linear_cross_entropy(h, w, t, ignore_index=-100),
+        lambda h, w, t: LF.cross_entropy(ll.linear(h, w), t),
+        lambda h, w, t: ll.token_stats(ll.linear(h, w), t).nll,
+    )
+    for loss in losses:
+        value, (of_hidden, of_weight) = value_and_gradients(lambda h, w, f=loss: f(h, w, target), hidden, weight)
+        clean, (_, expected) = value_and_gradients(lambda h, w, f=loss: f(h, w, target[kept]), hidden[kept], weight)
+        assert sum(value) == pytest.approx(sum(clean), rel=1e-6)
+        assert of_hidden[6:9] == [0, 0, 0]
+        assert of_weight == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 # One class, and losses close to 0
 
 
