@@ -99,7 +99,9 @@ def _probability_target(
             "input's shape without its class dimension"
         )
     if ignore_index >= 0:
-        raise RuntimeError(f"{name}: ignore_index={ignore_index} is not supported for floating point target")
+        raise RuntimeError(
+            f"{name}: ignore_index is not supported for floating point target, got ignore_index={ignore_index}"
+        )
     if len(sizes) == 0:
         raise IndexError(f"{name}: expected an input of 1 or more dimensions, got 0")
     dim = resolve_class_dim(name, len(sizes), class_dim)

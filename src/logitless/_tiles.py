@@ -304,3 +304,8 @@ def _accumulate_into(
     source: LogitRows, grads: Sequence[Tensor | None], part: Sequence[Tensor | None], start: int, stop: int
 ) -> Callable[[Tensor], object]:
     return lambda grad_raw: source.accumulate(grads, grad_raw, part, start, stop)
+
+
+def at_positions(values: Tensor, kept: Tensor | None, rows: int, fill: int = 0) -> Tensor:
+    """Return the values of the kept rows at their positions among all rows, and `fill` elsewhere."""
+    return values if kept is None else values.new_full((rows,), fill).index_copy(0, kept, values)

@@ -20,7 +20,7 @@ from logitless._reduce import (
     resolve_reduction,
 )
 from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, checked_values, class_target
-from logitless._tiles import fold_rows
+from logitless._tiles import at_positions, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits, linear
 
@@ -309,7 +309,8 @@ def _lazy_rows(
             "flatten(0, -2) logits and target"
         )
     logits = logits.classes_last()
-    rows = logits.rows()
+    ignored = None if meaning.ignored is None else meaning.ignored.reshape(-1)
+    rows, kept = logits.rows().without(ignored, selectable=meaning.impossible is None)
     compute = precision_of(logits).compute
     _dispatch.pick("cross_entropy", (*rows.tensors, meaning.indices, weight), backend)
 
@@ -327,19 +328,16 @@ def _lazy_rows(
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1)
 
-    probabilities = None
-    if meaning.probabilities is not None:
-        probabilities = meaning.probabilities.movedim(meaning.class_dim, -1).reshape(-1, meaning.classes)
-    loss, row_weight = fold_rows(
-        function,
-        [rows],
-        [flat(meaning.indices), flat(meaning.ignored), flat(meaning.impossible), probabilities],
-        [weight],
-        itemsize=compute.itemsize,
-        max_bytes=max_bytes,
-    )
+    indices, probabilities = flat(meaning.indices), meaning.probabilities
+    if probabilities is not None:
+        probabilities = probabilities.movedim(meaning.class_dim, -1).reshape(-1, meaning.classes)
+    if kept is not None and indices is not None:
+        indices, ignored = indices[kept], None
+    per_row = [indices, ignored, flat(meaning.impossible), probabilities]
+    folded = fold_rows(function, [rows], per_row, [weight], itemsize=compute.itemsize, max_bytes=max_bytes)
     shape = logits.shape[:-1]
-    return reference.ClassRows(loss.view(shape), row_weight.view(shape))
+    loss, row_weight = (at_positions(value, kept, shape.numel()).view(shape) for value in folded)
+    return reference.ClassRows(loss, row_weight)
 
 
 def _precision(name: str, input: Tensor | LazyLogits, meaning: ClassTarget, weight: Tensor | None) -> Precision:

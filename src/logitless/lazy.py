@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -26,6 +26,21 @@ class HeadRows:
     tensors: tuple[Tensor | None, ...]  # hidden [rows, features], weight [classes, features], bias, scale
     scale: float
     softcap: float | None
+
+    def without(self, ignored: Tensor | None, *, selectable: bool) -> tuple[HeadRows, Tensor | None]:
+        """Return the rows that are not ignored, and their positions (None: every row is there).
+
+        An ignored row's hidden state enters no matrix product, by value or by cost. Where the number of rows may not
+        depend on values (`selectable` is False) it stays, as zeros.
+        """
+        if ignored is None:
+            return self, None
+        hidden, *others = self.tensors
+        assert hidden is not None
+        if not selectable:
+            return replace(self, tensors=(hidden.masked_fill(ignored.unsqueeze(1), 0), *others)), None
+        kept = (~ignored).nonzero().squeeze(1)
+        return replace(self, rows=kept.shape[0], tensors=(hidden[kept], *others)), kept
 
     def raw(self, tensors: Sequence[Tensor | None], start: int, stop: int) -> Tensor:
         """Return the tile of `hidden @ weight.T + bias`."""
@@ -375,7 +390,10 @@ class LazyLogits(TensorProxy):
         return self[(slice(None),) * (dim % self.dim()) + (index,)]
 
     def __getitem__(self, index: Any) -> LazyLogits | Tensor:
-        """Return some rows, and of them all classes or a range; both stay lazy."""
+        """Return some rows, and of them all classes or a range; both stay lazy.
+
+        One position of each sequence (`[:, -1, :]`) is what generation asks for, and is computed at once.
+        """
         items = index if isinstance(index, tuple) else (index,)
         reach = [_reach(item) for item in items]
         if not self._last or sum(reach) > self.dim():
@@ -386,6 +404,8 @@ class LazyLogits(TensorProxy):
         if not isinstance(classes, slice) or classes.step not in (None, 1):
             return self._dense("indexing the classes")[index]
         hidden = self.hidden[(*leading, slice(None))]
+        if self.dim() > 2 and isinstance(leading[-1], int):
+            return self._with(hidden=hidden).materialize()[..., classes]
         if classes.indices(self.num_classes) == (0, self.num_classes, 1):
             return self._with(hidden=hidden)
         bias = None if self.bias is None else self.bias[classes]

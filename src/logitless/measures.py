@@ -10,9 +10,9 @@ from torch import Tensor
 from logitless import _dispatch
 from logitless._precision import check_input
 from logitless._targets import ClassTarget, checked_values, class_target
-from logitless._tiles import LogitRows, dense_rows, fold_rows
+from logitless._tiles import LogitRows, at_positions, dense_rows, fold_rows
 from logitless.kernels import reference
-from logitless.lazy import LazyLogits
+from logitless.lazy import HeadRows, LazyLogits
 
 
 class TokenStats(NamedTuple):
@@ -74,7 +74,12 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
         "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
     )
     meaning = checked_values("token_stats", meaning)
-    rows = _rows(logits)
+    rows, kept = _rows(logits), None
+    indices, ignored, impossible = (_flat(part) for part in (meaning.indices, meaning.ignored, meaning.impossible))
+    if isinstance(rows, HeadRows):
+        rows, kept = rows.without(ignored, selectable=impossible is None)
+    if kept is not None and indices is not None:
+        indices, ignored = indices[kept], None
     _dispatch.pick("token_stats", (*rows.tensors, target))
 
     def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
@@ -82,8 +87,14 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
         stats = reference.token_stats(tile.double(), row_target)
         return tuple(_rounded(value, logits) for value in stats)
 
-    stats = fold_rows(function, [rows], [_flat(meaning.indices), _flat(meaning.ignored), _flat(meaning.impossible)])
-    return TokenStats(*(value.view(logits.shape[:-1]) for value in stats))
+    shape = logits.shape[:-1]
+    stats = fold_rows(function, [rows], [indices, ignored, impossible])
+    return TokenStats(
+        *(
+            at_positions(value, kept, shape.numel(), fill).view(shape)
+            for value, fill in zip(stats, (0, 0, 0, -1, -1), strict=True)
+        )
+    )
 
 
 def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None) -> PairStats:

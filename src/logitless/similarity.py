@@ -40,16 +40,16 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
     for name, tensor in (("x1", x1), ("x2", x2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"cosine_similarity: argument '{name}' must be Tensor, not {type(tensor).__name__}")
-    common = torch.result_type(x1, x2)
-    if not common.is_floating_point:
+    if not (x1.is_floating_point() or x2.is_floating_point()):
         raise RuntimeError(
-            f"cosine_similarity: expected common dtype to be floating point, yet common dtype is {common}"
+            "cosine_similarity: expected common dtype to be floating point, yet common dtype is "
+            f"{torch.promote_types(x1.dtype, x2.dtype)}"
         )
     if eps < 0:
         raise RuntimeError(f"cosine_similarity: eps must be non-negative, got: {eps}")
     _dispatch.pick("cosine_similarity", (x1, x2), backend)
     # On CPU torch's autocast leaves this function alone; elsewhere it answers in float32.
-    precision = precision_of(x1.to(common), x2, autocast=x1.device.type != "cpu")
+    precision = precision_of(x1, x2, autocast=x1.device.type != "cpu")
     with no_autocast(x1):
         first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
         return reference.cosine_similarity(first, second, dim, eps).to(precision.result)

@@ -247,11 +247,12 @@ def _pair(logits_p: Tensor, logits_q: Tensor) -> _Pair:
 def _divergence_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     """Return `p (exp(r) - 1 - r) = q - p - p r` with `r = log q - log p`: never negative, 0 where r is 0.
 
-    Near r = 0 the bracket is a series, as both ways to subtract would lose it to rounding.
+    Where r is small `q - p - p r` would lose the term to rounding, and where it is tiny so would `expm1(r) - r`.
     """
-    near = log_ratio.abs() < 0.02
+    near = log_ratio.abs() < 1
     r = log_ratio.masked_fill(~near, 0)
-    bracket = r * r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7)))))
+    series = r * r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7)))))
+    bracket = torch.where(r.abs() < 0.02, series, torch.expm1(r) - r)
     absent = p == 0
     far = (q - p) - p * log_ratio.masked_fill(absent, 0)
     return torch.where(near, p * bracket, torch.where(absent, q, far))
