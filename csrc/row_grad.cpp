@@ -13,9 +13,9 @@ enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 
 inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
 inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item
-inline constexpr int64_t kStage = 16 * 1024;         // bytes of short rows collected before they are streamed out
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
-inline constexpr int64_t kStreamBytes = 16 << 20;    // a gradient larger than this bypasses the caches
+inline constexpr int64_t kStreamBytes = 64 << 20;    // a larger float32 or float64 gradient bypasses the caches ...
+inline constexpr int64_t kStreamRow = 4096;          // ... where its rows have this many bytes; for 16-bit types it is slower, measured
 
 template <class Real> struct RowCoefficients {
   double a, c, max, log_sum;
@@ -32,7 +32,10 @@ template <class T, int Flags> struct Job {
   const RowGradArgs& args;
   bool streaming;
 
-  int64_t offset(int64_t r, int64_t outer, int64_t inner) const { return r / args.tile.inner * outer + r % args.tile.inner * inner; }
+  int64_t offset(int64_t r, int64_t outer, int64_t inner) const {
+    if (args.tile.inner == 1) return r * outer;  // a division costs as much as a vector of exponentials
+    return r / args.tile.inner * outer + r % args.tile.inner * inner;
+  }
   const T* row(int64_t r) const { return static_cast<const T*>(args.logits) + offset(r, args.tile.outer_stride, args.tile.inner_stride); }
   T* grad_row(int64_t r) const { return static_cast<T*>(args.grad) + offset(r, args.grad_strides.outer, args.grad_strides.inner); }
   const T* dense_row(int64_t r) const {
@@ -113,10 +116,12 @@ template <class T, int Flags> struct Job {
       return value<kHugeRow>(c, zs, ws, ts);
     };
     int64_t i = 0;
-    if (streamed) {
-      constexpr int64_t kAlign = L * sizeof(T);
-      const int64_t head = static_cast<int64_t>((kAlign - reinterpret_cast<uintptr_t>(out) % kAlign) % kAlign / sizeof(T));
-      if (head && head <= n) store_partial(out, at(0, head), head), i = head;
+    if (sizeof(T) >= 4 && streamed) {
+      constexpr int64_t kAlign = LL_BYTES;
+      int64_t head = static_cast<int64_t>((kAlign - reinterpret_cast<uintptr_t>(out) % kAlign) % kAlign / sizeof(T));
+      if (head > n) head = n;
+      if (head >= L) store(out, at(0, L)), i = L;
+      if (i < head) store_partial(out + i, at(i, head - i), head - i), i = head;
       for (; i + L <= n; i += L) stream(out + i, at(i, L));
     } else {
       for (; i + L <= n; i += L) store(out + i, at(i, L));
@@ -180,41 +185,16 @@ template <class T, int Flags> struct Job {
     });
   }
 
-  // Rows of a dense gradient that end inside a cache line are collected in a small buffer and streamed out whole.
-  void staged(int64_t first, int64_t count, const RowCoefficients<Real>* c) const {
-    alignas(64) char buffer[kStage + 64];
-    const int64_t classes = args.tile.classes, fit = kStage / (classes * static_cast<int64_t>(sizeof(T)));
-    for (int64_t i = 0; i < count; i += fit) {
-      const int64_t rows = count - i < fit ? count - i : fit;
-      T* out = grad_row(first + i);
-      T* copy = reinterpret_cast<T*>(buffer + reinterpret_cast<uintptr_t>(out) % 64);
-      for (int64_t k = 0; k < rows; ++k) contiguous(first + i + k, c[i + k], 0, classes, copy + k * classes, false);
-      stream_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(copy), rows * classes * static_cast<int64_t>(sizeof(T)));
-    }
-  }
-  // Both pointers have the same offset within a cache line.
-  static void stream_bytes(char* to, const char* from, int64_t n) {
-    const int64_t head = static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(to) % 64) % 64);
-    if (head >= n) { memcpy(to, from, static_cast<size_t>(n)); return; }
-    memcpy(to, from, static_cast<size_t>(head));
-    int64_t i = head;
-    for (; i + LL_BYTES <= n; i += LL_BYTES) stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
-    memcpy(to + i, from + i, static_cast<size_t>(n - i));
-  }
-
   void short_rows() const {
     const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
     int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
     per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
-    const bool dense = args.tile.inner == 1 && args.grad_strides.outer == args.tile.classes;
-    const bool stage = streaming && dense && is_contiguous() && row_bytes <= kStage / 2 && reinterpret_cast<uintptr_t>(args.grad) % sizeof(T) == 0;
     parallel_for((rows + per_item - 1) / per_item, args.threads, bytes(), [&](int64_t item) {
       const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
       RowCoefficients<Real> c[kMaxRows];
       for (int64_t first = item * per_item; first < end; first += kMaxRows) {
         const int64_t count = end - first < kMaxRows ? end - first : kMaxRows;
         prepare(first, count, c);
-        if (stage) { staged(first, count, c); continue; }
         for (int64_t i = 0; i < count; ++i) {
           if (is_contiguous()) contiguous(first + i, c[i], 0, args.tile.classes, grad_row(first + i), streaming);
           else gathered(first + i, c[i], 0, args.tile.classes);
@@ -284,7 +264,8 @@ template <class T, int Flags> struct Job {
 
 template <class T, int Flags> void run(const RowGradArgs& a) {
   Job<T, Flags> job{a, false};
-  job.streaming = job.bytes() >= kStreamBytes && a.grad != a.logits;
+  const bool large = job.bytes() >= kStreamBytes && a.tile.classes * static_cast<int64_t>(sizeof(T)) >= kStreamRow;
+  job.streaming = large && sizeof(T) >= 4 && a.grad != a.logits;
   job.run();
 }
 

@@ -19,12 +19,12 @@ template <class T> struct Job {
   const T* dense() const { return static_cast<const T*>(args.dense_target); }
   const Real* class_weight() const { return static_cast<const Real*>(args.class_weight); }
   int64_t rows() const { return args.tile.outer * args.tile.inner; }
-  const T* row(int64_t r) const {
-    return logits() + r / args.tile.inner * args.tile.outer_stride + r % args.tile.inner * args.tile.inner_stride;
+  int64_t offset(int64_t r, int64_t outer_stride, int64_t inner_stride) const {
+    if (args.tile.inner == 1) return r * outer_stride;  // a division costs as much as a vector of exponentials
+    return r / args.tile.inner * outer_stride + r % args.tile.inner * inner_stride;
   }
-  const T* dense_row(int64_t r) const {
-    return dense() + r / args.tile.inner * args.dense_strides.outer + r % args.tile.inner * args.dense_strides.inner;
-  }
+  const T* row(int64_t r) const { return logits() + offset(r, args.tile.outer_stride, args.tile.inner_stride); }
+  const T* dense_row(int64_t r) const { return dense() + offset(r, args.dense_strides.outer, args.dense_strides.inner); }
   Fate fate(int64_t r) const {
     if (!args.target) return Fate::kRead;
     const int64_t t = args.target[r];
@@ -65,47 +65,43 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   for (; i < n; i += L) step(Constant<1>{}, Constant<false>{}, i, whole_or(i));
 }
 
-// Feeds classes [begin, end) of a row with any strides, each logit less `base`.
-template <class T, int Flags>
-LL_INLINE RowSums fold_row(const Job<T>& job, int64_t r, int64_t begin, int64_t end, Compute<T> base) {
+// Classes [begin, end) of a row that lies in memory one after another.
+template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
+  using Real = Compute<T>;
+  RowState<Real, Flags, false> state;
+  if constexpr ((Flags & kToken) != 0) state.target_logit = splat<Real>(job.target_logit(r));
+  const Real* w = job.class_weight();
+  const T* t = (Flags & kDense) ? job.dense_row(r) + begin : nullptr;
+  feed<T, Flags>(state, job.row(r) + begin, w ? w + begin : nullptr, t, end - begin, begin, true);
+  return finish<Real, Flags>(state);
+}
+
+template <class Real, int Flags>
+__attribute__((noinline)) void feed_buffer(RowState<Real, Flags, false>& state, const Real* z, const Real* w, const Real* t, int64_t n, int64_t first_class, bool fresh) {
+  feed<Real, Flags>(state, z, w, t, n, first_class, fresh);
+}
+
+// Any strides, and logits of any size: a piece at a time is copied into the compute type, less `base`.
+template <class T, int Flags> __attribute__((noinline)) RowSums fold_buffered(const Job<T>& job, int64_t r, int64_t begin, int64_t end, Compute<T> base) {
   using Real = Compute<T>;
   const RowStatsArgs& a = job.args;
   const T* z = job.row(r);
   const T* t = (Flags & kDense) ? job.dense_row(r) : nullptr;
   const Real* w = job.class_weight();
   const Real target_logit = (Flags & kToken) ? job.target_logit(r) : kNaN<Real>;
-  const bool contiguous = a.tile.class_stride == 1 && (!(Flags & kDense) || a.dense_strides.classes == 1);
-  if (base == 0) {
-    RowState<Real, Flags, false> state;
-    state.target_logit = splat<Real>(target_logit);
-    if (contiguous) {
-      feed<T, Flags>(state, z + begin, w ? w + begin : nullptr, t ? t + begin : nullptr, end - begin, begin, true);
-    } else {
-      alignas(LL_BYTES) T zs[kGather], ts[(Flags & kDense) ? kGather : 1];
-      for (int64_t i = begin; i < end; i += kGather) {
-        const int64_t n = end - i < kGather ? end - i : kGather;
-        for (int64_t j = 0; j < n; ++j) zs[j] = z[(i + j) * a.tile.class_stride];
-        if constexpr ((Flags & kDense) != 0)
-          for (int64_t j = 0; j < n; ++j) ts[j] = t[(i + j) * a.dense_strides.classes];
-        feed<T, Flags>(state, zs, w ? w + i : nullptr, (Flags & kDense) ? ts : nullptr, n, i, i == begin);
-      }
-    }
-    return finish<Real, Flags>(state);
-  }
-  // z - base in the compute type; rank is counted on the logits themselves, which the subtraction could tie.
-  RowState<Real, Flags, false> state;
   alignas(LL_BYTES) Real zs[kGather], ts[(Flags & kDense) ? kGather : 1];
+  RowState<Real, Flags, false> state;
   int64_t rank = 0;
   for (int64_t i = begin; i < end; i += kGather) {
     const int64_t n = end - i < kGather ? end - i : kGather;
     for (int64_t j = 0; j < n; ++j) {
       const Real x = widen(z[(i + j) * a.tile.class_stride]);
-      rank += x > target_logit;
+      rank += x > target_logit;  // counted here: the subtraction may make two logits equal
       zs[j] = x - base;
     }
     if constexpr ((Flags & kDense) != 0)
       for (int64_t j = 0; j < n; ++j) ts[j] = widen(t[(i + j) * a.dense_strides.classes]);
-    feed<Real, Flags>(state, zs, w ? w + i : nullptr, (Flags & kDense) ? ts : nullptr, n, i, i == begin);
+    feed_buffer<Real, Flags>(state, zs, w ? w + i : nullptr, ts, n, i, i == begin);
   }
   RowSums sums = finish<Real, Flags>(state);
   sums.base = base;
@@ -114,47 +110,67 @@ LL_INLINE RowSums fold_row(const Job<T>& job, int64_t r, int64_t begin, int64_t 
   return sums;
 }
 
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_part(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
-  return fold_row<T, Flags>(job, r, begin, end, 0);
+template <class T, int Flags> RowSums fold_part(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
+  const bool contiguous = job.args.tile.class_stride == 1 && (!(Flags & kDense) || job.args.dense_strides.classes == 1);
+  return contiguous ? fold_contiguous<T, Flags>(job, r, begin, end) : fold_buffered<T, Flags>(job, r, begin, end, 0);
 }
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_huge(const Job<T>& job, int64_t r, double max) {
-  return fold_row<T, Flags>(job, r, 0, job.args.tile.classes, static_cast<Compute<T>>(max));
+// A row with logits beyond kHuge: again, each less the row's maximum.
+template <class T, int Flags> RowSums fold_huge(const Job<T>& job, int64_t r, double max) {
+  return fold_buffered<T, Flags>(job, r, 0, job.args.tile.classes, static_cast<Compute<T>>(max));
 }
 
 // ---- finished rows to outputs ------------------------------------------------------------------------------------
 
-// Rows whose logits are folded, finished a vector of rows at a time.
+// Consecutive rows whose logits are folded, finished a vector of rows at a time.
 template <class T> struct Batch {
   using Real = Compute<T>;
   const Job<T>& job;
-  int64_t count = 0;
-  int64_t row[kMaxRows], arg[kMaxRows], rank[kMaxRows];
+  int64_t first_row = 0, count = 0;
+  bool all_read = true;
+  int64_t arg[kMaxRows], rank[kMaxRows];
   Fate fate[kMaxRows];
   alignas(LL_BYTES) double max[kMaxRows], above[kMaxRows], base[kMaxRows], power[kMaxRows], rest[kMaxRows], spread[kMaxRows];
   alignas(LL_BYTES) double smooth_gap[kMaxRows], smooth_mass[kMaxRows], dense_gap[kMaxRows], dense_mass[kMaxRows];
 
   explicit Batch(const Job<T>& j) : job(j) {}
 
-  template <int Flags> void push(int64_t r, Fate f, RowSums sums) {
-    const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
-    if (f == Fate::kRead && finite && __builtin_fabs(sums.max) > kHuge) sums = fold_huge<T, Flags>(job, r, sums.max);
+  template <int Flags> LL_INLINE void push(int64_t r, Fate f, const RowSums& sums) {
     const int64_t i = count++;
-    row[i] = r, fate[i] = f, arg[i] = sums.arg, rank[i] = sums.rank;
-    max[i] = sums.max, base[i] = sums.base, power[i] = sums.power, spread[i] = sums.spread;
-    rest[i] = finite ? sums.rest : __builtin_nan("");
+    if (i == 0) first_row = r;
+    fate[i] = f;
+    all_read = all_read && f == Fate::kRead;
     above[i] = f == Fate::kRead ? sums.max - static_cast<double>(job.target_logit(r)) : 0;
-    smooth_gap[i] = sums.smooth_gap, smooth_mass[i] = sums.smooth_mass;
-    dense_gap[i] = sums.dense_gap, dense_mass[i] = sums.dense_mass;
+    if (f == Fate::kRead && !(__builtin_fabs(sums.max) <= kHuge)) {
+      const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
+      set<Flags>(i, finite ? fold_huge<T, Flags>(job, r, sums.max) : sums);
+      if (!finite) rest[i] = __builtin_nan("");
+    } else {
+      set<Flags>(i, sums);
+    }
     if (count == kMaxRows) flush();
   }
+  template <int Flags> LL_INLINE void set(int64_t i, const RowSums& sums) {
+    arg[i] = sums.arg, max[i] = sums.max, base[i] = sums.base, power[i] = sums.power, rest[i] = sums.rest;
+    if constexpr ((Flags & kToken) != 0) rank[i] = sums.rank, spread[i] = sums.spread;
+    if constexpr ((Flags & kSmooth) != 0) smooth_gap[i] = sums.smooth_gap, smooth_mass[i] = sums.smooth_mass;
+    if constexpr ((Flags & kDense) != 0) dense_gap[i] = sums.dense_gap, dense_mass[i] = sums.dense_mass;
+  }
 
-  static LL_INLINE void put(void* out, int64_t r, double value) {
-    if (out) static_cast<Real*>(out)[r] = static_cast<Real>(value);
+  // One output of every row: value(i) where it was read; 0 where ignored, NaN where the target is out of range.
+  template <class Out, class F> LL_INLINE void write(void* out, const F& value, Out ignored, Out bad) const {
+    if (!out) return;
+    Out* to = static_cast<Out*>(out) + first_row;
+    if (all_read) {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Out>(value(i));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = fate[i] == Fate::kRead ? static_cast<Out>(value(i)) : fate[i] == Fate::kIgnored ? ignored : bad;
+    }
   }
 
   void flush() {
     const RowStatsArgs& a = job.args;
     constexpr int L = kLanes<double>;
+    constexpr Real kNone = kNaN<Real>;
     alignas(LL_BYTES) double log_sum[kMaxRows], entropy[kMaxRows];
     for (int64_t i = 0; i < count; i += L) {
       // exp(-(max - base - power ln2)): what turns the sums' unit into exp(max).
@@ -163,29 +179,25 @@ template <class T> struct Batch {
       const Vec<double> unit = exp<double>(-exponent), q = load(rest + i) * unit;
       const Vec<double> log_q = log1p(q);
       store(log_sum + i, log_q);
-      store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);
+      if (a.entropy) store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = row[i];
-      const bool read = fate[i] == Fate::kRead;
-      const double none = fate[i] == Fate::kBad ? __builtin_nan("") : 0.0;
-      put(a.nll, r, read ? above[i] + log_sum[i] : none);
-      put(a.lse, r, read ? max[i] + log_sum[i] : none);
-      put(a.row_max, r, read ? max[i] : none);
-      if (a.log_sum) a.log_sum[r] = read ? log_sum[i] : none;
-      put(a.entropy, r, read ? entropy[i] : none);
-      if (a.argmax) a.argmax[r] = read ? find_argmax(i) : -1;
-      if (a.rank) a.rank[r] = read ? rank[i] : -1;
-      put(a.smooth_sum, r, read ? smooth_gap[i] + smooth_mass[i] * log_sum[i] : none);
-      put(a.dense_sum, r, read ? dense_gap[i] + (dense_mass[i] == 0 ? 0 : dense_mass[i] * log_sum[i]) : none);
-      put(a.dense_mass, r, read ? dense_mass[i] : none);
-    }
+    write<Real>(a.nll, [&](int64_t i) { return above[i] + log_sum[i]; }, 0, kNone);
+    write<Real>(a.lse, [&](int64_t i) { return max[i] + log_sum[i]; }, 0, kNone);
+    write<Real>(a.row_max, [&](int64_t i) { return max[i]; }, 0, kNone);
+    write<double>(a.log_sum, [&](int64_t i) { return log_sum[i]; }, 0, kNaN<double>);
+    write<Real>(a.entropy, [&](int64_t i) { return entropy[i]; }, 0, kNone);
+    write<int64_t>(a.argmax, [&](int64_t i) { return find_argmax(i); }, -1, -1);
+    write<int64_t>(a.rank, [&](int64_t i) { return rank[i]; }, -1, -1);
+    write<Real>(a.smooth_sum, [&](int64_t i) { return smooth_gap[i] + smooth_mass[i] * log_sum[i]; }, 0, kNone);
+    write<Real>(a.dense_sum, [&](int64_t i) { return dense_gap[i] + (dense_mass[i] == 0 ? 0 : dense_mass[i] * log_sum[i]); }, 0, kNone);
+    write<Real>(a.dense_mass, [&](int64_t i) { return dense_mass[i]; }, 0, kNone);
     count = 0;
+    all_read = true;
   }
 
   // The first maximal class at or after arg[i], or the first NaN of a NaN row.
   int64_t find_argmax(int64_t i) const {
-    const T* z = job.row(row[i]);
+    const T* z = job.row(first_row + i);
     const Tile& tile = job.args.tile;
     const bool is_nan = rest[i] != rest[i] && __builtin_fabs(max[i]) != __builtin_inf();
     const Real wanted = static_cast<Real>(max[i]);

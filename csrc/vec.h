@@ -195,6 +195,10 @@ LL_INLINE HalfVec narrow_float16(Vec<float> v) {
 template <> LL_INLINE Vec<float> load<BFloat16>(const BFloat16* p) { return widen_bfloat16(load_bits(p)); }
 template <> LL_INLINE Vec<float> load<Float16>(const Float16* p) { return widen_float16(load_bits(p)); }
 
+template <class T> LL_INLINE HalfVec narrow_bits(Vec<float> v) {
+  if constexpr (__is_same(T, BFloat16)) return narrow_bfloat16(v);
+  else return narrow_float16(v);
+}
 LL_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, LL_BYTES); }
 LL_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, LL_BYTES); }
 LL_INLINE void store(BFloat16* p, Vec<float> v) { const HalfVec h = narrow_bfloat16(v); memcpy(p, &h, LL_BYTES / 2); }
@@ -237,12 +241,6 @@ template <class T> LL_INLINE void stream(T* p, Vec<Compute<T>> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) { _mm512_stream_ps(p, v); return; }
   if constexpr (sizeof(T) == 8) { _mm512_stream_pd(p, v); return; }
-  if constexpr (sizeof(T) == 2) {
-    HalfVec h;
-    if constexpr (__is_same(T, BFloat16)) h = narrow_bfloat16(v); else h = narrow_float16(v);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(h));
-    return;
-  }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) { _mm256_stream_ps(p, v); return; }
   if constexpr (sizeof(T) == 8) { _mm256_stream_pd(p, v); return; }

@@ -1,0 +1,256 @@
+"""The compiled kernels on CPU tensors: allocate the outputs, pass addresses and strides, nothing else.
+
+Values of targets are not checked here but by the kernel, which reports the first bad row. No autograd: the functions
+take and give plain data. `float32` is the compute type of float16 and bfloat16 logits, and what their outputs have.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless import _native
+from logitless._native import native_info, pool_clear
+
+__all__ = ["RowStats", "empty_like_pooled", "native_info", "pool_clear", "row_grad", "row_stats", "supports"]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# A smaller gradient comes from the allocator's own free lists, without page faults.
+POOLED_BYTES = 1 << 20
+POOL_IN_USE = os.environ.get("LOGITLESS_POOL", "1") != "0"
+
+Layout = tuple[int, int, int, int, int, int]  # outer, classes, inner and their strides
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: strided CPU tensors of one floating dtype, neither subclasses nor fake."""
+    first = tensors[0]
+    return first.dtype in DTYPES and all(
+        t.device.type == "cpu" and t.layout == torch.strided and t.dtype == first.dtype and type(t) is Tensor
+        for t in tensors
+    )
+
+
+def empty_like_pooled(tensor: Tensor) -> Tensor:
+    """`torch.empty_like(tensor)`, of at least 1 MB on a block of memory that outlives it and is reused.
+
+    The block returns to a bounded pool when the last tensor on it dies; see `native_info()` for the bound.
+    """
+    if not POOL_IN_USE or tensor.nbytes < POOLED_BYTES:
+        return torch.empty_like(tensor)
+    if tensor.is_contiguous():
+        return _native.pool_tensor(DTYPES[tensor.dtype], list(tensor.shape))
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return _native.pool_tensor(DTYPES[tensor.dtype], [tensor.numel()]).as_strided(tensor.shape, strides)
+
+
+def _collapse(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Sizes and strides of several dimensions as one, where one stride walks them all."""
+    size, stride = 1, 0
+    for n, step in zip(reversed(shape), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if size == 1:
+            stride = step
+        elif step != size * stride:
+            return None
+        size *= n
+    return size, stride
+
+
+def layout_of(tensor: Tensor, class_dim: int) -> Layout | None:
+    """The tensor as (outer, classes, inner) with a stride each, or None where only a copy has that form."""
+    shape, strides = tensor.shape, tensor.stride()
+    if len(shape) == 2 and class_dim in (1, -1):
+        return shape[0], shape[1], 1, strides[0], strides[1], 0
+    class_dim %= len(shape)
+    outer = _collapse(shape[:class_dim], strides[:class_dim])
+    inner = _collapse(shape[class_dim + 1 :], strides[class_dim + 1 :])
+    if outer is None or inner is None:
+        return None
+    return outer[0], shape[class_dim], inner[0], outer[1], strides[class_dim], inner[1]
+
+
+def _with_layout(tensor: Tensor, class_dim: int) -> tuple[Tensor, Layout]:
+    layout = layout_of(tensor, class_dim)
+    if layout is None:
+        tensor = tensor.contiguous()
+        layout = layout_of(tensor, class_dim)
+        assert layout is not None
+    return tensor, layout
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+class RowStats(NamedTuple):
+    """One value per row, of the logits' shape without the class dimension; what was not asked for is None.
+
+    lse = row_max + log_sum; log_sum is float64 always, so that the gradient can be right to an ulp. An ignored row
+    has 0 everywhere and -1 for argmax and rank. `bad_row` is the first row (in row-major order) whose target is
+    neither a class nor ignore_index, or -1; such rows have NaN.
+    """
+
+    row_max: Tensor
+    log_sum: Tensor
+    nll: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+    argmax: Tensor | None
+    rank: Tensor | None
+    smooth_sum: Tensor | None
+    dense_sum: Tensor | None
+    dense_mass: Tensor | None
+    bad_row: int
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    dense_target: Tensor | None = None,
+    lse: bool = False,
+    entropy: bool = False,
+    argmax: bool = False,
+    rank: bool = False,
+    smooth: bool = False,
+) -> RowStats:
+    """Every per-row quantity of the losses, in one read of the logits.
+
+    nll = lse - z[target] (with a target); smooth_sum = sum_j w_j (lse - z_j) (with `smooth`); with a dense target of
+    the logits' shape and dtype, dense_sum = sum_j t_j w_j (lse - z_j) and dense_mass = sum_j t_j w_j, where
+    0 * inf = 0. w is class_weight, or 1. The target is int64, of the logits' shape without the class dimension.
+    """
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if (entropy or rank) and smooth and dense_target is None:
+        raise ValueError("entropy or rank together with smooth needs a dense_target; make two calls")
+    logits, layout = _with_layout(logits, class_dim)
+    shape = logits.shape[:-1] if class_dim == -1 else _without(logits.shape, class_dim)
+    dense_layout: Layout = (0, 0, 0, 0, 0, 0)
+    if dense_target is not None:
+        dense_target, dense_layout = _with_layout(dense_target, class_dim)
+    weight = _plain(class_weight, real)
+    index = _plain(target, torch.int64)
+
+    def out(wanted: bool, dtype: torch.dtype = real) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype) if wanted else None
+
+    row_max, log_sum = torch.empty(shape, dtype=real), torch.empty(shape, dtype=torch.float64)
+    nll, lse_out, entropy_out = out(index is not None), out(lse), out(entropy)
+    argmax_out, rank_out = out(argmax, torch.int64), out(rank, torch.int64)
+    smooth_sum, dense_sum, dense_mass = out(smooth), out(dense_target is not None), out(dense_target is not None)
+    bad_row = _native.row_stats(
+        DTYPES[logits.dtype],
+        torch.get_num_threads(),
+        logits.data_ptr(),
+        *layout,
+        _address(index),
+        ignore_index,
+        _address(weight),
+        _address(dense_target),
+        *dense_layout[3:],
+        _address(nll),
+        _address(lse_out),
+        row_max.data_ptr(),
+        log_sum.data_ptr(),
+        _address(entropy_out),
+        _address(argmax_out),
+        _address(rank_out),
+        _address(smooth_sum),
+        _address(dense_sum),
+        _address(dense_mass),
+    )
+    return RowStats(
+        row_max, log_sum, nll, lse_out, entropy_out, argmax_out, rank_out, smooth_sum, dense_sum, dense_mass, bad_row
+    )
+
+
+def _without(shape: tuple[int, ...], class_dim: int) -> list[int]:
+    sizes = list(shape)
+    del sizes[class_dim]
+    return sizes
+
+
+def row_grad(
+    logits: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    index_weight: bool = False,
+    dense_target: Tensor | None = None,
+    upstream: Tensor | None = None,
+    a_scale: float = 0.0,
+    b_scale: float = 0.0,
+    c_scale: float = 0.0,
+    e_scale: float = 0.0,
+    f_scale: float = 0.0,
+    a_extra: float = 0.0,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    e: Tensor | None = None,
+    f: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dz_j = p_j (A + B (z_j - lse)) + C [j = target] + E t_j w_j + F w_j, of the logits' shape and dtype.
+
+    With g the row's element of `upstream` (one per row, or one for all; 1 when None) and v the target's class weight
+    with `index_weight`, else 1: A = g (a_scale a v + a_extra), B = g b_scale b, C = g c_scale c v, E = g e_scale e,
+    F = g f_scale f; a to f are one per row, or 1 when None. An ignored row's gradient is exactly 0. `out` may be the
+    logits themselves. Cross-entropy of index targets is a_scale = 1, c_scale = -1.
+    """
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    source, layout = _with_layout(logits, class_dim)
+    grad = empty_like_pooled(source) if out is None else out
+    grad_layout = layout_of(grad, class_dim)
+    if grad_layout is None or grad.shape != source.shape or grad.dtype != source.dtype:
+        raise ValueError(
+            f"out must have the logits' shape {tuple(source.shape)}, dtype {source.dtype} and a collapsible layout"
+        )
+    dense_layout: Layout = (0, 0, 0, 0, 0, 0)
+    if dense_target is not None:
+        dense_target, dense_layout = _with_layout(dense_target, class_dim)
+    weight = _plain(class_weight, real)
+    index = _plain(target, torch.int64)
+    upstream = _plain(upstream, real)
+    rows = [_plain(x, real) for x in (a, b, c, e, f)]
+    _native.row_grad(
+        DTYPES[source.dtype],
+        torch.get_num_threads(),
+        source.data_ptr(),
+        *layout,
+        grad.data_ptr(),
+        *grad_layout[3:],
+        _address(index),
+        ignore_index,
+        _address(weight),
+        int(index_weight),
+        _address(dense_target),
+        *dense_layout[3:],
+        row_max.data_ptr(),
+        log_sum.data_ptr(),
+        _address(upstream),
+        0 if upstream is None or upstream.numel() == 1 else 1,
+        a_scale,
+        b_scale,
+        c_scale,
+        e_scale,
+        f_scale,
+        a_extra,
+        *(_address(x) for x in rows),
+    )
+    return grad
