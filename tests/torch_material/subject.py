@@ -44,9 +44,7 @@ OPS = {
     for op in op_db
     if op.name.startswith("nn.functional.") and op.name.removeprefix("nn.functional.") in FUNCTIONS
 }
-MODULE_INFOS = {
-    info.name.removeprefix("nn."): info for info in module_db if info.name.removeprefix("nn.") in MODULES
-}
+MODULE_INFOS = {info.name.removeprefix("nn."): info for info in module_db if info.name.removeprefix("nn.") in MODULES}
 
 
 def function_of(op_name: str) -> Any:

@@ -55,7 +55,11 @@ class Overlay:
 
 
 def named(table: list[dict[str, Any]]) -> list[Any]:
-    kept = [row for row in table if str(row.get("fullname", "")).split("_")[0].removesuffix("2d").removesuffix("Nd") in MODULES]
+    kept = [
+        row
+        for row in table
+        if str(row.get("fullname", "")).split("_")[0].removesuffix("2d").removesuffix("Nd") in MODULES
+    ]
     return [pytest.param(row, id=row["fullname"]) for row in kept]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_no_worse, nudge, seeded_upstream
 from subject import IS_TORCH, OPS, function_of, op_samples
 from torch import Tensor
 from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from oracles import assert_no_worse, nudge, seeded_upstream
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
@@ -87,6 +88,7 @@ def check(name: str, parts: list[Any], spec: Any, arrange: Callable[[Any], Any])
     whole = as_float64(parts)
     nudged = [nudge(p, dtype) if i in positions else p for i, p in enumerate(whole)]
     reference = OPS[name].op
+    upstream = float(seeded_upstream(3)(0, call(reference, spec, whole)).norm())
     true, true_grads = value_and_gradients(reference, spec, whole, positions)
     moved, moved_grads = value_and_gradients(reference, spec, nudged, positions)
     naive, naive_grads = value_and_gradients(reference, spec, parts, positions)
@@ -95,10 +97,20 @@ def check(name: str, parts: list[Any], spec: Any, arrange: Callable[[Any], Any])
     assert_no_worse(out, true, naive, "value", moved)
     for i, grad, *truths in zip(positions, grads, true_grads, naive_grads, moved_grads, strict=True):
         assert grad.dtype == truths[1].dtype
-        # A cosine's gradient is the difference of two vectors of length 1 / |x|, which are equal in one dimension.
-        size = float(whole[i].norm()) if whole[i].numel() else 0.0
-        floor = float(seeded_upstream(3)(0, true).norm()) / size if name == "cosine_similarity" and size else 0.0
+        floor = upstream * size_of_terms(name, whole, i) if dtype == torch.float64 else 0.0
         assert_no_worse(grad, truths[0], truths[1], f"gradient of argument {i}", truths[2], floor)
+
+
+def size_of_terms(name: str, parts: list[Any], i: int) -> float:
+    """The size of the terms of a gradient whose exact sum may be 0."""
+    if name == "cosine_similarity":  # the difference of two vectors of length 1 / |x|, equal in one dimension
+        length = float(parts[i].norm())
+        return 1 / length if length else 0.0
+    if (
+        name.startswith("linear") and i == 0
+    ):  # (p - onehot) @ weight, with p's sum 1: 0 where all rows of the weight are equal
+        return float(parts[1].norm())
+    return 0.0
 
 
 def judge(name: str, dtype: torch.dtype, index: int, layout: Callable[[Tensor], Tensor]) -> None:

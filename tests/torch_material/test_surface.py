@@ -30,30 +30,45 @@ def test_function_signature(name: str) -> None:
         theirs = parameters(getattr(torch.nn.functional, name))
     ours = parameters(getattr(F, name))
     assert ours[: len(theirs)] == theirs
-    assert all(kind == inspect.Parameter.KEYWORD_ONLY and default is not inspect.Parameter.empty for _, kind, default in ours[len(theirs) :])
+    assert all(
+        kind == inspect.Parameter.KEYWORD_ONLY and default is not inspect.Parameter.empty
+        for _, kind, default in ours[len(theirs) :]
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_constructor_signature(name: str) -> None:
     theirs, ours = (parameters(getattr(namespace, name).__init__) for namespace in (torch.nn, nn))
     assert ours[: len(theirs)] == theirs
-    assert all(kind == inspect.Parameter.KEYWORD_ONLY and default is not inspect.Parameter.empty for _, kind, default in ours[len(theirs) :])
+    assert all(
+        kind == inspect.Parameter.KEYWORD_ONLY and default is not inspect.Parameter.empty
+        for _, kind, default in ours[len(theirs) :]
+    )
     assert parameters(getattr(nn, name).forward)[:3] == parameters(getattr(torch.nn, name).forward)[:3]
 
 
 CONSTRUCTIONS: dict[str, list[dict[str, Any]]] = {
-    "CrossEntropyLoss": [{}, {"weight": torch.tensor([1.0, 2.0]), "ignore_index": 1, "label_smoothing": 0.1}, {"reduction": "sum"}],
+    "CrossEntropyLoss": [
+        {},
+        {"weight": torch.tensor([1.0, 2.0]), "ignore_index": 1, "label_smoothing": 0.1},
+        {"reduction": "sum"},
+    ],
     "NLLLoss": [{}, {"weight": torch.tensor([1.0, 2.0]), "ignore_index": 1, "reduction": "none"}],
     "KLDivLoss": [{}, {"reduction": "batchmean", "log_target": True}],
     "BCELoss": [{}, {"weight": torch.tensor([1.0, 2.0])}],
     "BCEWithLogitsLoss": [{}, {"weight": torch.tensor([1.0, 2.0]), "pos_weight": torch.tensor([3.0, 1.0])}],
     "CosineEmbeddingLoss": [{}, {"margin": 0.5}],
     "CosineSimilarity": [{}, {"dim": 0, "eps": 1e-6}],
-    "LinearCrossEntropyLoss": [{"in_features": 4, "num_classes": 3}, {"in_features": 4, "num_classes": 3, "bias": True}],
+    "LinearCrossEntropyLoss": [
+        {"in_features": 4, "num_classes": 3},
+        {"in_features": 4, "num_classes": 3, "bias": True},
+    ],
 }
 
 
-@pytest.mark.parametrize(("name", "index"), [(name, i) for name, rows in CONSTRUCTIONS.items() for i in range(len(rows))])
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, i) for name, rows in CONSTRUCTIONS.items() for i in range(len(rows))]
+)
 def test_state_repr_pickle_copy_and_cast(name: str, index: int) -> None:
     arguments = CONSTRUCTIONS[name][index]
     theirs, ours = (getattr(namespace, name)(**arguments) for namespace in (torch.nn, nn))
@@ -82,8 +97,12 @@ TARGETS: dict[str, tuple[Any, ...]] = {
     "cosine_embedding_loss": (torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, -0.5]]), torch.tensor([-1])),
 }
 NAMED = {
-    "cross_entropy": "CrossEntropyLoss", "nll_loss": "NLLLoss", "kl_div": "KLDivLoss", "binary_cross_entropy": "BCELoss",
-    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss", "cosine_embedding_loss": "CosineEmbeddingLoss",
+    "cross_entropy": "CrossEntropyLoss",
+    "nll_loss": "NLLLoss",
+    "kl_div": "KLDivLoss",
+    "binary_cross_entropy": "BCELoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "cosine_embedding_loss": "CosineEmbeddingLoss",
 }
 
 
@@ -106,7 +125,9 @@ def test_deprecated_arguments(name: str, size_average: bool | None, reduce: bool
     assert our_reduction == their_reduction
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
+)
 def test_the_old_name_of_mean(name: str) -> None:
     """reduction="elementwise_mean" is mean, with torch's warning, where torch takes it."""
     with pytest.warns(UserWarning, match="elementwise_mean"):
@@ -125,10 +146,14 @@ def test_positional_arguments_in_torchs_order() -> None:
     first, second, sign = TARGETS["cosine_embedding_loss"]
     expected = torch.nn.functional.cosine_embedding_loss(first, second, sign, 0.1, None, None, "none")
     torch.testing.assert_close(F.cosine_embedding_loss(first, second, sign, 0.1, None, None, "none"), expected)
-    torch.testing.assert_close(F.cosine_similarity(first, second, 0, 1e-4), torch.cosine_similarity(first, second, 0, 1e-4))
+    torch.testing.assert_close(
+        F.cosine_similarity(first, second, 0, 1e-4), torch.cosine_similarity(first, second, 0, 1e-4)
+    )
 
 
 def test_kl_warns_of_its_default_as_torch_does() -> None:
     for functions in (torch.nn.functional, F):
-        with pytest.warns(UserWarning, match="'mean' divides the total loss by both the batch size and the support size"):
+        with pytest.warns(
+            UserWarning, match="'mean' divides the total loss by both the batch size and the support size"
+        ):
             functions.kl_div(*TARGETS["kl_div"])
