@@ -97,7 +97,7 @@ def check(name: str, parts: list[Any], spec: Any, arrange: Callable[[Any], Any])
     assert_no_worse(out, true, naive, "value", moved)
     for i, grad, *truths in zip(positions, grads, true_grads, naive_grads, moved_grads, strict=True):
         assert grad.dtype == truths[1].dtype
-        floor = upstream * size_of_terms(name, whole, i) if dtype == torch.float64 else 0.0
+        floor = upstream * size_of_terms(name, whole, i)
         assert_no_worse(grad, truths[0], truths[1], f"gradient of argument {i}", truths[2], floor)
 
 
@@ -109,8 +109,12 @@ def size_of_terms(name: str, parts: list[Any], i: int) -> float:
     if (
         name.startswith("linear") and i == 0
     ):  # (p - onehot) @ weight, with p's sum 1: 0 where all rows of the weight are equal
-        return float(parts[1].norm())
+        return float(parts[1].norm()) if is_expanded(parts[1]) else 0.0
     return 0.0
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    return bool((tensor == tensor[:1]).all())
 
 
 def judge(name: str, dtype: torch.dtype, index: int, layout: Callable[[Tensor], Tensor]) -> None:
@@ -204,7 +208,13 @@ def test_gradgradcheck(name: str, dtype: torch.dtype, index: int) -> None:
     fn, inputs = scalar_problem(name, dtype, index)
     with warnings.catch_warnings():
         ignore_torchs_own_noise()
-        assert torch.autograd.gradgradcheck(fn, inputs, gen_non_contig_grad_outputs=True, check_fwd_over_rev=True)
+        assert torch.autograd.gradgradcheck(
+            fn,
+            inputs,
+            gen_non_contig_grad_outputs=True,
+            check_fwd_over_rev=True,
+            fast_mode=sum(t.numel() for t in inputs) > 60,
+        )
 
 
 def scalar_problem(name: str, dtype: torch.dtype, index: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
