@@ -1,0 +1,217 @@
+"""Compare candidates with a base on the same tokens: load, read, measure, and keep the rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import logitless as ll
+from logitless.cli.errors import InputError
+from logitless.cli.measure import ReadingPlan, all_texts, check_fits, make_plan, pair_rows, read_hidden
+from logitless.cli.memory import MemoryMeter, MemoryUse
+from logitless.cli.models import (
+    Head,
+    LanguageModel,
+    ModelName,
+    check_model,
+    load_model,
+    rounded_copy,
+)
+from logitless.cli.progress import Steps
+from logitless.cli.statistics import Columns
+from logitless.cli.text import Text, bos_rule
+
+_WORST_TOKENS = 12
+_CONTEXT_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What to say of a model once it is no longer in memory."""
+
+    label: str
+    digest: str
+    rounding: str | None
+    architecture: str
+    parameters: int
+    rows: int
+    features: int
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token where the two models differ most, and what each would have said there."""
+
+    text: int
+    row: int
+    base_top: str
+    candidate_top: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A candidate's rows against the base: one set of columns for each text, and all of them joined."""
+
+    candidate: ModelFacts
+    classes: int
+    per_text: list[Columns]
+    overall: Columns
+    worst: list[WorstToken]
+    memory: MemoryUse
+    logits_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base, its candidates, and the plan by which all of them read the texts."""
+
+    base: ModelFacts
+    plan: ReadingPlan
+    pairs: list[Pair]
+
+
+def compare_models(
+    base_name: ModelName,
+    candidate_names: Sequence[ModelName],
+    texts: list[Text],
+    window: int,
+    max_tokens: int | None,
+    steps: Steps,
+) -> Comparison:
+    """Measure each candidate against the base; a candidate that is a rounding of the base is made from it in memory."""
+    with steps.step(f"loading {base_name.label}"):
+        base = load_model(base_name)
+    bos = bos_rule(base.tokenizer)
+    plan = make_plan(base, bos, texts, window, max_tokens)
+    steps.note(
+        f"{plan.scored_tokens} tokens to score in {plan.window_count} windows of {window}; "
+        f"beginning-of-text token: {bos.description}"
+    )
+    check_model(base, plan.sample)
+    base_hidden = read_hidden(base, plan, steps)
+    pairs = []
+    for name in candidate_names:
+        candidate = _candidate(name, base, base_name, steps)
+        heads = _comparable_heads(base, candidate, plan)
+        check_fits(candidate, plan)
+        check_model(candidate, plan.sample)
+        hidden = read_hidden(candidate, plan, steps)
+        pairs.append(_measure(base, candidate, heads, (base_hidden, hidden), plan, steps))
+    return Comparison(facts_of(base), plan, pairs)
+
+
+def facts_of(model: LanguageModel) -> ModelFacts:
+    """Return what results say of a model."""
+    return ModelFacts(
+        label=model.name.label,
+        digest=model.digest,
+        rounding=model.name.rounding,
+        architecture=type(model.network).__name__,
+        parameters=model.parameters,
+        rows=model.head.rows,
+        features=model.head.weight.shape[1],
+    )
+
+
+def _candidate(name: ModelName, base: LanguageModel, base_name: ModelName, steps: Steps) -> LanguageModel:
+    same_files = name.path.resolve() == base_name.path.resolve()
+    if same_files and name.rounding == base_name.rounding:
+        return base
+    if same_files and base_name.rounding is None and name.rounding is not None:
+        with steps.step(f"rounding the weights to {name.rounding}"):
+            return rounded_copy(base, name.rounding)
+    with steps.step(f"loading {name.label}"):
+        return load_model(name)
+
+
+def _comparable_heads(base: LanguageModel, candidate: LanguageModel, plan: ReadingPlan) -> tuple[Head, Head]:
+    """Refuse tokenizers that differ; of heads padded to different sizes keep the rows the tokenizer has."""
+    if candidate.tokenizer is base.tokenizer:
+        return base.head, candidate.head
+    ours: dict[str, int] = base.tokenizer.get_vocab()
+    theirs: dict[str, int] = candidate.tokenizer.get_vocab()
+    names = f"{base.name.label} and {candidate.name.label}"
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise InputError(
+            f"{names} have different vocabularies ({len(ours)} and {len(theirs)} tokens; {len(differing)} differ, "
+            f"{differing[0]!r} for one), so their predictions cannot be compared token by token"
+        )
+    for text in plan.texts:
+        ids = candidate.tokenizer(text.text.content, add_special_tokens=False)["input_ids"]
+        if ids[: len(text.ids)] != text.ids:
+            raise InputError(f"the tokenizers of {names} split {text.text.name} differently")
+    if bos_rule(candidate.tokenizer) != plan.bos:
+        raise InputError(f"the tokenizers of {names} differ in whether a text begins with a special token")
+    if base.head.rows == candidate.head.rows:
+        return base.head, candidate.head
+    rows = max(ours.values()) + 1
+    if rows > min(base.head.rows, candidate.head.rows):
+        raise InputError(
+            f"{names} have heads of {base.head.rows} and {candidate.head.rows} rows "
+            f"for the tokenizer's {rows}: different vocabularies"
+        )
+    return base.head.trimmed(rows), candidate.head.trimmed(rows)
+
+
+def _measure(
+    base: LanguageModel,
+    candidate: LanguageModel,
+    heads: tuple[Head, Head],
+    hidden: tuple[list[Tensor], list[Tensor]],
+    plan: ReadingPlan,
+    steps: Steps,
+) -> Pair:
+    with MemoryMeter() as meter:
+        per_text = pair_rows(heads, hidden, plan, f"comparing with {candidate.name.label}", steps)
+        memory = meter.use()
+    overall = all_texts(per_text)
+    _refuse_nan(overall, base, candidate)
+    return Pair(
+        candidate=facts_of(candidate),
+        classes=heads[0].rows,
+        per_text=per_text,
+        overall=overall,
+        worst=_worst(heads, hidden, plan, overall, base),
+        memory=memory,
+        logits_bytes=4 * plan.scored_tokens * (heads[0].rows + heads[1].rows),
+    )
+
+
+def _refuse_nan(columns: Columns, base: LanguageModel, candidate: LanguageModel) -> None:
+    for name in ("nll_base", "nll_candidate", "kl"):
+        bad = np.isnan(columns[name])
+        if bad.any():
+            raise InputError(
+                f"{name} of {candidate.name.label} against {base.name.label} is NaN at {int(bad.sum())} tokens: "
+                "the model's states are not finite"
+            )
+
+
+def _worst(
+    heads: tuple[Head, Head],
+    hidden: tuple[list[Tensor], list[Tensor]],
+    plan: ReadingPlan,
+    overall: Columns,
+    base: LanguageModel,
+) -> list[WorstToken]:
+    """Pick the tokens of largest KL, no two within one another's context, and ask both models for their own choice."""
+    starts = np.cumsum([0] + [text.scored_tokens for text in plan.texts])
+    picked: list[tuple[int, int]] = []
+    for place in np.argsort(-overall["kl"], kind="stable"):
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        row = int(place - starts[number])
+        if all(number != other or abs(row - taken) > _CONTEXT_TOKENS for other, taken in picked):
+            picked.append((number, row))
+        if len(picked) == _WORST_TOKENS:
+            break
+    rows = torch.tensor([int(starts[number]) + row for number, row in picked])
+    tops = []
+    for head, states in zip(heads, hidden, strict=True):
+        chosen = torch.cat(list(states))[rows]
+        with torch.no_grad():
+            stats = ll.token_stats(head.logits(chosen), torch.zeros(len(rows), dtype=torch.long))
+        tops.append([base.tokenizer.decode([token]) for token in stats.argmax.tolist()])
+    return [WorstToken(*place, *choices) for place, choices in zip(picked, zip(*tops, strict=True), strict=True)]

@@ -1,0 +1,146 @@
+"""Per-token rows: what `logitless` itself says of each scored token, as numpy columns."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import logitless as ll
+from logitless.cli.errors import InputError
+from logitless.cli.models import Head, LanguageModel
+from logitless.cli.progress import Steps
+from logitless.cli.statistics import Columns
+from logitless.cli.text import BosRule, Text, TokenisedText, Window, tokenise
+
+
+@dataclass(frozen=True)
+class ReadingPlan:
+    """The texts as tokens, the size of the windows, and what precedes each."""
+
+    texts: list[TokenisedText]
+    window: int
+    bos: BosRule
+
+    def windows(self) -> Iterator[tuple[int, Window]]:
+        """Yield each window with the number of its text."""
+        for number, text in enumerate(self.texts):
+            for window in text.windows(self.window):
+                yield number, window
+
+    @property
+    def window_count(self) -> int:
+        """The number of windows of all texts."""
+        return sum(-(-text.scored_tokens // self.window) for text in self.texts)
+
+    @property
+    def scored_tokens(self) -> int:
+        """The number of tokens scored in all texts."""
+        return sum(text.scored_tokens for text in self.texts)
+
+    @property
+    def sample(self) -> list[int]:
+        """Tokens to check a model with: the first window."""
+        return next(self.texts[0].windows(self.window)).inputs
+
+
+def make_plan(
+    model: LanguageModel, bos: BosRule, texts: list[Text], window: int, max_tokens: int | None
+) -> ReadingPlan:
+    """Tokenise the texts with the model's tokenizer and refuse windows or tokens that the model has no room for."""
+    plan = ReadingPlan([tokenise(model.tokenizer, text, max_tokens) for text in texts], window, bos)
+    check_fits(model, plan)
+    return plan
+
+
+def check_fits(model: LanguageModel, plan: ReadingPlan) -> None:
+    """Refuse a plan whose windows are longer than the model reads, or whose tokens its head does not have."""
+    longest = plan.window + (plan.bos.token is not None)
+    needed = min(longest, max(text.scored_tokens for text in plan.texts) + (plan.bos.token is not None))
+    if model.context is not None and needed > model.context:
+        raise InputError(f"{model.name.label} reads {model.context} tokens at most, not {needed}: lower --window")
+    highest = max(max(text.ids) for text in plan.texts)
+    if highest >= model.head.rows:
+        raise InputError(f"{model.name.label} has {model.head.rows} classes, but its tokenizer gave token {highest}")
+
+
+def read_hidden(model: LanguageModel, plan: ReadingPlan, steps: Steps) -> list[Tensor]:
+    """Return, for each window, the state that predicts each of its targets."""
+    label = f"reading with {model.name.label}"
+    states = []
+    for _, window in steps.track(plan.windows(), label, plan.window_count):
+        prefix = plan.bos.prefix(window)
+        states.append(model.hidden(prefix + window.inputs)[len(prefix) :])
+    return states
+
+
+def score_rows(head: Head, hidden: Sequence[Tensor], plan: ReadingPlan, label: str, steps: Steps) -> list[Columns]:
+    """Return the columns of one model for each text: token, window, position, nll, lse, entropy and rank."""
+    parts: list[list[Columns]] = [[] for _ in plan.texts]
+    for (number, window), states in steps.track(zip(plan.windows(), hidden, strict=True), label, plan.window_count):
+        with torch.no_grad():
+            stats = ll.token_stats(head.logits(states), torch.tensor(window.targets))
+        measured = {"nll": stats.nll, "lse": stats.lse, "entropy": stats.entropy, "rank": stats.rank}
+        parts[number].append({**_places(window), **_arrays(measured)})
+    return [_joined(part) for part in parts]
+
+
+def pair_rows(
+    heads: tuple[Head, Head],
+    hidden: tuple[Sequence[Tensor], Sequence[Tensor]],
+    plan: ReadingPlan,
+    label: str,
+    steps: Steps,
+) -> list[Columns]:
+    """Return, for each text, what `ll.pair_stats` says of base (p) and candidate (q), and the states' cosine."""
+    parts: list[list[Columns]] = [[] for _ in plan.texts]
+    rows = zip(plan.windows(), *hidden, strict=True)
+    for (number, window), base, candidate in steps.track(rows, label, plan.window_count):
+        with torch.no_grad():
+            stats = ll.pair_stats(heads[0].logits(base), heads[1].logits(candidate), torch.tensor(window.targets))
+            measured: dict[str, Tensor | None] = {
+                "kl": stats.kl,
+                "reverse_kl": stats.reverse_kl,
+                "js": stats.js,
+                "cross_entropy": stats.cross_entropy,
+                "entropy_base": stats.entropy_p,
+                "entropy_candidate": stats.entropy_q,
+                "same_top": stats.same_top,
+                "nll_base": stats.nll_p,
+                "nll_candidate": stats.nll_q,
+            }
+            if base.shape == candidate.shape:
+                measured["cosine"] = ll.functional.cosine_similarity(base, candidate, dim=-1)
+        parts[number].append({**_places(window), **_arrays(measured)})
+    return [_joined(part) for part in parts]
+
+
+def all_texts(per_text: Sequence[Columns]) -> Columns:
+    """Join the columns of several texts, numbering their windows apart as `cluster`."""
+    joined = _joined(per_text)
+    sizes = [len(columns["token"]) for columns in per_text]
+    text_number = np.repeat(np.arange(len(per_text)), sizes)
+    _, joined["cluster"] = np.unique(np.stack([text_number, joined["window"]]), axis=1, return_inverse=True)
+    return joined
+
+
+def _places(window: Window) -> Columns:
+    count = len(window.targets)
+    return {
+        "token": np.array(window.targets),
+        "window": np.full(count, window.index),
+        "position": np.arange(window.start, window.start + count),
+    }
+
+
+def _arrays(measured: Mapping[str, Tensor | None]) -> Columns:
+    arrays: Columns = {}
+    for name, values in measured.items():
+        assert values is not None, name  # a target is always given, so no field is left out
+        arrays[name] = values.double().numpy() if values.is_floating_point() else values.numpy()
+    return arrays
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

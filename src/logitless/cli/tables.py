@@ -1,0 +1,161 @@
+"""Tables on stdout, made of the results that also go to the JSON file."""
+
+import math
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+_NARROWEST = 100  # columns; a pipe has no width, and a table cut to 80 loses its numbers
+
+
+def print_comparison(results: dict[str, Any]) -> None:
+    """Print the models, each pair, the identity, and the memory."""
+    _print(_models(results), _pairs(results), _identity(results), _memory(results))
+
+
+def print_score(results: dict[str, Any]) -> None:
+    """Print one model's summary for each text and overall."""
+    names = [text["name"] for text in results["plan"]["texts"]]
+    rows = [*zip(names, results["texts"], strict=True), ("all", results["overall"])]
+    table = _table(f"{results['model']['name']}: every token after the first of a text, once", "text")
+    for name in ("tokens", "nats/token", "bits/byte", "perplexity", "mean entropy"):
+        table.add_column(name, justify="right")
+    for name, summary in rows:
+        table.add_row(name, *_summary_cells(summary))
+    memory = results["memory"]
+    line = (
+        f"Memory: scoring took {size(memory['measure_growth'])}; the logits would take "
+        f"{size(memory['logits_would_take'])}; peak of the process, model included, {size(memory['process_peak'])}"
+    )
+    _print(table, Text(line))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Format with `digits` significant digits, in scientific notation when very small or large."""
+    if value is None:
+        return "–"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-2 <= abs(value) < 1e6:
+        return f"{value:#.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def short_name(model: dict[str, Any], base: dict[str, Any]) -> str:
+    """Return the rounding alone for a rounding of the base's own files, else the model's name."""
+    rounded_base = model["sha256"] == base["sha256"] and model["rounding"] is not None
+    return str(model["rounding"] if rounded_base and base["rounding"] is None else model["name"])
+
+
+def size(count: float | None) -> str:
+    """Format bytes in MB, or GB from ten thousand MB on."""
+    if count is None:
+        return "not measured here"
+    return f"{count / 1e6:,.0f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
+
+
+def _models(results: dict[str, Any]) -> Table:
+    plan = results["plan"]
+    table = _table(
+        f"Models on the same tokens: windows of {plan['window_tokens']}, beginning-of-text token: {plan['bos']}",
+        "model",
+    )
+    for name in ("text", "tokens", "nats/token", "bits/byte", "perplexity", "mean entropy"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    base = results["base"]
+    models = [(base["model"]["name"], base["texts"], base["overall"])]
+    for candidate in results["candidates"]:
+        texts = [text["candidate"] for text in candidate["texts"]]
+        models.append((short_name(candidate["model"], base["model"]), texts, candidate["overall"]["candidate"]))
+    names = [text["name"] for text in plan["texts"]]
+    for label, texts, overall in models:
+        rows = [*zip(names, texts, strict=True)] if len(names) > 1 else []
+        for index, (name, summary) in enumerate([*rows, ("all" if rows else names[0], overall)]):
+            table.add_row(label if index == 0 else "", name, *_summary_cells(summary), style=None)
+        table.add_section()
+    return table
+
+
+def _summary_cells(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"{summary['tokens']:,}",
+        f"{summary['cross_entropy']:.4f}",
+        f"{summary['bits_per_byte']:.4f}",
+        number(summary["perplexity"]),
+        f"{summary['mean_entropy']:.4f}",
+    ]
+
+
+def _pairs(results: dict[str, Any]) -> Group:
+    base = results["base"]["model"]
+    spread = _table(f"Divergence from p = {base['name']}, nats per token", "q")
+    for name in ("measure", "mean", "median", "p90", "p99", "p99.9", "max"):
+        spread.add_column(name, justify="left" if name == "measure" else "right")
+    single = _table(f"Agreement with {base['name']}", "candidate")
+    for name in ("same top token", "cosine of states", "ln PPL ratio", "± clustered (windows)", "± naive"):
+        single.add_column(name, justify="right")
+    for candidate in results["candidates"]:
+        pair, label = candidate["overall"]["pair"], short_name(candidate["model"], base)
+        measures = {"KL(p‖q)": "kl_base_candidate", "KL(q‖p)": "kl_candidate_base", "JS(p, q)": "js"}
+        for index, (name, key) in enumerate(measures.items()):
+            spread.add_row(label if index == 0 else "", name, *(number(value) for value in pair[key].values()))
+        spread.add_section()
+        single.add_row(
+            label,
+            f"{pair['same_top']:.2%}",
+            "–" if pair["mean_hidden_cosine"] is None else f"{pair['mean_hidden_cosine']:.6f}",
+            f"{pair['log_perplexity_ratio']:+.5f}",
+            f"{number(pair['log_perplexity_ratio_se_clustered'], 2)} ({pair['clusters']})",
+            number(pair["log_perplexity_ratio_se_naive"], 2),
+        )
+    return Group(spread, "", single)
+
+
+def _identity(results: dict[str, Any]) -> Table:
+    table = _table("CE(p, q) = H(p) + KL(p‖q), in nats; the residual is of the worst token", "q")
+    for name in ("CE(p, q)", "H(p)", "KL(p‖q)", "largest residual", "relative to CE"):
+        table.add_column(name, justify="right")
+    for candidate in results["candidates"]:
+        identity = candidate["overall"]["identity"]
+        table.add_row(
+            short_name(candidate["model"], results["base"]["model"]),
+            f"{identity['mean_cross_entropy']:.6f}",
+            f"{identity['mean_entropy']:.6f}",
+            f"{identity['mean_kl']:.6f}",
+            f"{identity['largest_residual']:.1e}",
+            f"{identity['largest_relative_residual']:.1e}",
+        )
+    return table
+
+
+def _memory(results: dict[str, Any]) -> Table:
+    table = _table("Memory", "q")
+    for name in ("measuring took", "both models' logits would take", "peak of the process, models included"):
+        table.add_column(name, justify="right")
+    for candidate in results["candidates"]:
+        memory = candidate["memory"]
+        table.add_row(
+            short_name(candidate["model"], results["base"]["model"]),
+            size(memory["measure_growth"]),
+            size(memory["logits_would_take"]),
+            size(memory["process_peak"]),
+        )
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def _print(*parts: Table | Group | Text) -> None:
+    console = Console()
+    if console.width < _NARROWEST and not console.is_terminal:
+        console = Console(width=_NARROWEST + 20)
+    for part in parts:
+        console.print()
+        console.print(part, highlight=False)
