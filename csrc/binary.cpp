@@ -19,7 +19,8 @@ template <class Real> inline constexpr int64_t kChunk = 4096 / sizeof(Real);  //
 // ---- functions ----------------------------------------------------------------------------------------------------
 
 template <class Real> LL_INLINE Vec<Real> absolute(Vec<Real> x) {
-  return as_real<Real>(as_int<Real>(x) & ~as_int<Real>(splat<Real>(Real(-0.0))));
+  constexpr IntOf<Real> magnitude = sizeof(Real) == 4 ? IntOf<Real>(0x7fffffff) : IntOf<Real>(0x7fffffffffffffff);
+  return as_real<Real>(as_int<Real>(x) & magnitude);
 }
 
 // v * 2^power for whole-numbered `power`, rounded once where the result is below the normal range, inf above it.
@@ -101,7 +102,7 @@ LL_INLINE Parts<double> parts_of(Vec<double> x) {
   return {as_real<double>((shifted >> 52) + 0x4338000000000000LL) - magic, as_real<double>((shifted & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL)};
 }
 
-// log(x) for x > 0; a large negative number for 0.
+// log(x) for x > 0; below -100 for 0.
 template <class Real> LL_INLINE Vec<Real> log_positive(Vec<Real> x) {
   constexpr Real least = sizeof(Real) == 4 ? Real(0x1p-126) : Real(0x1p-1022), up = sizeof(Real) == 4 ? Real(0x1p24) : Real(0x1p54);
   const IntVec<Real> small = x < least;
@@ -109,12 +110,12 @@ template <class Real> LL_INLINE Vec<Real> log_positive(Vec<Real> x) {
   return log_of_parts(small ? p.power - (sizeof(Real) == 4 ? Real(24) : Real(54)) : p.power, p.mantissa - Real(1));
 }
 
-// log(1 - p) for 0 <= p <= 1; a large negative number for 1.
+// log(1 - p) for 0 <= p <= 1.
 template <class Real> LL_INLINE Vec<Real> log_one_minus(Vec<Real> p) {
   const Parts<Real> q = parts_of(Real(1) - p);
   // 1 - p may round for p < 0.5; -p and 1 - 2p, which are mantissa - 1 there, do not lose anything.
   const Vec<Real> f = q.power == 0 ? -p : (q.power == -1 ? Real(1) - 2 * p : q.mantissa - Real(1));
-  return log_of_parts(q.power, f);
+  return p == 1 ? splat<Real>(-kInf<Real>) : log_of_parts(q.power, f);
 }
 
 // coefficient * value, where a zero coefficient wins over an infinite value.

@@ -74,7 +74,7 @@ struct RowGradArgs {
 #define LL_KERNELS(X)              \
   X(row_stats, RowStatsArgs)       \
   X(row_grad, RowGradArgs)         \
-  X(elementwise, ElementwiseArgs) \
+  X(elementwise, ElementwiseArgs)  \
   X(cosine, CosineArgs)            \
   X(cosine_grad, CosineGradArgs)
 
