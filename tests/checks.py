@@ -69,6 +69,9 @@ def cross_entropy(dtype: torch.dtype, classes: int = 65, scale: float = 1.0) -> 
             [logits],
             scale=scale,
             what=what,
+            floor=10.0
+            if classes == 1
+            else 0.0,  # the gradient of a single class is 1 - 0.9 - 0.1 times the upstream one
         )
 
 

@@ -303,6 +303,7 @@ def examine(
     seed: int = 5,
     scale: float = 1.0,
     what: str = "",
+    floor: float = 0.0,
 ) -> None:
     """Values and gradients of `candidate` against `truth` in float64, and against the same formula in its own dtype.
 
@@ -347,4 +348,4 @@ def examine(
             raise RejectedError(f"{what}: no gradient for input {i}")
         if grad.dtype != dtype:
             raise RejectedError(f"{what}: gradient {i} is {grad.dtype}, expected {dtype}")
-        assert_no_worse(grad, true, others[0], f"{what} gradient {i}", others[1])
+        assert_no_worse(grad, true, others[0], f"{what} gradient {i}", others[1], floor)

@@ -19,6 +19,17 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short.get)
 wide = pytest.mark.parametrize("dtype", DTYPES[:2], ids=short.get)
 
 
+@pytest.fixture(params=["as picked", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a call takes by itself on this machine, and the reference forced."""
+    if request.param == "reference":
+        monkeypatch.setenv("LOGITLESS_BACKEND", "reference")
+    else:
+        monkeypatch.delenv("LOGITLESS_BACKEND", raising=False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("backend")
 @dtypes
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_value_and_gradient(name: str, dtype: torch.dtype) -> None:
@@ -26,6 +37,7 @@ def test_value_and_gradient(name: str, dtype: torch.dtype) -> None:
     checks.CHECKS[name](dtype)
 
 
+@pytest.mark.usefixtures("backend")
 @wide
 @pytest.mark.parametrize("classes", [1, 7, 65, 1000, 49153])
 @pytest.mark.parametrize("name", checks.BY_CLASSES)
@@ -90,6 +102,7 @@ def test_frozen_sides_of_a_lazy_head(measure: str, frozen: tuple[int, ...]) -> N
             oracles.assert_no_worse(tensor.grad, gradient, what="hwb"[i])
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

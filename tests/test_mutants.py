@@ -293,6 +293,12 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutants break the reference, so it has to be what runs."""
+    monkeypatch.setenv("LOGITLESS_BACKEND", "reference")
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_check_rejects_the_mutant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patches, check = MUTANTS[name]
