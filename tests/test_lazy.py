@@ -69,7 +69,6 @@ STAY_LAZY: dict[str, Callable[[Any], Any]] = {
     "shift": lambda z: z[..., :-1, :],
     "shift by name": lambda z: z[:, 1:],
     "first row": lambda z: z[0],
-    "last position": lambda z: z[:, -1, :],
     "last positions": lambda z: z[:, -2:, :],
     "mask": lambda z: z[MASK],
     "mask, all classes": lambda z: z[MASK, :],
@@ -77,7 +76,7 @@ STAY_LAZY: dict[str, Callable[[Any], Any]] = {
     "new axis": lambda z: z[:, None],
     "some classes": lambda z: z[..., 2:6],
     "all classes": lambda z: z[..., :CLASSES],
-    "select": lambda z: z.select(1, -1),
+    "select": lambda z: z.select(0, -1),
     "narrow": lambda z: z.narrow(1, 1, 3),
     "index_select": lambda z: torch.index_select(z, 0, torch.tensor([2, 2, 0])),
     "unbind": lambda z: z.unbind(1)[2],
@@ -186,6 +185,8 @@ def test_the_loss_of_what_stays_lazy_is_the_tensors(name: str) -> None:
 INDEX = torch.tensor([[[1], [0], [6], [2], [2]]] * BATCH)
 
 WITHOUT_THE_LOGITS: dict[str, Callable[[Any], Tensor]] = {
+    "last position": lambda z: z[:, -1, :],
+    "select a position": lambda z: z.select(1, 2),
     "argmax": lambda z: z.argmax(-1),
     "torch.argmax": lambda z: torch.argmax(z, dim=-1),
     "argmax, kept": lambda z: z.argmax(dim=2, keepdim=True),
