@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from logitless._transforms import transform_reason
@@ -25,7 +28,16 @@ class BackendStatus(NamedTuple):
     detail: str
 
 
-_BACKENDS = ("reference",)
+class _Explained(Exception):  # noqa: N818 # it carries an answer, not an error
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        self.choice = choice
+
+
+_NAMES = ("cpu", "reference")
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_explaining: ContextVar[bool] = ContextVar("_explaining", default=False)
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -37,30 +49,93 @@ def backends() -> dict[str, BackendStatus]:
     >>> ll.backends()["reference"].available
     True
     """
-    return {"reference": BackendStatus(True, "plain torch operations on any device: the definition")}
+    missing = cpu_missing()
+    if missing is None:
+        from logitless.kernels import cpu
+
+        facts = ", ".join(f"{name} {value}" for name, value in cpu.native_info().items())
+        native = BackendStatus(True, f"compiled kernels for tensors on the CPU: {facts}")
+    else:
+        native = BackendStatus(False, missing)
+    return {
+        "cpu": native,
+        "reference": BackendStatus(True, "plain torch operations on any device: the definition"),
+    }
 
 
-def pick(operation: str, tensors: tuple[Tensor | None, ...], backend: str | None = None) -> Choice:
-    """Return the backend for an operation on these tensors; raise if the one asked for cannot serve it."""
-    asked, by = (
-        (backend, "backend=") if backend is not None else (os.environ.get("LOGITLESS_BACKEND"), "LOGITLESS_BACKEND")
-    )
-    if asked and asked not in _BACKENDS:
-        raise ValueError(f"{operation}: {by} asks for {asked!r}; expected one of {', '.join(_BACKENDS)}")
-    if asked:
-        return Choice(asked, f"{by} asks for it")
-    reason = transform_reason(*tensors)
-    return Choice("reference", reason or "the only backend of this version")
+@cache
+def cpu_missing() -> str | None:
+    """Return why the compiled kernels are not there, or None if they are."""
+    try:
+        from logitless import _native  # noqa: F401 # only whether it is there
+    except ImportError as error:
+        return f"this installation has no compiled kernels ({error}); reinstall with a C++ compiler present"
+    return None
+
+
+def pick(
+    operation: str, tensors: Sequence[Tensor | None], backend: str | None = None, *, obstacle: str | None = None
+) -> str:
+    """Return the name of the backend for an operation on these tensors; raise if the one asked for cannot serve it.
+
+    `obstacle` is the caller's own reason why the kernels cannot, where there is one.
+    """
+    if torch.compiler.is_compiling() and backend is None:
+        return "reference"  # before anything that a compiler could not trace
+    asked = backend if backend is not None else os.environ.get("LOGITLESS_BACKEND") or None
+    if asked is None and not _explaining.get():
+        return "reference" if _cpu_obstacle(tensors, obstacle) else "cpu"
+    choice = _choose(operation, tensors, asked, "backend=" if backend is not None else "LOGITLESS_BACKEND", obstacle)
+    if _explaining.get():
+        raise _Explained(choice)
+    return choice.backend
+
+
+def _choose(
+    operation: str, tensors: Sequence[Tensor | None], asked: str | None, by: str, obstacle: str | None
+) -> Choice:
+    if asked is not None and asked not in _NAMES:
+        raise ValueError(f"{operation}: {by} asks for {asked!r}; expected one of {', '.join(_NAMES)}")
+    if asked == "reference":
+        return Choice("reference", f"{by} asks for it")
+    reason = _cpu_obstacle(tensors, obstacle)
+    if asked == "cpu" and reason is not None:
+        raise RuntimeError(f"{operation}: {by} asks for 'cpu', which cannot serve this call: {reason}")
+    return Choice("cpu", "the tensors are on the CPU") if reason is None else Choice("reference", reason)
+
+
+def _cpu_obstacle(tensors: Sequence[Tensor | None], obstacle: str | None) -> str | None:
+    if obstacle is not None:
+        return obstacle
+    missing = cpu_missing()
+    if missing is not None:
+        return missing
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in _CPU_DTYPES):
+            return f"no kernel for {tensor.dtype} in layout {tensor.layout}"
+    return transform_reason(*tensors)
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Return the backend that `call(*args, **kwargs)` would take and why, without running it.
 
-    Equals the choice the call itself makes: both ask the same function.
+    Equals the choice the call itself makes: the call is begun, its arguments checked, and stopped at that choice.
 
     >>> import torch, logitless as ll
-    >>> ll.explain(ll.functional.cross_entropy, torch.zeros(1, 2), torch.tensor([0])).backend
-    'reference'
+    >>> ll.explain(ll.functional.cross_entropy, torch.zeros(1, 2), torch.tensor([0]), backend="reference")
+    Choice(backend='reference', reason='backend= asks for it')
     """
-    tensors = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return pick(getattr(call, "__name__", repr(call)), tensors, kwargs.get("backend"))
+    token = _explaining.set(True)
+    try:
+        call(*args, **kwargs)
+    except _Explained as answer:
+        return answer.choice
+    finally:
+        _explaining.reset(token)
+    raise ValueError(f"{getattr(call, '__name__', call)!r} makes no choice of a backend: it is not a logitless call")

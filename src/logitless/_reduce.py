@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -42,14 +43,13 @@ def check_normalizer(normalizer: Normalizer, reduction: str) -> None:
 
 
 def mean_denominator(
-    normalizer: Normalizer, *, default: Tensor | float, weights: Tensor | float, rows: Tensor | float
+    normalizer: Normalizer, *, default: str, weights: Callable[[], Tensor | float], rows: Callable[[], Tensor | float]
 ) -> Tensor | float:
-    """Return what "mean" divides by; the caller says what each name means for its loss."""
-    if normalizer is None:
-        return default
-    if isinstance(normalizer, str):
-        return weights if normalizer == "weights" else rows
-    return normalizer
+    """Return what "mean" divides by; the caller says what each name means for its loss, and which is torch's."""
+    rule = default if normalizer is None else normalizer
+    if isinstance(rule, str):
+        return weights() if rule == "weights" else rows()
+    return rule
 
 
 def check_empty(empty: str) -> None:
@@ -75,3 +75,14 @@ def reduce_rows(
     if not isinstance(denominator, Tensor) and denominator == 0:
         return (total / total.new_zeros(())).to(dtype)
     return (total / denominator).to(dtype)
+
+
+def upstream_divisor(denominator: Tensor | float, empty: Empty) -> Tensor | float:
+    """Return what the upstream gradient of a reduced loss is divided by before it reaches the rows.
+
+    A mean over nothing that answers zero has a gradient of zero: its divisor is infinite.
+    """
+    if empty == "nan":
+        return denominator
+    divisor = torch.as_tensor(denominator, dtype=torch.float64)
+    return torch.where(divisor == 0, torch.inf, divisor)

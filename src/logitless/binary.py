@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -169,9 +171,7 @@ def _lazy_binary_cross_entropy(
         return loss.sum(1), counted.sum(1)
 
     loss, counted = fold_rows(function, [rows], per_row, shared, itemsize=precision.compute.itemsize)
-    denominator = mean_denominator(
-        normalizer, default=float(input.numel()), weights=counted.sum(), rows=float(input.shape[0])
-    )
+    denominator = _denominator(normalizer, input.shape, counted.sum)
     return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
 
 
@@ -222,8 +222,13 @@ def _weighted(loss: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | Non
 def _reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype, normalizer: Normalizer) -> Tensor:
     if reduction != "mean":
         return reduce_rows(loss, reduction, denominator=1.0, dtype=dtype)
-    elements = float(loss.numel())
-    weights = elements if weight is None else weight.expand_as(loss).sum()
-    rows = float(loss.shape[0]) if loss.dim() else 1.0
-    denominator = mean_denominator(normalizer, default=elements, weights=weights, rows=rows)
-    return reduce_rows(loss, reduction, denominator=denominator, dtype=dtype)
+    counted = loss.numel if weight is None else weight.expand_as(loss).sum
+    return reduce_rows(loss, reduction, denominator=_denominator(normalizer, loss.shape, counted), dtype=dtype)
+
+
+def _denominator(normalizer: Normalizer, sizes: torch.Size, weights: Callable[[], Tensor | float]) -> Tensor | float:
+    """Return what the mean divides by: torch's number of elements where nothing else is asked for."""
+    if normalizer is None:
+        return float(sizes.numel())
+    rows = float(sizes[0]) if sizes else 1.0
+    return mean_denominator(normalizer, default="rows", weights=weights, rows=lambda: rows)

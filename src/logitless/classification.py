@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from logitless import _dispatch
+from logitless import _dispatch, _ops
 from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
@@ -18,6 +18,7 @@ from logitless._reduce import (
     mean_denominator,
     reduce_rows,
     resolve_reduction,
+    upstream_divisor,
 )
 from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, checked_values, class_target
 from logitless._tiles import at_positions, fold_rows
@@ -90,10 +91,24 @@ def cross_entropy(
         meaning = checked_values("cross_entropy", meaning)
         rows = _lazy_rows(input, meaning, weight, label_smoothing, None, backend)
     else:
-        _dispatch.pick("cross_entropy", (input, target, weight), backend)
-        with no_autocast(input):
-            meaning = checked_values("cross_entropy", meaning)
-            rows = reference.cross_entropy(input.to(precision.compute), meaning, weight, label_smoothing)
+        obstacle = _kernel_obstacle(input, meaning, weight, normalizer)
+
+        def definition(logits: Tensor) -> Tensor:
+            checked = checked_values("cross_entropy", meaning)
+            with no_autocast(logits):
+                rows = reference.cross_entropy(logits.to(precision.compute), checked, weight, label_smoothing)
+            return _reduced(rows, checked, reduction, precision, normalizer, empty)
+
+        if _dispatch.pick("cross_entropy", (input, target, weight), backend, obstacle=obstacle) == "reference":
+            return definition(input)
+
+        def reduced(rows: reference.ClassRows) -> _ops.Reduced:
+            denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
+            loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
+            return _ops.Reduced(loss, upstream_divisor(denominator, empty))
+
+        call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition)
+        return _ops.cross_entropy(input, call)
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
 
@@ -359,11 +374,30 @@ def _reduced(
     empty: Empty,
 ) -> Tensor:
     """Return the loss, divided as torch does (by target weights for indices, by rows for probabilities) or as asked."""
-    if reduction != "mean":
-        return reduce_rows(rows.loss, reduction, denominator=1.0, dtype=precision.result)
-    weights = rows.weight.sum()
-    kept = rows.loss.numel() if meaning.ignored is None else (~meaning.ignored).sum()
-    denominator = mean_denominator(
-        normalizer, default=weights if meaning.probabilities is None else kept, weights=weights, rows=kept
-    )
+    denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
     return reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
+
+
+def _denominator(rows: reference.ClassRows, meaning: ClassTarget, normalizer: Normalizer) -> Tensor | float:
+    def kept() -> Tensor | float:
+        if meaning.ignored is not None:
+            return (~meaning.ignored).sum()
+        if meaning.indices is not None:
+            return (meaning.indices != meaning.ignore_index).sum()
+        return rows.loss.numel()
+
+    default = "rows" if meaning.indices is None else "weights"
+    return mean_denominator(normalizer, default=default, weights=rows.weight.sum, rows=kept)
+
+
+def _kernel_obstacle(input: Tensor, meaning: ClassTarget, weight: Tensor | None, normalizer: Normalizer) -> str | None:
+    """Return what about this call the compiled kernels do not do, if anything."""
+    if input.numel() == 0:
+        return "there is nothing to compute"
+    if meaning.probabilities is not None and meaning.probabilities.dtype != input.dtype:
+        return f"input and probabilities differ in dtype ({input.dtype}, {meaning.probabilities.dtype})"
+    if torch.is_grad_enabled():
+        for name, tensor in (("weight", weight), ("target", meaning.probabilities), ("normalizer", normalizer)):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return f"{name} requires a gradient"
+    return None
