@@ -6,6 +6,7 @@ from logitless._proxy import MaterializeWarning
 from logitless.heads import LazyHead, lazy_head
 from logitless.lazy import LazyLogits, linear
 from logitless.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
+from logitless.sparse import SparseLogits
 
 __all__ = [
     "BackendStatus",
@@ -13,6 +14,7 @@ __all__ = [
     "LazyLogits",
     "MaterializeWarning",
     "PairStats",
+    "SparseLogits",
     "TokenStats",
     "backends",
     "entropy",

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless import _dispatch
+from logitless import _dispatch, sparse
 from logitless._precision import check_input
 from logitless._targets import ClassTarget, checked_values, class_target
 from logitless._tiles import LogitRows, at_positions, dense_rows, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import HeadRows, LazyLogits
+from logitless.sparse import SparseLogits
 
 
 class TokenStats(NamedTuple):
@@ -183,13 +184,14 @@ def entropy(logits: Tensor | LazyLogits) -> Tensor:
     return value.view(logits.shape[:-1])
 
 
-def kl(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits) -> Tensor:
     """Return the Kullback-Leibler divergence KL(p || q) of each row, from logits.
 
     Equals `(p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)`: p is the true distribution.
 
     Args:
-        p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits; p may be SparseLogits, a top-k teacher with
+            no gradient, over whose k + 1 buckets the divergence then is (a lower bound of the full one).
 
     Returns:
         (...), in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for equal rows.
@@ -203,7 +205,7 @@ def kl(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
     >>> ll.kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.4621])
     """
-    return _divergence("kl", reference.kl, p, q)
+    return sparse.kl(p, q) if isinstance(p, SparseLogits) else _divergence("kl", reference.kl, p, q)
 
 
 def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
