@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, _ops
+from logitless import _dispatch, _ops, sparse
 from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
@@ -24,6 +24,7 @@ from logitless._targets import ClassTarget, check_class_weight, check_weight_dty
 from logitless._tiles import at_positions, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits, linear
+from logitless.sparse import SparseLogits
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def cross_entropy(
     input: Tensor | LazyLogits,
-    target: Tensor,
+    target: Tensor | SparseLogits,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -51,7 +52,8 @@ def cross_entropy(
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ..., dk), floating; or LazyLogits.
-        target: indices, the input's shape without C, any integer dtype; or probabilities, the input's shape.
+        target: indices, the input's shape without C, any integer dtype; or probabilities, the input's shape; or
+            SparseLogits of the input's shape with its classes last, over whose buckets the cross-entropy then is.
         weight: one number a class, (C,); gradients flow to it.
         size_average, reduce: torch's deprecated spelling of `reduction`.
         ignore_index: a row with this index has no loss and a gradient of exactly 0, and is never read. It removes
@@ -82,6 +84,8 @@ def cross_entropy(
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_empty(empty)
+    if isinstance(target, SparseLogits):
+        return _sparse_cross_entropy(input, target, weight, label_smoothing, reduction, normalizer, empty)
     _check_smoothing("cross_entropy", label_smoothing)
     check_input("cross_entropy", input, target)
     meaning = class_target("cross_entropy", input.shape, target, ignore_index=ignore_index, class_dim=class_dim)
@@ -248,6 +252,23 @@ def linear_cross_entropy(
         shape = (input.shape[0], *linear_weight.shape[1:-1])
         rows = reference.ClassRows(*(torch.stack(values, 1).view(shape) for values in zip(*parts, strict=True)))
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
+
+
+def _sparse_cross_entropy(
+    input: Tensor | LazyLogits,
+    target: SparseLogits,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    normalizer: Normalizer,
+    empty: Empty,
+) -> Tensor:
+    if weight is not None or label_smoothing != 0:
+        raise ValueError("cross_entropy: weight and label_smoothing do not apply to a SparseLogits target")
+    rows = sparse.cross_entropy(target, input)
+    count = float(rows.numel())
+    denominator = mean_denominator(normalizer, default=count, weights=count, rows=count)
+    return reduce_rows(rows, reduction, denominator=denominator, dtype=precision_of(input).result, empty=empty)
 
 
 def _check_smoothing(name: str, label_smoothing: float) -> None:

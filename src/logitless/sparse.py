@@ -134,6 +134,7 @@ def _fold(name: str, measure: reference.PairMeasure, p: SparseLogits, q: Tensor 
     k = p.indices.shape[-1]
     lump = p.tail == "lump" and k < p.num_classes
     buckets = _buckets(p.log_probs.detach().double(), lump).reshape(rows.rows, -1)
+    slack = _sum_slack(p.log_probs)
     result = torch.float64 if torch.float64 in (q.dtype, p.log_probs.dtype) else torch.float32
 
     def function(tile: Tensor, log_p: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +142,12 @@ def _fold(name: str, measure: reference.PairMeasure, p: SparseLogits, q: Tensor 
         masses = wide.gather(-1, indices)
         if lump:  # the other classes' own log-sum-exp: 1 minus the kept mass would lose a small tail to rounding
             others = wide.scatter(-1, indices, -math.inf)
-            masses = torch.cat([masses, others.logsumexp(-1, keepdim=True)], -1)
+            masked = torch.isneginf(others).all(-1, keepdim=True)  # whose log-sum-exp would have a gradient of NaN
+            others = others.masked_fill(masked, 0).logsumexp(-1, keepdim=True).masked_fill(masked, -math.inf)
+            masses = torch.cat([masses, others], -1)
+            # A student that masks all others is not infinitely wrong for a tail that is the rounding of log_probs.
+            rounding = masked & (log_p[:, k:] < math.log(slack))
+            log_p = torch.cat([log_p[:, :k], log_p[:, k:].masked_fill(rounding, -math.inf)], -1)
         return (measure(log_p, masses).to(result),)
 
     (value,) = fold_rows(function, [rows], [buckets, p.indices.reshape(rows.rows, k).long()])
@@ -155,6 +161,11 @@ def _buckets(log_probs: Tensor, lump: bool) -> Tensor:
     total = log_probs.logsumexp(-1, keepdim=True)
     kept = log_probs - total.clamp(min=0)
     return torch.cat([kept, torch.log(-torch.expm1(total.clamp(max=0)))], -1)
+
+
+def _sum_slack(log_probs: Tensor) -> float:
+    """Return how far rounding moves the sum of the probabilities: each by p |log p| eps, all by log(k) eps at most."""
+    return 2 * torch.finfo(log_probs.dtype).eps * (1 + math.log(log_probs.shape[-1]))
 
 
 def _check_parts(log_probs: Tensor, indices: Tensor, num_classes: int, tail: str) -> None:
@@ -190,9 +201,7 @@ def _check_values(log_probs: Tensor, indices: Tensor, num_classes: int) -> None:
     if bool(twice.any()):
         raise ValueError(f"SparseLogits: row {tuple(twice.nonzero()[0].tolist())} names a class twice")
     total = log_probs.double().logsumexp(-1)
-    # A rounded logarithm moves its probability by p |log p| eps, which over k classes adds up to log(k) eps at most.
-    slack = 2 * torch.finfo(log_probs.dtype).eps * (1 + math.log(log_probs.shape[-1]))
-    wrong = ~(total <= math.log1p(slack)) | (total == -math.inf)
+    wrong = ~(total <= math.log1p(_sum_slack(log_probs))) | (total == -math.inf)
     if bool(wrong.any()):
         position = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
