@@ -133,7 +133,7 @@ def _fold(name: str, measure: reference.PairMeasure, p: SparseLogits, q: Tensor 
     _dispatch.pick(name, (*rows.tensors, p.log_probs, p.indices))
     k = p.indices.shape[-1]
     lump = p.tail == "lump" and k < p.num_classes
-    buckets = _buckets(p.log_probs.detach().double(), lump).reshape(rows.rows, -1)
+    buckets = _buckets(p.log_probs.detach().double(), lump).reshape(rows.rows, k + lump)
     slack = _sum_slack(p.log_probs)
     result = torch.float64 if torch.float64 in (q.dtype, p.log_probs.dtype) else torch.float32
 
