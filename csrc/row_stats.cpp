@@ -1,6 +1,6 @@
 // row_stats: everything the losses and measures need of each row, in one read of the logits.
 #include "parallel.h"
-#include "row_state.h"
+#include "row_fold.h"
 
 namespace logitless::LL_ISA {
 namespace {
@@ -32,92 +32,11 @@ template <class T> struct Job {
     return t < 0 || t >= args.tile.classes ? Fate::kBad : Fate::kRead;
   }
   Real target_logit(int64_t r) const { return args.target ? widen(row(r)[args.target[r] * args.tile.class_stride]) : kNaN<Real>; }
-};
-
-// ---- one row at a time --------------------------------------------------------------------------------------------
-
-// Feeds n contiguous logits; w and t may be null.
-template <class T, int Flags>
-LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const Compute<T>* w, const T* t, int64_t n, int64_t first_class, bool fresh) {
-  using Real = Compute<T>;
-  constexpr int L = kLanes<Real>;
-  constexpr bool kWeighted = (Flags & (kSmooth | kDense)) != 0, kTargets = (Flags & kDense) != 0;
-  // Beyond n: a logit of -inf whose weight and target are 0.
-  const auto step = [&](auto count, auto first, int64_t i, int64_t valid) __attribute__((always_inline)) {
-    constexpr int K = decltype(count)::value;
-    Vec<Real> zs[K], ws[K], ts[K];
-    for (int k = 0; k < K; ++k) {
-      const bool whole = K > 1 || valid == L;
-      zs[k] = whole ? load(z + i + k * L) : load_partial(z + i, valid, -kInf<Real>);
-      if constexpr (kWeighted) {
-        if (w) ws[k] = whole ? load(w + i + k * L) : load_partial(w + i, valid, Real(0));
-        else ws[k] = whole ? splat<Real>(1) : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? splat<Real>(1) : Vec<Real>{});
-      }
-      if constexpr (kTargets) ts[k] = whole ? load(t + i + k * L) : load_partial(t + i, valid, Real(0));
-    }
-    state.template step<K, decltype(first)::value>(zs, ws, ts, first_class + i);
-  };
-  const auto whole_or = [&](int64_t i) { return n - i < L ? n - i : L; };
-  int64_t i = 0;
-  if (fresh) step(Constant<1>{}, Constant<true>{}, 0, whole_or(0)), i = L;
-  for (; i + 8 * L <= n; i += 8 * L) step(Constant<8>{}, Constant<false>{}, i, L);
-  if (i + 4 * L <= n) step(Constant<4>{}, Constant<false>{}, i, L), i += 4 * L;
-  for (; i < n; i += L) step(Constant<1>{}, Constant<false>{}, i, whole_or(i));
-}
-
-// Classes [begin, end) of a row that lies in memory one after another.
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
-  using Real = Compute<T>;
-  RowState<Real, Flags, false> state;
-  if constexpr ((Flags & kToken) != 0) state.target_logit = splat<Real>(job.target_logit(r));
-  const Real* w = job.class_weight();
-  const T* t = (Flags & kDense) ? job.dense_row(r) + begin : nullptr;
-  feed<T, Flags>(state, job.row(r) + begin, w ? w + begin : nullptr, t, end - begin, begin, true);
-  return finish<Real, Flags>(state);
-}
-
-template <class Real, int Flags>
-__attribute__((noinline)) void feed_buffer(RowState<Real, Flags, false>& state, const Real* z, const Real* w, const Real* t, int64_t n, int64_t first_class, bool fresh) {
-  feed<Real, Flags>(state, z, w, t, n, first_class, fresh);
-}
-
-// Any strides, and logits of any size: a piece at a time is copied into the compute type, less `base`.
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_buffered(const Job<T>& job, int64_t r, int64_t begin, int64_t end, Compute<T> base) {
-  using Real = Compute<T>;
-  const RowStatsArgs& a = job.args;
-  const T* z = job.row(r);
-  const T* t = (Flags & kDense) ? job.dense_row(r) : nullptr;
-  const Real* w = job.class_weight();
-  const Real target_logit = (Flags & kToken) ? job.target_logit(r) : kNaN<Real>;
-  alignas(LL_BYTES) Real zs[kGather], ts[(Flags & kDense) ? kGather : 1];
-  RowState<Real, Flags, false> state;
-  int64_t rank = 0;
-  for (int64_t i = begin; i < end; i += kGather) {
-    const int64_t n = end - i < kGather ? end - i : kGather;
-    for (int64_t j = 0; j < n; ++j) {
-      const Real x = widen(z[(i + j) * a.tile.class_stride]);
-      rank += x > target_logit;  // counted here: the subtraction may make two logits equal
-      zs[j] = x - base;
-    }
-    if constexpr ((Flags & kDense) != 0)
-      for (int64_t j = 0; j < n; ++j) ts[j] = widen(t[(i + j) * a.dense_strides.classes]);
-    feed_buffer<Real, Flags>(state, zs, w ? w + i : nullptr, ts, n, i, i == begin);
+  template <int Flags> LL_INLINE RowView<T> view(int64_t r) const {
+    return {row(r), args.tile.class_stride, class_weight(), (Flags & kDense) ? dense_row(r) : nullptr, args.dense_strides.classes,
+            (Flags & kToken) ? target_logit(r) : kNaN<Real>};
   }
-  RowSums sums = finish<Real, Flags>(state);
-  sums.base = base;
-  sums.max += base;
-  sums.rank = rank;
-  return sums;
-}
-
-template <class T, int Flags> RowSums fold_part(const Job<T>& job, int64_t r, int64_t begin, int64_t end) {
-  const bool contiguous = job.args.tile.class_stride == 1 && (!(Flags & kDense) || job.args.dense_strides.classes == 1);
-  return contiguous ? fold_contiguous<T, Flags>(job, r, begin, end) : fold_buffered<T, Flags>(job, r, begin, end, 0);
-}
-// A row with logits beyond kHuge: again, each less the row's maximum.
-template <class T, int Flags> RowSums fold_huge(const Job<T>& job, int64_t r, double max) {
-  return fold_buffered<T, Flags>(job, r, 0, job.args.tile.classes, static_cast<Compute<T>>(max));
-}
+};
 
 // ---- finished rows to outputs ------------------------------------------------------------------------------------
 
@@ -142,7 +61,7 @@ template <class T> struct Batch {
     above[i] = f == Fate::kRead ? sums.max - static_cast<double>(job.target_logit(r)) : 0;
     if (f == Fate::kRead && !(__builtin_fabs(sums.max) <= kHuge)) {
       const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
-      set<Flags>(i, finite ? fold_huge<T, Flags>(job, r, sums.max) : sums);
+      set<Flags>(i, finite ? fold_huge<T, Flags>(job.template view<Flags>(r), job.args.tile.classes, sums.max) : sums);
       if (!finite) rest[i] = __builtin_nan("");
     } else {
       set<Flags>(i, sums);
@@ -186,7 +105,7 @@ template <class T> struct Batch {
     write<Real>(a.row_max, [&](int64_t i) { return max[i]; }, 0, kNone);
     write<double>(a.log_sum, [&](int64_t i) { return log_sum[i]; }, 0, kNaN<double>);
     write<Real>(a.entropy, [&](int64_t i) { return entropy[i]; }, 0, kNone);
-    write<int64_t>(a.argmax, [&](int64_t i) { return find_argmax(i); }, -1, -1);
+    write<int64_t>(a.argmax, [&](int64_t i) { return argmax(i); }, -1, -1);
     write<int64_t>(a.rank, [&](int64_t i) { return rank[i]; }, -1, -1);
     write<Real>(a.smooth_sum, [&](int64_t i) { return smooth_gap[i] + smooth_mass[i] * log_sum[i]; }, 0, kNone);
     write<Real>(a.dense_sum, [&](int64_t i) { return dense_gap[i] + (dense_mass[i] == 0 ? 0 : dense_mass[i] * log_sum[i]); }, 0, kNone);
@@ -195,24 +114,9 @@ template <class T> struct Batch {
     all_read = true;
   }
 
-  // The first maximal class at or after arg[i], or the first NaN of a NaN row.
-  int64_t find_argmax(int64_t i) const {
-    const T* z = job.row(first_row + i);
-    const Tile& tile = job.args.tile;
+  int64_t argmax(int64_t i) const {
     const bool is_nan = rest[i] != rest[i] && __builtin_fabs(max[i]) != __builtin_inf();
-    const Real wanted = static_cast<Real>(max[i]);
-    for (int64_t j = is_nan ? 0 : arg[i]; j < tile.classes;) {
-      if (tile.class_stride == 1 && !is_nan && j + kLanes<Real> <= tile.classes) {
-        const uint32_t found = equal_bits(load(z + j), splat<Real>(wanted));
-        if (found) return j + __builtin_ctz(found);
-        j += kLanes<Real>;
-        continue;
-      }
-      const Real x = widen(z[j * tile.class_stride]);
-      if (is_nan ? x != x : x == wanted) return j;
-      ++j;
-    }
-    return is_nan ? arg[i] : 0;
+    return find_argmax<T>(job.template view<0>(first_row + i), job.args.tile.classes, max[i], is_nan, arg[i]);
   }
 };
 
@@ -229,7 +133,7 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
     for (int64_t r = item * per_item; r < end; ++r) {
       const Fate fate = job.fate(r);
-      batch.template push<Flags>(r, fate, fate == Fate::kRead ? fold_part<T, Flags>(job, r, 0, a.tile.classes) : kUnread);
+      batch.template push<Flags>(r, fate, fate == Fate::kRead ? fold_part<T, Flags>(job.template view<Flags>(r), 0, a.tile.classes) : kUnread);
     }
     batch.flush();
   });
@@ -244,7 +148,7 @@ template <class T, int Flags> void by_parts(const Job<T>& job) {
   parallel_for(rows * parts, a.threads, rows * a.tile.classes * static_cast<int64_t>(sizeof(T)), [&](int64_t item) {
     const int64_t r = item / parts, begin = item % parts * kSplitClasses;
     const int64_t end = begin + kSplitClasses < a.tile.classes ? begin + kSplitClasses : a.tile.classes;
-    sums[item] = job.fate(r) == Fate::kRead ? fold_part<T, Flags>(job, r, begin, end) : kUnread;
+    sums[item] = job.fate(r) == Fate::kRead ? fold_part<T, Flags>(job.template view<Flags>(r), begin, end) : kUnread;
   });
   Batch<T> batch(job);
   for (int64_t r = 0; r < rows; ++r) {
@@ -328,9 +232,13 @@ void row_stats(const RowStatsArgs& a) {
   if (a.bad_row) {
     *a.bad_row = -1;
     const int64_t rows = a.target ? a.tile.outer * a.tile.inner : 0;
-    for (int64_t r = 0; r < rows && *a.bad_row < 0; ++r) {
-      const int64_t t = a.target[r];
-      if (t != a.ignore_index && (t < 0 || t >= a.tile.classes)) *a.bad_row = r;
+    for (int64_t first = 0; first < rows && *a.bad_row < 0; first += 1024) {  // without a branch a target, then exactly
+      const int64_t end = first + 1024 < rows ? first + 1024 : rows;
+      int64_t bad = 0;
+      for (int64_t r = first; r < end; ++r)
+        bad |= static_cast<int64_t>(a.target[r] != a.ignore_index) & static_cast<int64_t>(static_cast<uint64_t>(a.target[r]) >= static_cast<uint64_t>(a.tile.classes));
+      for (int64_t r = first; bad && r < end; ++r)
+        if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.tile.classes)) { *a.bad_row = r; break; }
     }
   }
   switch (a.dtype) {
