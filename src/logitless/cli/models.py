@@ -133,22 +133,24 @@ def rounded_copy(model: LanguageModel, rounding: str) -> LanguageModel:
 def check_model(model: LanguageModel, ids: list[int]) -> None:
     """Refuse a model whose logits the head does not reproduce, or that sees the tokens it is to predict."""
     ids = ids[:_CHECKED_TOKENS]
+    hidden = model.hidden(ids)
+    # Shorter by one token, the states of the others must be as before.
+    seen = 0.0
+    if len(ids) > 1:
+        seen = ((hidden[:-1] - model.hidden(ids[:-1])).abs().max() / hidden.abs().max()).item()
+    if not seen <= _CAUSAL_TOLERANCE:
+        raise InputError(
+            f"{model.name.label} is not a causal language model: its states depend on the tokens that follow "
+            f"(by {seen:.1e} of the largest), which it is to predict"
+        )
     with torch.no_grad():
         own = model.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    hidden = model.hidden(ids)
     replayed = model.head.logits(hidden).materialize()
     error = ((replayed - own).abs().max() / own.abs().max()).item()
     if not error <= _HEAD_TOLERANCE:
         raise InputError(
             f"{model.name.label}: its output head does more to the hidden states than weight, bias, scale and softcap "
             f"(logits differ by {error:.1e} of the largest), so it cannot be measured"
-        )
-    shorter = model.hidden(ids[:-1])
-    seen = ((hidden[:-1] - shorter).abs().max() / hidden.abs().max()).item() if len(ids) > 1 else 0.0
-    if not seen <= _CAUSAL_TOLERANCE:
-        raise InputError(
-            f"{model.name.label} is not a causal language model: its states depend on the tokens that follow "
-            f"(by {seen:.1e} of the largest), which it is to predict"
         )
 
 
