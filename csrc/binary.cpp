@@ -43,17 +43,18 @@ LL_INLINE Vec<double> scale_gradually(Vec<double> v, Vec<double> power) {
 #endif
 }
 
-// exp over its whole range, below 1 ulp, also where the result is below the normal range.
-template <class Real> LL_INLINE Vec<Real> whole_exp(Vec<Real> x) {
+// factor * exp(x) over the whole range of exp, rounded once where the result is below the normal range.
+template <class Real> LL_INLINE Vec<Real> scaled_exp(Vec<Real> x, Vec<Real> factor) {
   constexpr Real least = sizeof(Real) == 4 ? Real(-110) : Real(-760), most = sizeof(Real) == 4 ? Real(90) : Real(711);
   const Exponential<Real> e = split_exp(minimum<Real>(splat<Real>(most), maximum<Real>(splat<Real>(least), x)));
 #if !defined(__AVX512F__)
   // A NaN power has no integer; the fraction carries the NaN.
-  return scale_gradually(e.fraction, e.power == e.power ? e.power : Vec<Real>{});
+  return scale_gradually(factor * e.fraction, e.power == e.power ? e.power : Vec<Real>{});
 #else
-  return scale_gradually(e.fraction, e.power);
+  return scale_gradually(factor * e.fraction, e.power);
 #endif
 }
+template <class Real> LL_INLINE Vec<Real> whole_exp(Vec<Real> x) { return scaled_exp<Real>(x, splat<Real>(1)); }
 
 // log1p(u) for 0 <= u <= 1, below 2 ulp.
 LL_INLINE Vec<float> log1p_unit(Vec<float> u) {
@@ -151,7 +152,7 @@ template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Ve
     return t == 0 ? V{} : -g * t;
   } else if constexpr (Op == ElementOp::kKlLog) {
     const V e = whole_exp<Real>(t);
-    return e == 0 ? V{} : e * (t - x);
+    return e == 0 ? V{} : scaled_exp<Real>(t, t - x);  // where e is below the normal range it has few digits
   } else {
     const V e = whole_exp<Real>(t);
     return e == 0 ? V{} : -g * e;
@@ -266,11 +267,13 @@ inline bool is_dense(const ElementwiseArgs& a, const Operand& o) {
 template <class Real> struct Source {
   const Operand* operand;
   bool dense, same, in_place;
+  Real scale;  // still to be applied to what fetch() gives
   alignas(LL_BYTES) Real buffer[kChunk<Real>];
 
-  // `absent` is the value of an operand that is not given; `scale` multiplies one that is the same everywhere.
-  void begin(const ElementwiseArgs& a, const Operand& o, Real absent, double scale = 1.0) {
+  // `absent` is the value of an operand that is not given.
+  void begin(const ElementwiseArgs& a, const Operand& o, Real absent, double factor = 1.0) {
     operand = &o;
+    scale = static_cast<Real>(factor);
     same = true;
     for (int d = 0; d < a.dims && o.data; ++d) same = same && o.strides[d] == 0;
     dense = !same && is_dense(a, o);
@@ -278,7 +281,8 @@ template <class Real> struct Source {
     if (!same) return;
     Real all = absent;
     if (o.data) read<Real>(o, 0, 0, 1, &all);
-    all = static_cast<Real>(all * scale);
+    all = static_cast<Real>(all * factor);
+    scale = Real(1);
     for (int64_t i = 0; i < kChunk<Real>; ++i) buffer[i] = all;
   }
   const Real* fetch(const ElementwiseArgs& a, const Place& place) {
@@ -334,14 +338,14 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
 
   struct Tally { DoubleSum<Real> sum; IntVec<Real> outside_input{}, outside_target{}; };
 
-  template <bool kSum> static void compute(const Real* x, const Real* t, const Real* w, const Real* pos, const Real* g, Real* out, int64_t n, Tally& tally) {
+  template <bool kSum> static void compute(const Real* x, const Real* t, const Real* w, const Real* pos, const Real* g, Real g_scale, Real* out, int64_t n, Tally& tally) {
     const auto step = [&](int64_t i, int64_t valid) __attribute__((always_inline)) {
       const auto get = [&](const Real* p, Real fill) __attribute__((always_inline)) { return valid >= L ? load(p + i) : load_partial(p + i, valid, fill); };
       V xs{}, ws{}, ps{}, gs{};
       if constexpr (reads_input(Op)) xs = get(x, Real(0));
       const V ts = get(t, Real(0));
       if constexpr (kWeighted) ws = get(w, Real(0)), ps = get(pos, Real(0));
-      if constexpr (is_gradient(Op)) gs = get(g, Real(0));
+      if constexpr (is_gradient(Op)) gs = get(g, Real(0)) * g_scale;
       if constexpr (Op == ElementOp::kBce) {
         tally.outside_input |= outside_unit<Real>(xs);
         tally.outside_target |= outside_unit<Real>(ts);
@@ -363,6 +367,7 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
     if constexpr (kWeighted) w.begin(args, args.weight, Real(1)), pos.begin(args, args.pos_weight, Real(1));
     if constexpr (is_gradient(Op)) g.begin(args, args.upstream, Real(1), args.scale);
     alignas(LL_BYTES) Real staged[kChunk<Real>];
+    const Real g_scale = is_gradient(Op) ? g.scale : Real(1);
     Tally tally{};
     const bool out_in_place = args.out.data && !streaming && args.out.storage == (sizeof(Real) == 4 ? Storage::kFloat32 : Storage::kFloat64);
     const bool by_row = args.dims > 1 && args.sizes[0] >= kShortRow;
@@ -380,11 +385,11 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
       if constexpr (kWeighted) ws = w.fetch(args, place), ps = pos.fetch(args, place);
       if constexpr (is_gradient(Op)) gs = g.fetch(args, place);
       if (!args.out.data) {
-        compute<true>(xs, ts, ws, ps, gs, nullptr, place.count, tally);
+        compute<true>(xs, ts, ws, ps, gs, g_scale, nullptr, place.count, tally);
       } else if (out_in_place && out_dense) {
-        compute<false>(xs, ts, ws, ps, gs, static_cast<Real*>(args.out.data) + place.begin, place.count, tally);
+        compute<false>(xs, ts, ws, ps, gs, g_scale, static_cast<Real*>(args.out.data) + place.begin, place.count, tally);
       } else {
-        compute<false>(xs, ts, ws, ps, gs, staged, place.count, tally);
+        compute<false>(xs, ts, ws, ps, gs, g_scale, staged, place.count, tally);
         stretches(args, args.out, out_dense, place, [&](int64_t offset, int64_t stride, int64_t first, int64_t n) { write<Real>(args.out, offset, stride, n, staged + first, streaming); });
       }
     }

@@ -1,12 +1,13 @@
 // cosine, cosine_grad: one read of both inputs; the gradient of either or both in one more read and one write.
 //
 // Precision policy: dot product and squared norms of float and half vectors are summed in double, where no square
-// overflows or vanishes. Double vectors whose squares do either are summed again, divided by a power of two near their
-// largest element. The gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
+// overflows or vanishes; of double vectors, in pairs of doubles. Where a pair's squares overflow or vanish all the same
+// (NaN and infinity then end as NaN), both vectors are divided by powers of two near their largest elements first. The gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
 #include "cosine.h"
 
 #include "kernels.h"
 #include "parallel.h"
+#include "vmath.h"
 
 namespace logitless::LL_ISA {
 namespace {
@@ -20,14 +21,8 @@ inline constexpr int kTileVectors = 4;               // neighbouring rows in lan
 
 struct Sums { double dot, square1, square2; };
 
-// A vector of Real as doubles.
-template <class Real> struct Doubles;
-template <> struct Doubles<double> {
-  static constexpr int kCount = 1;
-  Vec<double> part[1];
-  LL_INLINE explicit Doubles(Vec<double> v) : part{v} {}
-};
-template <> struct Doubles<float> {
+// A vector of floats as doubles.
+struct Doubles {
   static constexpr int kCount = 2;
   Vec<double> part[2];
   LL_INLINE explicit Doubles(Vec<float> v) {
@@ -43,11 +38,12 @@ template <> struct Doubles<float> {
   }
 };
 
-template <class Real> struct Accumulator {
-  static constexpr int P = Doubles<Real>::kCount;
+template <class Real> struct Accumulator;
+template <> struct Accumulator<float> {
+  static constexpr int P = Doubles::kCount;
   Vec<double> dot[P] = {}, square1[P] = {}, square2[P] = {};
-  LL_INLINE void add(Vec<Real> x1, Vec<Real> x2) {
-    const Doubles<Real> a(x1), b(x2);
+  LL_INLINE void add(Vec<float> x1, Vec<float> x2) {
+    const Doubles a(x1), b(x2);
     for (int p = 0; p < P; ++p) {
       dot[p] += a.part[p] * b.part[p];
       square1[p] += a.part[p] * a.part[p];
@@ -62,6 +58,19 @@ template <class Real> struct Accumulator {
   LL_INLINE Sums lane(int i) const {
     constexpr int D = kLanes<double>;
     return {dot[i / D][i % D], square1[i / D][i % D], square2[i / D][i % D]};
+  }
+};
+
+template <> struct Accumulator<double> {
+  PairSum<double> dot, square1, square2;
+  LL_INLINE void add(Vec<double> x1, Vec<double> x2) {
+    dot.add(x1 * x2);
+    square1.add(x1 * x1);
+    square2.add(x2 * x2);
+  }
+  LL_INLINE Sums total() const { return {dot.total(), square1.total(), square2.total()}; }
+  LL_INLINE Sums lane(int i) const {
+    return {dot.high[i] + dot.low[i], square1.high[i] + square1.low[i], square2.high[i] + square2.low[i]};
   }
 };
 

@@ -71,11 +71,50 @@ struct RowGradArgs {
   const void *a, *b, *c, *e, *f;  // Real
 };
 
-#define LL_KERNELS(X)              \
-  X(row_stats, RowStatsArgs)       \
-  X(row_grad, RowGradArgs)         \
-  X(elementwise, ElementwiseArgs)  \
-  X(cosine, CosineArgs)            \
+// Two rows of logits of the same classes, p = softmax(logits), q = softmax(other).
+// `saved` has kPairSaved doubles a row, which pair_row_grad needs.
+enum PairSaved { kMaxP, kLogSumP, kMaxQ, kLogSumQ, kShift, kKl, kReverseKl, kKlPM, kKlQM, kCrossEntropy, kEntropyP, kEntropyQ, kPairSaved };
+
+struct PairRowStatsArgs {
+  DType dtype;
+  int threads;
+  Tile tile;  // of `logits`
+  const void* logits;
+  const void* other;
+  Strides other_strides;
+  const int64_t* target;  // for nll_p, nll_q; ignored rows have 0 there, the other outputs do not look at the target
+  int64_t ignore_index;
+  void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;  // Real, one a row
+  uint8_t* same_top;  // whether the largest class is the same, the first of equal ones
+  double* saved;
+  int64_t* bad_row;
+};
+
+// Upstream gradients: Real, one a row, or null for none.
+struct PairRowGradArgs {
+  DType dtype;
+  int threads;
+  Tile tile;
+  const void* logits;
+  const void* other;
+  Strides other_strides;
+  const int64_t* target;
+  int64_t ignore_index;
+  const double* saved;  // from pair_row_stats, which was asked for every measure that has a gradient here
+  const void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;
+  void* grad;        // null: not wanted
+  Strides grad_strides;
+  void* other_grad;  // null: not wanted
+  Strides other_grad_strides;
+};
+
+#define LL_KERNELS(X)                  \
+  X(row_stats, RowStatsArgs)           \
+  X(row_grad, RowGradArgs)             \
+  X(pair_row_stats, PairRowStatsArgs)  \
+  X(pair_row_grad, PairRowGradArgs)    \
+  X(elementwise, ElementwiseArgs)      \
+  X(cosine, CosineArgs)                \
   X(cosine_grad, CosineGradArgs)
 
 struct Kernels {
