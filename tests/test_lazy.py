@@ -200,6 +200,9 @@ WITHOUT_THE_LOGITS: dict[str, Callable[[Any], Tensor]] = {
     "gather": lambda z: z.gather(-1, INDEX),
     "gather, softcapped": lambda z: torch.gather(torch.tanh(z) * 2, 2, INDEX),
     "log_softmax, one": lambda z: z.log_softmax(-1).gather(-1, INDEX).squeeze(-1),
+    "gather and logsumexp, as TRL's selective_log_softmax": lambda z: (
+        torch.gather(z, dim=-1, index=INDEX).squeeze(-1) - torch.stack([torch.logsumexp(row, dim=-1) for row in z])
+    ),
     "log_softmax, two": lambda z: F.log_softmax(z, dim=-1).gather(2, INDEX.repeat(1, 1, 2)),
     "log_softmax, wider": lambda z: torch.log_softmax(z, -1, dtype=torch.float64).gather(-1, INDEX),
     "minus log_softmax": lambda z: (-F.log_softmax(z, dim=-1)).gather(-1, INDEX),
@@ -443,7 +446,20 @@ def test_model_code_compiles_to_one_graph() -> None:
         assert_same(mine, wanted)
 
 
-def test_two_teachers_under_transforms() -> None:
+def test_made_outside_a_transform_it_serves_inside() -> None:
+    lazy, dense, _ = made()
+    target = INDEX.view(-1)
+
+    def loss(temperature: Tensor) -> Tensor:
+        return ll.functional.cross_entropy((lazy.detach() / temperature).view(-1, CLASSES), target)
+
+    slope = torch.func.grad(loss)(torch.tensor(2.0, dtype=torch.float64))
+    step = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    expected = F.cross_entropy((dense.detach() / step).view(-1, CLASSES), target)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, step)[0], rtol=1e-10, atol=0)
+
+
+def test_serves_under_transforms() -> None:
     hidden, weight, _ = parts()
     target = INDEX.view(-1)
 

@@ -150,6 +150,38 @@ def test_same_loss_and_gradients_without_the_logits(family: str) -> None:
     assert type(model(input_ids=inputs["input_ids"]).logits) is Tensor
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {**TINY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+T5 = {**TINY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {**TINY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 1}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert (a masked model's decoder)": ("AutoModelForMaskedLM", "BertConfig", BERT),
+    "t5 (a scaled head)": ("AutoModelForSeq2SeqLM", "T5Config", T5),
+    "bart (a bias added to the logits)": ("AutoModelForSeq2SeqLM", "BartConfig", BART),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_are_not_causal(name: str) -> None:
+    auto, config, sizes = OTHERS[name]
+    torch.manual_seed(1)
+    model = getattr(transformers, auto).from_config(getattr(transformers, config)(**sizes)).eval()
+    inputs = batch()
+    theirs = trained(model, **inputs)
+    with ll.lazy_head(model):
+        ours = trained(model, guard=BATCH * TIME * VOCABULARY, **inputs)
+    assert type(ours[0].logits) is ll.LazyLogits
+    assert_same_step(ours, theirs)
+
+
 def test_the_guard_sees_logits() -> None:
     with pytest.raises(AssertionError, match="elements or more"):
         trained(made(), guard=BATCH * TIME * VOCABULARY, **batch())
@@ -444,11 +476,11 @@ def test_models_without_a_plain_head_are_refused() -> None:
         ll.lazy_head(model)
 
 
-def test_a_compiled_model_gives_the_same_loss() -> None:
+def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
     model, inputs = made(), batch()
     theirs = trained(model, **inputs)
     with ll.lazy_head(model):
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_same_step(trained(compiled, **inputs), (theirs[0], _prefixed(theirs[1])))
 
 

@@ -110,7 +110,8 @@ class LazyLogits(TensorProxy):
         return _made(LazyLogits(**{**parts, **changes}))
 
     def _check_unchanged(self) -> None:
-        if self.versions is not None and self.versions != _versions(self):
+        now = _versions(self)
+        if self.versions is not None and now is not None and self.versions != now:
             raise RuntimeError(
                 "the hidden states or the head of LazyLogits were modified in place since these logits were made: use "
                 "them before the optimiser's step, or call .materialize() before it"
@@ -275,7 +276,7 @@ class LazyLogits(TensorProxy):
         if not self._last or not self._is_class_dim(dim) or not few or index.shape[:-1] != self.shape[:-1]:
             return self._dense("gather").gather(dim, index)
         rows = self.rows()
-        flat = index.reshape(rows.rows, -1)
+        flat = index.reshape(rows.rows, index.shape[-1])
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
         raw = (rows.tensors[0].unsqueeze(1).to(wide) * self.weight[flat].to(wide)).sum(-1).to(self.hidden.dtype)  # type: ignore[union-attr] # a head's first tensor is its hidden
         if self.bias is not None:
