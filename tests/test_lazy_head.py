@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -288,6 +289,23 @@ def test_accelerate(tmp_path: Path) -> None:
             assert type(gathered) is ll.LazyLogits
             handle.remove()
     assert steps[1] == pytest.approx(steps[0], rel=1e-3)  # bfloat16 rounds at another place
+
+
+@pytest.mark.parametrize("lazy_first", [True, False])
+def test_weights_that_accelerate_offloads(lazy_first: bool) -> None:
+    model, inputs = made(), batch()
+    with torch.no_grad():
+        expected = model(**inputs).loss
+    handle = ll.lazy_head(model) if lazy_first else None
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    handle = handle or ll.lazy_head(model)
+    with torch.no_grad():
+        output = model(**inputs)
+        assert type(output.logits) is ll.LazyLogits
+        torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+        handle.remove()
+        assert type(model(**inputs).logits) is Tensor
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
