@@ -16,6 +16,9 @@ from logitless._precision import under_autocast
 from logitless._proxy import TensorProxy
 from logitless._transforms import transform_reason
 
+# How many times smaller than the logits the head's rows of the classes to gather must be to be copied for it.
+_FEW = 8
+
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
@@ -216,12 +219,12 @@ class LazyLogits(TensorProxy):
         """Return the logits with the classes moved to the last dimension."""
         return self if self._last else self._with(class_dim=-1)
 
-    def _per_row(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _per_row(self, function: Callable[..., tuple[Tensor, ...]], *row_inputs: Tensor) -> tuple[Tensor, ...]:
         """Return what a function of rows [rows, classes] gives, in the leading shape, made tile by tile."""
         from logitless._tiles import fold_rows
 
         dtype = self.dtype
-        outputs = fold_rows(lambda tile: function(tile.to(dtype)), [self.rows()])
+        outputs = fold_rows(lambda tile, *inputs: function(tile.to(dtype), *inputs), [self.rows()], row_inputs)
         return tuple(output.view(*self.hidden.shape[:-1], *output.shape[1:]) for output in outputs)
 
     def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
@@ -271,12 +274,14 @@ class LazyLogits(TensorProxy):
         return value.unsqueeze(self._axis) if keepdim else value
 
     def gather(self, dim: int, index: Tensor) -> Tensor:
-        """Return the logits of the classes that `index` names, one product of vectors each."""
-        few = index.dim() == self.dim() and index.shape[-1] * self.hidden.shape[-1] <= self.num_classes
-        if not self._last or not self._is_class_dim(dim) or not few or index.shape[:-1] != self.shape[:-1]:
+        """Return the logits of the classes that `index` names: of a few, one product of vectors each."""
+        if not self._last or not self._is_class_dim(dim) or index.shape[:-1] != self.shape[:-1]:
             return self._dense("gather").gather(dim, index)
         rows = self.rows()
         flat = index.reshape(rows.rows, index.shape[-1])
+        if flat.shape[-1] * self.hidden.shape[-1] * _FEW > self.num_classes:
+            (picked,) = self._per_row(lambda tile, classes: (tile.gather(-1, classes),), flat)
+            return picked
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
         raw = (rows.tensors[0].unsqueeze(1).to(wide) * self.weight[flat].to(wide)).sum(-1).to(self.hidden.dtype)  # type: ignore[union-attr] # a head's first tensor is its hidden
         if self.bias is not None:
