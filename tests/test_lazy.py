@@ -410,6 +410,16 @@ def test_measures_refuse_classes_that_are_not_last() -> None:
         ll.entropy(lazy.transpose(1, 2))
 
 
+def test_measures_take_lazy_log_probabilities_computed() -> None:
+    lazy, dense, _ = made()
+    with pytest.warns(ll.MaterializeWarning, match="a measure computes all of LazyLogProbs"):
+        got = ll.token_stats(lazy.log_softmax(-1), INDEX.squeeze(-1))
+    assert_same(got.nll, ll.token_stats(dense, INDEX.squeeze(-1)).nll)
+    assert float(got.lse.detach().abs().max()) < 1e-14
+    with pytest.raises(TypeError, match="hidden must be Tensor, not LazyLogits"):
+        ll.linear(lazy, torch.ones(2, CLASSES, dtype=torch.float64))
+
+
 def test_reshape_to_another_size_is_an_error() -> None:
     lazy, _, _ = made()
     with pytest.raises(RuntimeError, match="invalid for LazyLogits"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from logitless._precision import no_autocast
+from logitless._proxy import TensorProxy
 from logitless._transforms import transform_reason
 
 DEFAULT_MAX_BYTES = 128 * 2**20
@@ -100,7 +101,9 @@ class DenseRows:
 
 
 def dense_rows(logits: Tensor) -> DenseRows:
-    """Return the rows of a dense tensor (..., classes)."""
+    """Return the rows of a dense tensor (..., classes); lazy log-probabilities are computed for it."""
+    if isinstance(logits, TensorProxy):
+        logits = logits._dense("a measure")
     flat = logits.reshape(-1, logits.shape[-1])
     return DenseRows(flat.shape[0], flat.shape[1], (flat,))
 

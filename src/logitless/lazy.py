@@ -678,7 +678,7 @@ def linear(
     tensor(0.1269)
     """
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or isinstance(tensor, TensorProxy):
             raise TypeError(f"linear: {name} must be Tensor, not {type(tensor).__name__}")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
