@@ -9,6 +9,8 @@
 
 #include "kernels.h"
 #include "module_elementwise.h"
+#include "module_pair.h"
+#include "module_losses.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -108,7 +110,9 @@ NB_MODULE(_native, m) {
   m.doc() = "CPU kernels of logitless; call them through logitless.kernels.cpu.";
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
+  bind_pair(m);
   bind_elementwise(m);
+  bind_losses(m);
   m.def("pool_tensor", &pool_tensor);
   m.def("pool_clear", &pool_clear);
   m.def("native_info", &native_info);

@@ -73,6 +73,11 @@ def cpu_missing() -> str | None:
     return None
 
 
+def cpu_by_default() -> bool:
+    """Say whether the kernels are there and nobody asks for, or about, a backend."""
+    return cpu_missing() is None and "LOGITLESS_BACKEND" not in os.environ and not _explaining.get()
+
+
 def pick(
     operation: str, tensors: Sequence[Tensor | None], backend: str | None = None, *, obstacle: str | None = None
 ) -> str:

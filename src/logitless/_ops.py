@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._targets import ClassTarget, index_error
-from logitless._transforms import transform_reason
+from logitless._dispatch import cpu_by_default
+from logitless._reduce import reduced_sum
+from logitless._targets import ClassTarget, checked_values, index_error
+from logitless._transforms import surroundings, transform_reason
 from logitless.kernels import cpu, reference
 
 
@@ -146,3 +148,70 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
     if weight is None:
         return ~ignored
     return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+
+
+# Above this many logits the arithmetic costs more than the calls around it, and more threads pay.
+SMALL_NUMEL = 1 << 16
+
+
+def small_cross_entropy(logits: object, indices: object, ignore_index: int, reduction: str) -> Tensor | None:
+    """Return torch's plain mean or sum over rows [rows, classes] of few logits, or None where this is another case.
+
+    Everything about the call is checked here, as briefly as can be, and done in one kernel call: value and gradient.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not (type(logits) is Tensor or type(logits) is torch.nn.Parameter)
+        or type(indices) is not Tensor
+        or logits.dtype not in _SMALL_DTYPES
+        or indices.dtype != torch.int64
+        or logits.dim() != 2
+        or indices.shape != logits.shape[:1]
+        or not 0 < logits.numel() <= SMALL_NUMEL
+        or not logits.is_contiguous()
+        or not indices.is_contiguous()
+        or logits.device.type != "cpu"
+        or indices.device.type != "cpu"
+        or not cpu_by_default()
+        or surroundings() is not None
+    ):
+        return None
+    loss: Tensor = _small_cross_entropy(logits, indices, ignore_index, reduction)
+    return loss
+
+
+_SMALL_DTYPES = (torch.float32, torch.float64)
+
+
+class _SmallCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor, ignore_index: int, reduction: str) -> Tensor:
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        bad_row, total, kept = cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=reduction == "mean")
+        if bad_row >= 0:
+            raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, indices))
+        ctx.save_for_backward(logits, indices)
+        ctx.grad, ctx.ignore_index, ctx.divisor = grad, ignore_index, max(kept, 1) if reduction == "mean" else 1
+        return torch.scalar_tensor(reduced_sum(total, kept, reduction), dtype=logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        grad, plain = ctx.grad, needs_plain_backward(grad_output)
+        if not plain and grad is not None:
+            ctx.grad = None  # given away: another backward through the same graph makes it anew
+            return grad.mul_(grad_output), None, None, None
+        logits, indices = ctx.saved_tensors
+        if not plain:
+            grad = torch.empty_like(logits)
+            cpu.sum_cross_entropy(logits, indices, ctx.ignore_index, grad, mean=ctx.divisor != 1)
+            return grad.mul_(grad_output), None, None, None
+        target = checked_values("cross_entropy", ClassTarget(1, logits.shape[1], ctx.ignore_index, indices))
+
+        def definition(z: Tensor) -> Sequence[Tensor]:
+            return (reference.cross_entropy(z, target, None, 0.0).loss.sum() / ctx.divisor,)
+
+        return plain_backward(definition, [logits], [grad_output])[0], None, None, None
+
+
+# Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
+_small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply

@@ -8,14 +8,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 
-def transform_reason(*tensors: Tensor | None) -> str | None:
-    """Return why only plain differentiable operations serve this call, or None if a kernel may."""
+def surroundings() -> str | None:
+    """Return what surrounds a call that only plain differentiable operations serve, if anything does."""
     if torch.compiler.is_compiling():
         return "torch.compile traces plain operations"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    return None
+
+
+def transform_reason(*tensors: Tensor | None) -> str | None:
+    """Return why only plain differentiable operations serve this call, or None if a kernel may."""
+    reason = surroundings()
+    if reason is not None:
+        return reason
     for tensor in tensors:
         if tensor is None:
             continue

@@ -81,6 +81,11 @@ def cross_entropy(
     >>> F.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
     tensor(0.2395)
     """
+    plain = all(option is None for option in (weight, size_average, reduce, class_dim, normalizer, backend))
+    if plain and label_smoothing == 0.0 and empty == "nan" and reduction in ("mean", "sum"):
+        small = _ops.small_cross_entropy(input, target, ignore_index, reduction)
+        if small is not None:
+            return small
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_empty(empty)
@@ -266,8 +271,7 @@ def _sparse_cross_entropy(
     if weight is not None or label_smoothing != 0:
         raise ValueError("cross_entropy: weight and label_smoothing do not apply to a SparseLogits target")
     rows = sparse.cross_entropy(target, input)
-    count = float(rows.numel())
-    denominator = mean_denominator(normalizer, default=count, weights=count, rows=count)
+    denominator = mean_denominator(normalizer, default="rows", weights=rows.numel, rows=rows.numel)
     return reduce_rows(rows, reduction, denominator=denominator, dtype=precision_of(input).result, empty=empty)
 
 

@@ -13,7 +13,18 @@ from torch import Tensor
 from logitless import _native
 from logitless._native import native_info, pool_clear
 
-__all__ = ["RowStats", "empty_like_pooled", "native_info", "pool_clear", "row_grad", "row_stats", "supports"]
+__all__ = [
+    "PairRowStats",
+    "RowStats",
+    "empty_like_pooled",
+    "native_info",
+    "pair_row_grad",
+    "pair_row_stats",
+    "pool_clear",
+    "row_grad",
+    "row_stats",
+    "supports",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -25,7 +36,7 @@ Layout = tuple[int, int, int, int, int, int]  # outer, classes, inner and their 
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: strided CPU tensors of one floating dtype, neither subclasses nor fake."""
+    """Whether the kernels take these: strided CPU tensors of one floating dtype, neither subclasses nor fake."""
     first = tensors[0]
     return first.dtype in DTYPES and all(
         t.device.type == "cpu" and t.layout == torch.strided and t.dtype == first.dtype and type(t) is Tensor
@@ -254,3 +265,173 @@ def row_grad(
         *(_address(x) for x in rows),
     )
     return grad
+
+
+def sum_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, grad: Tensor | None, *, mean: bool
+) -> tuple[int, float, int]:
+    """The sum over contiguous rows [rows, classes], in one call for little work: (bad_row, sum, rows not ignored).
+
+    `grad`, of the logits' shape and dtype, gets the gradient of the sum, or of the mean over the rows not ignored.
+    """
+    rows, classes = logits.shape
+    return _native.sum_cross_entropy(
+        DTYPES[logits.dtype],
+        logits.data_ptr(),
+        rows,
+        classes,
+        target.data_ptr(),
+        ignore_index,
+        0 if grad is None else grad.data_ptr(),
+        mean,
+    )
+
+
+class PairRowStats(NamedTuple):
+    """One value per row for p = softmax(first), q = softmax(second); what was not asked for is None.
+
+    `saved` is what pair_row_grad needs, for the measures asked for here.
+    """
+
+    kl: Tensor | None
+    reverse_kl: Tensor | None
+    js: Tensor | None
+    cross_entropy: Tensor | None
+    entropy_p: Tensor | None
+    entropy_q: Tensor | None
+    nll_p: Tensor | None
+    nll_q: Tensor | None
+    same_top: Tensor
+    saved: Tensor
+    bad_row: int
+
+
+def _same_rows(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        raise ValueError(
+            f"two-row kernels take logits of one shape and dtype; got {tuple(first.shape)} {first.dtype} "
+            f"and {tuple(second.shape)} {second.dtype}"
+        )
+
+
+def pair_row_stats(
+    first: Tensor,
+    second: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    kl: bool = True,
+    reverse_kl: bool = False,
+    js: bool = False,
+    cross_entropy: bool = False,
+    entropy: bool = False,
+) -> PairRowStats:
+    """Divergences of every row of `first` from the same row of `second`, in nats, in one read of both.
+
+    kl = KL(p || q), reverse_kl = KL(q || p), cross_entropy = -sum p log q, entropy gives both rows' entropies, and a
+    target the nll of both. kl alone is the cheapest, then kl and js; anything more computes everything.
+    """
+    _same_rows(first, second)
+    real = torch.float64 if first.dtype == torch.float64 else torch.float32
+    first, layout = _with_layout(first, class_dim)
+    second, other = _with_layout(second, class_dim)
+    if other[:3] != layout[:3]:
+        first, second = first.contiguous(), second.contiguous()
+        first, layout = _with_layout(first, class_dim)
+        second, other = _with_layout(second, class_dim)
+    shape = _without(first.shape, class_dim)
+    index = _plain(target, torch.int64)
+
+    def out(wanted: bool) -> Tensor | None:
+        return torch.empty(shape, dtype=real) if wanted else None
+
+    kl_out, reverse_out, js_out, cross_out = out(kl), out(reverse_kl), out(js), out(cross_entropy)
+    entropy_p, entropy_q = out(entropy), out(entropy)
+    nll_p, nll_q = out(index is not None), out(index is not None)
+    same_top = torch.empty(shape, dtype=torch.bool)
+    saved = torch.empty([*shape, _native.PAIR_SAVED], dtype=torch.float64)
+    bad_row = _native.pair_row_stats(
+        DTYPES[first.dtype],
+        torch.get_num_threads(),
+        first.data_ptr(),
+        *layout,
+        second.data_ptr(),
+        *other[3:],
+        _address(index),
+        ignore_index,
+        _address(kl_out),
+        _address(reverse_out),
+        _address(js_out),
+        _address(cross_out),
+        _address(entropy_p),
+        _address(entropy_q),
+        _address(nll_p),
+        _address(nll_q),
+        same_top.data_ptr(),
+        saved.data_ptr(),
+    )
+    return PairRowStats(
+        kl_out, reverse_out, js_out, cross_out, entropy_p, entropy_q, nll_p, nll_q, same_top, saved, bad_row
+    )
+
+
+def pair_row_grad(
+    first: Tensor,
+    second: Tensor,
+    saved: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    kl: Tensor | None = None,
+    reverse_kl: Tensor | None = None,
+    js: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
+    entropy_p: Tensor | None = None,
+    entropy_q: Tensor | None = None,
+    nll_p: Tensor | None = None,
+    nll_q: Tensor | None = None,
+    need_first: bool = True,
+    need_second: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients with respect to both rows' logits, given one upstream gradient per row and measure (None: zero).
+
+    `saved` is of a pair_row_stats call that asked for every measure named here.
+    """
+    _same_rows(first, second)
+    real = torch.float64 if first.dtype == torch.float64 else torch.float32
+    first, layout = _with_layout(first, class_dim)
+    second, other = _with_layout(second, class_dim)
+    if other[:3] != layout[:3]:
+        first, second = first.contiguous(), second.contiguous()
+        first, layout = _with_layout(first, class_dim)
+        second, other = _with_layout(second, class_dim)
+    grads = empty_like_pooled(first) if need_first else None, empty_like_pooled(second) if need_second else None
+    no_layout: Layout = (0, 0, 0, 0, 0, 0)
+    first_layout, second_layout = (no_layout if g is None else layout_of(g, class_dim) for g in grads)
+    assert first_layout is not None
+    assert second_layout is not None
+    index = _plain(target, torch.int64)
+    shape = _without(first.shape, class_dim)
+    upstream = [
+        None if g is None else _plain(g.expand(shape), real)
+        for g in (kl, reverse_kl, js, cross_entropy, entropy_p, entropy_q, nll_p, nll_q)
+    ]
+    _native.pair_row_grad(
+        DTYPES[first.dtype],
+        torch.get_num_threads(),
+        first.data_ptr(),
+        *layout,
+        second.data_ptr(),
+        *other[3:],
+        _address(index),
+        ignore_index,
+        saved.data_ptr(),
+        *(_address(g) for g in upstream),
+        _address(grads[0]),
+        *first_layout[3:],
+        _address(grads[1]),
+        *second_layout[3:],
+    )
+    return grads
