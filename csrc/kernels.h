@@ -73,7 +73,7 @@ struct RowGradArgs {
 
 // Two rows of logits of the same classes, p = softmax(logits), q = softmax(other).
 // `saved` has kPairSaved doubles a row, which pair_row_grad needs.
-enum PairSaved { kMaxP, kLogSumP, kMaxQ, kLogSumQ, kShift, kKl, kReverseKl, kKlPM, kKlQM, kCrossEntropy, kEntropyP, kEntropyQ, kPairSaved };
+enum PairSaved { kMaxP, kLogSumP, kMaxQ, kLogSumQ, kLogSumGap, kKl, kReverseKl, kKlPM, kKlQM, kCrossEntropy, kEntropyP, kEntropyQ, kPairSaved };
 
 struct PairRowStatsArgs {
   DType dtype;

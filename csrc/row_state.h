@@ -145,7 +145,7 @@ template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, 
 }
 
 template <class Real, int Flags> LL_INLINE RowSums finish_lane(const RowState<Real, Flags, true>& s, int lane) {
-  const auto sum = [lane](const PairSum<Real>& p) { return static_cast<double>(p.high[lane]) + static_cast<double>(p.low[lane]); };
+  const auto sum = [lane](const PairSum<Real>& p) { return p.total_of_lane(lane); };
   const double rest = s.top[lane] == s.top[lane] ? sum(s.rest) : __builtin_nan("");
   return {s.ref[lane], 0, s.power[lane], rest, sum(s.spread), sum(s.smooth.gap), sum(s.smooth.mass), sum(s.dense.gap), sum(s.dense.mass),
           s.arg[lane], s.rank[lane]};

@@ -131,7 +131,15 @@ template <class Real> struct PairSum {
     low += (high - (sum - back)) + (x - back);
     high = sum;
   }
-  LL_INLINE double total() const { return sum_of_lanes(high) + sum_of_lanes(low); }
+  // An infinite term makes `low` NaN; the sum is then `high` alone.
+  LL_INLINE double total() const {
+    const double sum = sum_of_lanes(high);
+    return sum - sum == 0 ? sum + sum_of_lanes(low) : sum;
+  }
+  LL_INLINE double total_of_lane(int lane) const {
+    const double sum = high[lane];
+    return sum - sum == 0 ? sum + low[lane] : sum;
+  }
 };
 
 // Sum of K vectors by halves: rounding error of log2(K) additions.
