@@ -159,59 +159,62 @@ def small_cross_entropy(logits: object, indices: object, ignore_index: int, redu
 
     Everything about the call is checked here, as briefly as can be, and done in one kernel call: value and gradient.
     """
+    if torch.compiler.is_compiling() or not isinstance(logits, Tensor) or type(indices) is not Tensor:
+        return None
+    shape = logits.shape
     if (
-        torch.compiler.is_compiling()
-        or not (type(logits) is Tensor or type(logits) is torch.nn.Parameter)
-        or type(indices) is not Tensor
+        len(shape) != 2
+        or not 0 < shape[0] * shape[1] <= SMALL_NUMEL
+        or indices.shape != shape[:1]
+        or type(logits) not in _PLAIN
         or logits.dtype not in _SMALL_DTYPES
         or indices.dtype != torch.int64
-        or logits.dim() != 2
-        or indices.shape != logits.shape[:1]
-        or not 0 < logits.numel() <= SMALL_NUMEL
-        or not logits.is_contiguous()
-        or not indices.is_contiguous()
-        or logits.device.type != "cpu"
-        or indices.device.type != "cpu"
+        or not (logits.is_cpu and indices.is_cpu and logits.is_contiguous() and indices.is_contiguous())
         or not cpu_by_default()
         or surroundings() is not None
     ):
         return None
-    loss: Tensor = _small_cross_entropy(logits, indices, ignore_index, reduction)
+    loss: Tensor = _apply_small(logits, (indices, ignore_index, reduction))  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
-_SMALL_DTYPES = (torch.float32, torch.float64)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SMALL_DTYPES = frozenset((torch.float32, torch.float64))
 
 
 class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, indices: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, given: tuple[Tensor, int, str]) -> Tensor:
+        indices, ignore_index, reduction = given
+        mean = reduction == "mean"
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        bad_row, total, kept = cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=reduction == "mean")
+        bad_row, total, kept = cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=mean)
         if bad_row >= 0:
             raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, indices))
-        ctx.save_for_backward(logits, indices)
-        ctx.grad, ctx.ignore_index, ctx.divisor = grad, ignore_index, max(kept, 1) if reduction == "mean" else 1
+        ctx.save_for_backward(logits)
+        ctx.grad, ctx.given, ctx.kept = grad, given, kept
         return torch.scalar_tensor(reduced_sum(total, kept, reduction), dtype=logits.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
         grad, plain = ctx.grad, needs_plain_backward(grad_output)
-        if not plain and grad is not None:
+        if grad is not None and not plain:
             ctx.grad = None  # given away: another backward through the same graph makes it anew
-            return grad.mul_(grad_output), None, None, None
-        logits, indices = ctx.saved_tensors
+            return grad.mul_(grad_output), None
+        (logits,) = ctx.saved_tensors
+        indices, ignore_index, reduction = ctx.given
         if not plain:
             grad = torch.empty_like(logits)
-            cpu.sum_cross_entropy(logits, indices, ctx.ignore_index, grad, mean=ctx.divisor != 1)
-            return grad.mul_(grad_output), None, None, None
-        target = checked_values("cross_entropy", ClassTarget(1, logits.shape[1], ctx.ignore_index, indices))
+            cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=reduction == "mean")
+            return grad.mul_(grad_output), None
+        target = checked_values("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, indices))
+        divisor = max(ctx.kept, 1) if reduction == "mean" else 1
 
         def definition(z: Tensor) -> Sequence[Tensor]:
-            return (reference.cross_entropy(z, target, None, 0.0).loss.sum() / ctx.divisor,)
+            return (reference.cross_entropy(z, target, None, 0.0).loss.sum() / divisor,)
 
-        return plain_backward(definition, [logits], [grad_output])[0], None, None, None
+        return plain_backward(definition, [logits], [grad_output])[0], None
 
 
 # Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
-_small_cross_entropy = super(torch.autograd.Function, _SmallCrossEntropy).apply
+_apply_small = super(torch.autograd.Function, _SmallCrossEntropy).apply

@@ -81,8 +81,17 @@ def cross_entropy(
     >>> F.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
     tensor(0.2395)
     """
-    plain = all(option is None for option in (weight, size_average, reduce, class_dim, normalizer, backend))
-    if plain and label_smoothing == 0.0 and empty == "nan" and reduction in ("mean", "sum"):
+    if (
+        (reduction == "mean" or reduction == "sum")
+        and weight is None
+        and label_smoothing == 0.0
+        and empty == "nan"
+        and size_average is None
+        and reduce is None
+        and class_dim is None
+        and normalizer is None
+        and backend is None
+    ):
         small = _ops.small_cross_entropy(input, target, ignore_index, reduction)
         if small is not None:
             return small
