@@ -34,21 +34,27 @@ const Kernels kTables[] = {
 };
 #undef LL_ENTRY
 
-int choose() {
-  const char* wanted = std::getenv("LOGITLESS_ISA");
+int index_of(const std::string& wanted) {
+  std::string known;
   for (int i = 0; kNames[i]; ++i) {
-    if (wanted && *wanted ? std::strcmp(wanted, kNames[i]) == 0 : isa_supported(kNames[i])) {
-      if (!isa_supported(kNames[i])) throw std::runtime_error(std::string("LOGITLESS_ISA=") + wanted + ": this processor does not have it");
+    if (wanted == kNames[i]) {
+      if (!isa_supported(kNames[i])) throw std::runtime_error("instruction set " + wanted + ": this processor does not have it");
       return i;
     }
+    known += std::string(i ? ", " : "") + kNames[i];
   }
-  std::string known;
-  for (int i = 0; kNames[i]; ++i) known += std::string(i ? ", " : "") + kNames[i];
-  throw std::runtime_error(std::string("LOGITLESS_ISA=") + wanted + ": expected one of " + known);
+  throw std::runtime_error("instruction set " + wanted + ": expected one of " + known);
 }
 
-int chosen() {
-  static const int index = choose();
+int choose() {
+  if (const char* wanted = std::getenv("LOGITLESS_ISA"); wanted && *wanted) return index_of(wanted);
+  int i = 0;
+  while (!isa_supported(kNames[i])) ++i;  // portable is last and always there
+  return i;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> index{choose()};
   return index;
 }
 
@@ -67,9 +73,10 @@ bool isa_supported(const char* name) {
   return std::strcmp(name, "portable") == 0;
 }
 
-const Kernels& kernels() { return kTables[chosen()]; }
-const char* isa_name() { return kNames[chosen()]; }
+const Kernels& kernels() { return kTables[chosen().load(std::memory_order_relaxed)]; }
+const char* isa_name() { return kNames[chosen().load(std::memory_order_relaxed)]; }
 const char* const* isa_names() { return kNames; }
+void select_isa(const char* name) { chosen().store(index_of(name)); }
 
 bool must_be_serial() { return forked.load(std::memory_order_relaxed); }
 void note_parallel_region() {

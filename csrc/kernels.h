@@ -137,6 +137,7 @@ const Kernels& kernels();        // of the instruction set in use, chosen at the
 const char* isa_name();
 const char* const* isa_names();  // compiled in, best first, null at the end
 bool isa_supported(const char* name);
+void select_isa(const char* name);  // for tests; throws on a name that this processor cannot run
 
 // True in a child forked after a parallel region ran: libgomp would wait for threads that do not exist there.
 bool must_be_serial();

@@ -115,5 +115,6 @@ NB_MODULE(_native, m) {
   bind_losses(m);
   m.def("pool_tensor", &pool_tensor);
   m.def("pool_clear", &pool_clear);
+  m.def("select_isa", &select_isa);
   m.def("native_info", &native_info);
 }

@@ -68,8 +68,9 @@ template <class T> struct Row {
     RowSums sums = fold_part<T, Flags>(view, 0, classes);
     const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
     if (finite && __builtin_fabs(sums.max) > kHuge) sums = fold_huge<T, Flags>(view, classes, sums.max);
-    const double exponent = (sums.max - sums.base - sums.power * 0x1.62e42feep-1) - sums.power * 0x1.a39ef35793c76p-33;
-    const double unit = ::exp(-exponent), rest = finite ? sums.rest * unit : __builtin_nan("");
+    const double top = finite ? sums.max - sums.base : 0.0, n = __builtin_rint(top * 1.4426950408889634);
+    const double exponent = (top - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+    const double unit = __builtin_ldexp(::exp(-exponent), static_cast<int>(sums.power - n)), rest = finite ? sums.rest * unit : __builtin_nan("");
     max = sums.max;
     log_sum = ::log1p(rest);
     entropy = sums.spread * unit / (rest + 1.0) + log_sum;

@@ -1,8 +1,9 @@
 // row_grad: the gradient of everything row_stats gives, in one read of the logits and one write of the gradient.
 //
 // Precision policy: p = exp(z) / exp(lse) with both in units of 2^power and the divisor rounded once, so p is within 2
-// ulp; p * a + e t + f w is formed before any rounding to the storage type. At the target, a p_t + c is computed in
-// double as a expm1(z_t - lse) + (a + c): when c = -a nothing cancels.
+// ulp (of double logits: within an ulp for each e-fold of 1/p, which log_sum's own rounding costs); p * a + e t + f w is
+// formed before any rounding to the storage type. At the target, a p_t + c is computed in double, and where c is about
+// -a as a expm1(z_t - lse) + (a + c), so that nothing cancels.
 #include "parallel.h"
 #include "vmath.h"
 
@@ -48,7 +49,7 @@ template <class T, int Flags> struct Job {
   // Rows [first, first + count).
   void prepare(int64_t first, int64_t count, RowCoefficients<Real>* rows) const {
     constexpr int D = kLanes<double>;
-    alignas(LL_BYTES) double exponent[kMaxRows], gap[kMaxRows], unit[kMaxRows], shrink[kMaxRows];
+    alignas(LL_BYTES) double exponent[kMaxRows], gap[kMaxRows], unit[kMaxRows], shrink[kMaxRows], at_target[kMaxRows];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
       RowCoefficients<Real>& row_i = rows[i];
@@ -78,12 +79,16 @@ template <class T, int Flags> struct Job {
     for (int64_t i = 0; i < count; i += D) {
       store(unit + i, exp<double>(-load(exponent + i)));
       store(shrink + i, expm1(load(gap + i)));
+      store(at_target + i, exp<double>(load(gap + i)));
     }
     for (int64_t i = 0; i < count; ++i) {
       if (!rows[i].read) continue;
       rows[i].unit = static_cast<Real>((Flags & kGap) ? unit[i] : unit[i] * rows[i].a);
-      const double bent = gap[i] == -__builtin_inf() ? 0.0 : (1.0 + shrink[i]) * static_cast<double>(rows[i].b) * gap[i];
-      rows[i].at_target = static_cast<Real>(rows[i].a * shrink[i] + (rows[i].a + rows[i].c) + ((Flags & kGap) ? bent : 0.0));
+      const double a = rows[i].a, c = rows[i].c, sum = a + c, p = at_target[i];
+      // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
+      const double aimed = __builtin_fabs(sum) < 0.5 * __builtin_fabs(a) ? a * shrink[i] + sum : a * p + c;
+      const double bent = gap[i] == -__builtin_inf() ? 0.0 : p * static_cast<double>(rows[i].b) * gap[i];
+      rows[i].at_target = static_cast<Real>(aimed + ((Flags & kGap) ? bent : 0.0));
     }
   }
 
@@ -120,7 +125,6 @@ template <class T, int Flags> struct Job {
       constexpr int64_t kAlign = LL_BYTES;
       int64_t head = static_cast<int64_t>((kAlign - reinterpret_cast<uintptr_t>(out) % kAlign) % kAlign / sizeof(T));
       if (head > n) head = n;
-      if (head >= L) store(out, at(0, L)), i = L;
       if (i < head) store_partial(out + i, at(i, head - i), head - i), i = head;
       for (; i + L <= n; i += L) stream(out + i, at(i, L));
     } else {

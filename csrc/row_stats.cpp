@@ -92,10 +92,12 @@ template <class T> struct Batch {
     constexpr Real kNone = kNaN<Real>;
     alignas(LL_BYTES) double log_sum[kMaxRows], entropy[kMaxRows];
     for (int64_t i = 0; i < count; i += L) {
-      // exp(-(max - base - power ln2)): what turns the sums' unit into exp(max).
-      const Vec<double> n = load(power + i);
-      const Vec<double> exponent = (load(max + i) - load(base + i) - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-      const Vec<double> unit = exp<double>(-exponent), q = load(rest + i) * unit;
+      // exp(-(max - base)) * 2^power turns the sums' unit into exp(max); from an exponent reduced below ln2, so that
+      // its rounding does not count.
+      constexpr double magic = 0x1.8p52;
+      const Vec<double> top = load(max + i) - load(base + i), n = (top * 0x1.71547652b82fep+0 + magic) - magic;
+      const Vec<double> exponent = (top - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+      const Vec<double> unit = scale_by_power(exp<double>(-exponent), load(power + i) - n), q = load(rest + i) * unit;
       const Vec<double> log_q = log1p(q);
       store(log_sum + i, log_q);
       if (a.entropy) store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);

@@ -418,20 +418,15 @@ def pair_row_grad(
         None if g is None else _plain(g.expand(shape), real)
         for g in (kl, reverse_kl, js, cross_entropy, entropy_p, entropy_q, nll_p, nll_q)
     ]
-    _native.pair_row_grad(
-        DTYPES[first.dtype],
-        torch.get_num_threads(),
-        first.data_ptr(),
+    arguments = [
+        *(DTYPES[first.dtype], torch.get_num_threads(), first.data_ptr()),
         *layout,
         second.data_ptr(),
         *other[3:],
-        _address(index),
-        ignore_index,
-        saved.data_ptr(),
+        *(_address(index), ignore_index, saved.data_ptr()),
         *(_address(g) for g in upstream),
-        _address(grads[0]),
-        *first_layout[3:],
-        _address(grads[1]),
-        *second_layout[3:],
-    )
+        *(_address(grads[0]), *first_layout[3:]),
+        *(_address(grads[1]), *second_layout[3:]),
+    ]
+    _native.pair_row_grad(*arguments)
     return grads
