@@ -61,8 +61,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> LazyLogits:
         """Return the logits of `hidden` without computing them, to be measured in float64."""
-        logits = ll.linear(hidden, self.weight, self.bias, scale=self.scale, softcap=self.softcap)
-        return logits.to(torch.float64)
+        return ll.linear(hidden, self.weight, self.bias, scale=self.scale, softcap=self.softcap).double()
 
     def trimmed(self, rows: int) -> "Head":
         """Return the head of the first `rows` classes."""

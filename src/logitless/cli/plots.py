@@ -27,7 +27,7 @@ def figures(comparison: Comparison, names: list[str]) -> list[dict[str, Any]]:
         ),
         (
             "Where the base is sure, and where it is not",
-            "Mean KL over tokens by the entropy of the base's prediction; each bar holds an equal share of tokens.",
+            "Mean KL over tokens by the entropy of the base's prediction; each point is an equal share of the tokens.",
             _kl_by_entropy(comparison.pairs, names),
         ),
     ]
@@ -103,24 +103,32 @@ def _nll_scatter(pairs: list[Pair], names: list[str]) -> go.Figure:
 
 
 def _kl_by_entropy(pairs: list[Pair], names: list[str]) -> go.Figure:
-    figure = _figure("entropy of the base's prediction (nats)", "mean KL (nats)", barmode="group")
+    figure = _figure("entropy of the base's prediction (nats)", "mean KL (nats)")
     for pair, name, colour in zip(pairs, names, COLOURS, strict=False):
         entropy, kl = pair.overall["entropy_base"], pair.overall["kl"]
         parts = np.array_split(np.argsort(entropy, kind="stable"), min(8, len(entropy)))
-        figure.add_bar(
-            x=[f"{entropy[part].min():.2f}–{entropy[part].max():.2f}" for part in parts],
+        figure.add_scatter(
+            x=[float(np.median(entropy[part])) for part in parts],
             y=[float(kl[part].mean()) for part in parts],
+            mode="lines+markers",
             name=name,
-            marker={"color": colour},
+            marker={"color": colour, "size": 8},
+            hovertemplate="entropy about %{x:.2f}: mean KL %{y:.3g}",
         )
-    figure.update_xaxes(type="category")
-    return figure
+    return _logarithmic(figure)
 
 
 def _per_text(texts: list[str], pairs: list[Pair], names: list[str]) -> go.Figure:
-    figure = _figure("", "mean KL (nats)", barmode="group")
+    figure = _figure("", "mean KL (nats)")
     for pair, name, colour in zip(pairs, names, COLOURS, strict=False):
         means = [float(columns["kl"].mean()) for columns in pair.per_text]
-        figure.add_bar(x=texts, y=means, name=name, marker={"color": colour})
+        marker = {"color": colour, "size": 12}
+        figure.add_scatter(x=texts, y=means, mode="markers", name=name, marker=marker)
     figure.update_xaxes(type="category")
+    return _logarithmic(figure)
+
+
+def _logarithmic(figure: go.Figure) -> go.Figure:
+    """Give the measure a logarithmic axis: candidates may lie orders of magnitude apart."""
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return figure
