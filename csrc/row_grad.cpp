@@ -15,6 +15,8 @@ enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
 inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
+inline constexpr int64_t kLaneClasses = 8192;        // rows in lanes of more classes are cut ...
+inline constexpr int64_t kLanePartRows = 4096;       // ... when they are no more than this
 inline constexpr int64_t kStreamBytes = 64 << 20;    // a larger float32 or float64 gradient bypasses the caches ...
 inline constexpr int64_t kStreamRow = 4096;          // ... where its rows have this many bytes; for 16-bit types it is slower, measured
 
@@ -208,51 +210,90 @@ template <class T, int Flags> struct Job {
     });
   }
 
+  static constexpr int kTileVectors = static_cast<int>(kMaxRows) / L < 8 ? static_cast<int>(kMaxRows) / L : 8;
+  static constexpr int64_t kWidth = kTileVectors * L;
+
   // Inner stride 1: one row a lane.
   void by_lanes() const {
-    constexpr int kTileVectors = static_cast<int>(kMaxRows) / L < 8 ? static_cast<int>(kMaxRows) / L : 8;
-    const int64_t tiles = (args.tile.inner + kTileVectors * L - 1) / (kTileVectors * L);
+    const int64_t tiles = (args.tile.inner + kWidth - 1) / kWidth;
     parallel_for(args.tile.outer * tiles, args.threads, bytes(), [&](int64_t item) {
-      const int64_t outer = item / tiles, inner = item % tiles * kTileVectors * L;
-      const int64_t width = args.tile.inner - inner < kTileVectors * L ? args.tile.inner - inner : kTileVectors * L;
-      const int64_t first = outer * args.tile.inner + inner;
+      const int64_t inner = item % tiles * kWidth, first = item / tiles * args.tile.inner + inner;
+      const int64_t width = args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth;
       RowCoefficients<Real> rows[kMaxRows];
       prepare(first, width, rows);
-      Lanes lanes[kTileVectors] = {};
-      IntVec<Real> keep[kTileVectors] = {};
-      bool huge = false;
-      for (int64_t i = 0; i < width; ++i) {
-        const RowCoefficients<Real>& c = rows[i];
-        if (!c.read) continue;
-        Lanes& to = lanes[i / L];
-        const int64_t k = i % L;
-        to.unit[k] = c.unit, to.power[k] = c.power, to.base[k] = c.base, to.top[k] = c.top, to.log_sum[k] = c.log_sum_real;
-        to.a[k] = c.plain_a, to.b[k] = c.b, to.e[k] = c.e, to.f[k] = c.f, keep[i / L][k] = -1;
-        huge = huge || c.base != 0;
-      }
-      const T* z = row(first);
-      const T* t = dense_row(first);
-      T* out = grad_row(first);
-      const Real* w = class_weight();
-      const auto classes = [&](auto is_huge) {
-        for (int64_t j = 0; j < args.tile.classes; ++j) {
-          const V ws = splat<Real>(w ? w[j] : Real(1));
-          for (int64_t i = 0; i < width; i += L) {
-            const int64_t valid = width - i;
-            const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
-            const V zs = get(z + j * args.tile.class_stride + i);
-            V ts{};
-            if constexpr ((Flags & kTargets) != 0) ts = get(t + j * args.dense_strides.classes + i);
-            const V v = keep[i / L] ? value<decltype(is_huge)::value>(lanes[i / L], zs, ws, ts) : V{};
-            T* p = out + j * args.grad_strides.classes + i;
-            if (valid >= L) store(p, v); else store_partial(p, v, valid);
-          }
-        }
-      };
-      if (huge) classes(Constant<true>{}); else classes(Constant<false>{});
-      for (int64_t i = 0; i < width; ++i)
-        if (rows[i].read && has_target(first + i)) out[args.target[first + i] * args.grad_strides.classes + i] = target_value(first + i, rows[i]);
+      lane_tile(first, width, rows, 0, args.tile.classes);
     });
+  }
+
+  // Few rows of many classes in lanes, as a tile of a linear head's logits is: an item is a stretch of classes that fits
+  // a core's cache with all its rows.
+  void by_lane_parts() const {
+    const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
+    const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = (args.tile.classes + per_item - 1) / per_item;
+    auto* const all = static_cast<RowCoefficients<Real>*>(__builtin_malloc(static_cast<size_t>(rows) * sizeof(RowCoefficients<Real>)));
+    if (!all) return by_lanes();
+    for (int64_t first = 0; first < rows; first += kMaxRows) prepare(first, rows - first < kMaxRows ? rows - first : kMaxRows, all + first);
+    parallel_for(args.tile.outer * parts, args.threads, bytes(), [&](int64_t item) {
+      const int64_t outer = item / parts, begin = item % parts * per_item;
+      const int64_t end = begin + per_item < args.tile.classes ? begin + per_item : args.tile.classes;
+      for (int64_t inner = 0; inner < args.tile.inner; inner += kWidth) {
+        const int64_t first = outer * args.tile.inner + inner;
+        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth, all + first, begin, end);
+      }
+    });
+    __builtin_free(all);
+  }
+
+  // Classes [begin, end) of the `width` rows from `first` on.
+  void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>* rows, int64_t begin, int64_t end) const {
+    Lanes lanes[kTileVectors] = {};
+    IntVec<Real> keep[kTileVectors] = {};
+    bool huge = false;
+    for (int64_t i = 0; i < width; ++i) {
+      const RowCoefficients<Real>& c = rows[i];
+      if (!c.read) continue;
+      Lanes& to = lanes[i / L];
+      const int64_t k = i % L;
+      to.unit[k] = c.unit, to.power[k] = c.power, to.base[k] = c.base, to.top[k] = c.top, to.log_sum[k] = c.log_sum_real;
+      to.a[k] = c.plain_a, to.b[k] = c.b, to.e[k] = c.e, to.f[k] = c.f, keep[i / L][k] = -1;
+      huge = huge || c.base != 0;
+    }
+    const T* z = row(first);
+    const T* t = dense_row(first);
+    T* out = grad_row(first);
+    const Real* w = class_weight();
+    // K classes of one vector of rows, whose coefficients stay in registers.
+    const auto classes = [&](auto is_huge, auto count, int64_t j) __attribute__((always_inline)) {
+      constexpr int K = decltype(count)::value;
+      for (int64_t i = 0; i < width; i += L) {
+        const int64_t valid = width - i;
+        const auto get = [&](const T* p) __attribute__((always_inline)) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
+        const Lanes c = lanes[i / L];
+        const IntVec<Real> kept = keep[i / L];
+        V v[K];
+        for (int k = 0; k < K; ++k) {
+          const V ws = splat<Real>(w ? w[j + k] : Real(1));
+          V ts{};
+          if constexpr ((Flags & kTargets) != 0) ts = get(t + (j + k) * args.dense_strides.classes + i);
+          v[k] = kept ? value<decltype(is_huge)::value>(c, get(z + (j + k) * args.tile.class_stride + i), ws, ts) : V{};
+        }
+        for (int k = 0; k < K; ++k) {
+          T* p = out + (j + k) * args.grad_strides.classes + i;
+          if (valid >= L) store(p, v[k]); else store_partial(p, v[k], valid);
+        }
+      }
+    };
+    const auto all = [&](auto is_huge) __attribute__((always_inline)) {
+      int64_t j = begin;
+      for (; j + 4 <= end; j += 4) classes(is_huge, Constant<4>{}, j);
+      for (; j < end; ++j) classes(is_huge, Constant<1>{}, j);
+    };
+    if (huge) all(Constant<true>{}); else all(Constant<false>{});
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t r = first + i;
+      if (rows[i].read && has_target(r) && args.target[r] >= begin && args.target[r] < end)
+        out[args.target[r] * args.grad_strides.classes + i] = target_value(r, rows[i]);
+    }
   }
 
   int64_t bytes() const { return args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T)); }
@@ -260,7 +301,9 @@ template <class T, int Flags> struct Job {
   void run() const {
     const bool lanes = args.tile.class_stride != 1 && args.tile.inner_stride == 1 && args.grad_strides.inner == 1 && args.tile.inner >= L / 2 &&
                        (!(Flags & kTargets) || args.dense_strides.inner == 1);
-    if (lanes) by_lanes();
+    const bool few_rows = args.tile.outer * args.tile.inner <= kLanePartRows && args.tile.classes > kLaneClasses;
+    if (lanes && few_rows) by_lane_parts();
+    else if (lanes) by_lanes();
     else if (args.tile.classes * static_cast<int64_t>(sizeof(T)) >= kItemBytes) long_rows();
     else short_rows();
   }

@@ -28,6 +28,9 @@ template <class Real> struct WeightedGap {
 // kPerLane: every lane is a row of its own. Otherwise all lanes belong to one row and ref, power, limit are uniform.
 template <class Real, int Flags, bool kPerLane> struct RowState {
   using V = Vec<Real>;
+  // Nothing but the sums' unit depends on ref: it follows the maximum only where the unit must change. Among as many
+  // rows as there are lanes some maximum rises at every other step.
+  static constexpr bool kLazyRef = kPerLane && Flags == 0;
   V top = splat<Real>(-kInf<Real>);
   V ref = top;  // the row's maximum so far
   V power = splat<Real>(static_cast<Real>(-2 * kHuge * kLog2e)), limit = top;
@@ -44,7 +47,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
       loser[k] = minimum<Real>(top, z[k]);
       top = kFirst ? z[k] : maximum<Real>(z[k], top);
     }
-    if (__builtin_expect(greater_bits(top, ref) != 0, 0)) raise<K>(z, first_class);
+    if (__builtin_expect(greater_bits(top, kLazyRef ? limit : ref) != 0, 0)) raise<K>(z, first_class);
     if constexpr (!kFirst) lose<K>(loser);
     if constexpr ((Flags & kToken) != 0)
       for (int k = 0; k < K; ++k) rank -= z[k] > target_logit;
@@ -84,7 +87,9 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
 
   template <int K> __attribute__((noinline)) void raise(const V* z, int64_t first_class) {
     V best;
-    if constexpr (kPerLane) {
+    if constexpr (kLazyRef) {
+      best = top;
+    } else if constexpr (kPerLane) {
       best = ref;
       for (int k = 0; k < K; ++k) {
         arg = z[k] > best ? IntVec<Real>{} + static_cast<IntOf<Real>>(first_class + k) : arg;
@@ -147,7 +152,7 @@ template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, 
 template <class Real, int Flags> LL_INLINE RowSums finish_lane(const RowState<Real, Flags, true>& s, int lane) {
   const auto sum = [lane](const PairSum<Real>& p) { return p.total_of_lane(lane); };
   const double rest = s.top[lane] == s.top[lane] ? sum(s.rest) : __builtin_nan("");
-  return {s.ref[lane], 0, s.power[lane], rest, sum(s.spread), sum(s.smooth.gap), sum(s.smooth.mass), sum(s.dense.gap), sum(s.dense.mass),
+  return {(RowState<Real, Flags, true>::kLazyRef ? s.top : s.ref)[lane], 0, s.power[lane], rest, sum(s.spread), sum(s.smooth.gap), sum(s.smooth.mass), sum(s.dense.gap), sum(s.dense.mass),
           s.arg[lane], s.rank[lane]};
 }
 

@@ -8,7 +8,8 @@ namespace {
 inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
-inline constexpr int64_t kGather = 2048;           // elements of a strided row copied at a time
+inline constexpr int64_t kLaneClasses = 8192;      // rows in lanes are cut here ...
+inline constexpr int64_t kLanePartRows = 4096;     // ... when they are no more than this
 
 enum class Fate : uint8_t { kRead, kIgnored, kBad };
 
@@ -165,52 +166,95 @@ template <class T, int Flags> void by_parts(const Job<T>& job) {
 }
 
 // Inner stride 1: neighbouring rows in neighbouring lanes, so (N, C, d1, ...) needs no permuted copy.
-template <class T, int Flags> void by_lanes(const Job<T>& job) {
+//
+// Folds classes [begin, end) of the `width` rows from `first_row` on, at most kTileVectors vectors of them, and gives
+// each row's sums to `done`.
+template <class T, int Flags, int kTileVectors, class Done>
+LL_INLINE void fold_lanes(const Job<T>& job, int64_t first_row, int64_t width, int64_t begin, int64_t end, const Done& done) {
   using Real = Compute<T>;
-  constexpr int L = kLanes<Real>, kTileVectors = 8;
+  constexpr int L = kLanes<Real>;
   const RowStatsArgs& a = job.args;
-  const int64_t tiles = (a.tile.inner + kTileVectors * L - 1) / (kTileVectors * L);
-  parallel_for(a.tile.outer * tiles, a.threads, job.rows() * a.tile.classes * static_cast<int64_t>(sizeof(T)), [&](int64_t item) {
-    const int64_t outer = item / tiles, inner = item % tiles * kTileVectors * L;
-    const int64_t width = a.tile.inner - inner < kTileVectors * L ? a.tile.inner - inner : kTileVectors * L;
-    const int64_t first_row = outer * a.tile.inner + inner;
-    const int vectors = static_cast<int>((width + L - 1) / L);
-    const T* z = job.row(first_row);
-    const T* t = (Flags & kDense) ? job.dense_row(first_row) : nullptr;
-    const Real* w = job.class_weight();
-    RowState<Real, Flags, true> states[kTileVectors];
-    if constexpr ((Flags & kToken) != 0)
-      for (int64_t i = 0; i < width; ++i)
-        if (job.fate(first_row + i) == Fate::kRead) states[i / L].target_logit[i % L] = job.target_logit(first_row + i);
-    const auto step = [&](auto count, auto first, int64_t c) {
-      constexpr int K = decltype(count)::value;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t valid = width - v * L;
-        const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
-        Vec<Real> zs[K], ws[K], ts[K];
-        for (int k = 0; k < K; ++k) {
-          zs[k] = get(z + (c + k) * a.tile.class_stride + v * L);
-          if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(w ? w[c + k] : Real(1));
-          if constexpr ((Flags & kDense) != 0) ts[k] = get(t + (c + k) * a.dense_strides.classes + v * L);
-        }
-        states[v].template step<K, decltype(first)::value>(zs, ws, ts, c);
-      }
-    };
-    step(Constant<1>{}, Constant<true>{}, 0);
-    int64_t c = 1;
-    for (; c + 8 <= a.tile.classes; c += 8) step(Constant<8>{}, Constant<false>{}, c);
-    for (; c < a.tile.classes; ++c) step(Constant<1>{}, Constant<false>{}, c);
-    Batch<T> batch(job);
+  const int vectors = static_cast<int>((width + L - 1) / L);
+  const T* z = job.row(first_row);
+  const T* t = (Flags & kDense) ? job.dense_row(first_row) : nullptr;
+  const Real* w = job.class_weight();
+  RowState<Real, Flags, true> states[kTileVectors];
+  if constexpr ((Flags & kToken) != 0)
     for (int64_t i = 0; i < width; ++i)
-      batch.template push<Flags>(first_row + i, job.fate(first_row + i), finish_lane<Real, Flags>(states[i / L], static_cast<int>(i % L)));
+      if (job.fate(first_row + i) == Fate::kRead) states[i / L].target_logit[i % L] = job.target_logit(first_row + i);
+  const auto step = [&](auto count, auto first, int64_t c) {
+    constexpr int K = decltype(count)::value;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t valid = width - v * L;
+      const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
+      Vec<Real> zs[K], ws[K], ts[K];
+      for (int k = 0; k < K; ++k) {
+        zs[k] = get(z + (c + k) * a.tile.class_stride + v * L);
+        if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(w ? w[c + k] : Real(1));
+        if constexpr ((Flags & kDense) != 0) ts[k] = get(t + (c + k) * a.dense_strides.classes + v * L);
+      }
+      states[v].template step<K, decltype(first)::value>(zs, ws, ts, c);
+    }
+  };
+  step(Constant<1>{}, Constant<true>{}, begin);
+  int64_t c = begin + 1;
+  for (; c + 8 <= end; c += 8) step(Constant<8>{}, Constant<false>{}, c);
+  for (; c < end; ++c) step(Constant<1>{}, Constant<false>{}, c);
+  for (int64_t i = 0; i < width; ++i) done(i, finish_lane<Real, Flags>(states[i / L], static_cast<int>(i % L)));
+}
+
+template <class T, int Flags> void by_lanes(const Job<T>& job) {
+  constexpr int kTileVectors = 8;
+  constexpr int64_t kWidth = kTileVectors * kLanes<Compute<T>>;
+  const RowStatsArgs& a = job.args;
+  const int64_t tiles = (a.tile.inner + kWidth - 1) / kWidth;
+  parallel_for(a.tile.outer * tiles, a.threads, job.rows() * a.tile.classes * static_cast<int64_t>(sizeof(T)), [&](int64_t item) {
+    const int64_t inner = item % tiles * kWidth, first_row = item / tiles * a.tile.inner + inner;
+    const int64_t width = a.tile.inner - inner < kWidth ? a.tile.inner - inner : kWidth;
+    Batch<T> batch(job);
+    fold_lanes<T, Flags, kTileVectors>(job, first_row, width, 0, a.tile.classes, [&](int64_t i, const RowSums& sums) __attribute__((always_inline)) {
+      batch.template push<Flags>(first_row + i, job.fate(first_row + i), sums);
+    });
     batch.flush();
   });
+}
+
+// Few rows of many classes in lanes, as a tile of a linear head's logits is: parts of the classes are items, each read
+// as one stretch of memory, combined in the order of the classes.
+template <class T, int Flags> void by_lane_parts(const Job<T>& job) {
+  constexpr int kTileVectors = 32;
+  constexpr int64_t kWidth = kTileVectors * kLanes<Compute<T>>;
+  const RowStatsArgs& a = job.args;
+  const int64_t rows = job.rows(), parts = (a.tile.classes + kLaneClasses - 1) / kLaneClasses;
+  const int64_t tiles = (a.tile.inner + kWidth - 1) / kWidth, bytes = rows * a.tile.classes * static_cast<int64_t>(sizeof(T));
+  RowSums* sums = static_cast<RowSums*>(__builtin_malloc(static_cast<size_t>(rows * parts) * sizeof(RowSums)));
+  if (!sums) return by_lanes<T, Flags>(job);
+  parallel_for(a.tile.outer * tiles * parts, a.threads, bytes, [&](int64_t item) {
+    const int64_t part = item % parts, tile = item / parts, inner = tile % tiles * kWidth;
+    const int64_t first_row = tile / tiles * a.tile.inner + inner, begin = part * kLaneClasses;
+    const int64_t width = a.tile.inner - inner < kWidth ? a.tile.inner - inner : kWidth;
+    const int64_t end = begin + kLaneClasses < a.tile.classes ? begin + kLaneClasses : a.tile.classes;
+    fold_lanes<T, Flags, kTileVectors>(job, first_row, width, begin, end, [&](int64_t i, const RowSums& s) __attribute__((always_inline)) {
+      sums[(first_row + i) * parts + part] = s;
+    });
+  });
+  parallel_for((rows + kMaxRows - 1) / kMaxRows, a.threads, bytes, [&](int64_t item) {
+    Batch<T> batch(job);
+    for (int64_t r = item * kMaxRows; r < rows && r < (item + 1) * kMaxRows; ++r) {
+      RowSums total = sums[r * parts];
+      for (int64_t p = 1; p < parts; ++p) total = combine(total, sums[r * parts + p]);
+      batch.template push<Flags>(r, job.fate(r), total);
+    }
+    batch.flush();
+  });
+  __builtin_free(sums);
 }
 
 template <class T, int Flags> void run(const RowStatsArgs& a) {
   const Job<T> job{a};
   const bool lanes = a.tile.class_stride != 1 && a.tile.inner_stride == 1 && a.tile.inner >= kLanes<Compute<T>> / 2 &&
                      (!(Flags & kDense) || a.dense_strides.inner == 1);
+  if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags>(job);
   if (lanes) return by_lanes<T, Flags>(job);
   if (job.rows() < 16 && a.tile.classes >= 2 * kSplitClasses) return by_parts<T, Flags>(job);
   by_rows<T, Flags>(job);

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, _ops, sparse
+from logitless import _dispatch, _head_loss, _ops, sparse
 from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
@@ -21,7 +21,6 @@ from logitless._reduce import (
     upstream_divisor,
 )
 from logitless._targets import ClassTarget, check_class_weight, check_weight_dtype, checked_values, class_target
-from logitless._tiles import at_positions, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits, linear
 from logitless.sparse import SparseLogits
@@ -107,27 +106,30 @@ def cross_entropy(
     precision = _precision("cross_entropy", input, meaning, weight)
     if isinstance(input, LazyLogits):
         meaning = checked_values("cross_entropy", meaning)
-        rows = _lazy_rows(input, meaning, weight, label_smoothing, None, backend)
-    else:
-        obstacle = _kernel_obstacle(input, meaning, weight, normalizer)
+        asked = _head_loss.HeadLoss(weight, label_smoothing, normalizer, None, backend)
 
-        def definition(logits: Tensor) -> Tensor:
-            checked = checked_values("cross_entropy", meaning)
-            with no_autocast(logits):
-                rows = reference.cross_entropy(logits.to(precision.compute), checked, weight, label_smoothing)
-            return _reduced(rows, checked, reduction, precision, normalizer, empty)
+        def denominator(rows: reference.ClassRows) -> Tensor | float:
+            return _denominator(rows, meaning, normalizer)
 
-        if _dispatch.pick("cross_entropy", (input, target, weight), backend, obstacle=obstacle) == "reference":
-            return definition(input)
+        return _head_loss.cross_entropy(input, meaning, asked, reduction, denominator, precision.result, empty)
+    obstacle = _kernel_obstacle(input, meaning, weight, normalizer)
 
-        def reduced(rows: reference.ClassRows) -> _ops.Reduced:
-            denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
-            loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
-            return _ops.Reduced(loss, upstream_divisor(denominator, empty))
+    def definition(logits: Tensor) -> Tensor:
+        checked = checked_values("cross_entropy", meaning)
+        with no_autocast(logits):
+            rows = reference.cross_entropy(logits.to(precision.compute), checked, weight, label_smoothing)
+        return _reduced(rows, checked, reduction, precision, normalizer, empty)
 
-        call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition)
-        return _ops.cross_entropy(input, call)
-    return _reduced(rows, meaning, reduction, precision, normalizer, empty)
+    if _dispatch.pick("cross_entropy", (input, target, weight), backend, obstacle=obstacle) == "reference":
+        return definition(input)
+
+    def reduced(rows: reference.ClassRows) -> _ops.Reduced:
+        denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
+        loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
+        return _ops.Reduced(loss, upstream_divisor(denominator, empty))
+
+    call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition)
+    return _ops.cross_entropy(input, call)
 
 
 def nll_loss(
@@ -255,16 +257,21 @@ def linear_cross_entropy(
     if options is not None and options.acc_dtype is not None:
         input, linear_weight = input.to(options.acc_dtype), linear_weight.to(options.acc_dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(options.acc_dtype)
+    asked = _head_loss.HeadLoss(weight, label_smoothing, normalizer, max_bytes, backend)
+
+    def denominator(rows: reference.ClassRows) -> Tensor | float:
+        return _denominator(rows, meaning, normalizer)
+
+    if linear_weight.dim() == 2:
+        logits = linear(input, linear_weight, linear_bias, scale=scale, softcap=softcap)
+        return _head_loss.cross_entropy(logits, meaning, asked, reduction, denominator, precision.result, empty)
     heads = _position_heads(linear_weight, linear_bias)
-    targets = _position_targets(meaning, len(heads), positional=linear_weight.dim() > 2)
-    parts = []
-    for (head, bias), part in zip(heads, targets, strict=True):
-        logits = linear(input, head, bias, scale=scale, softcap=softcap)
-        parts.append(_lazy_rows(logits, part, weight, label_smoothing, max_bytes, backend))
-    rows = parts[0]
-    if linear_weight.dim() > 2:
-        shape = (input.shape[0], *linear_weight.shape[1:-1])
-        rows = reference.ClassRows(*(torch.stack(values, 1).view(shape) for values in zip(*parts, strict=True)))
+    parts = [
+        _head_loss.cross_entropy_rows(linear(input, head, bias, scale=scale, softcap=softcap), part, asked)
+        for (head, bias), part in zip(heads, _position_targets(meaning, len(heads)), strict=True)
+    ]
+    shape = (input.shape[0], *linear_weight.shape[1:-1])
+    rows = reference.ClassRows(*(torch.stack(values, 1).view(shape) for values in zip(*parts, strict=True)))
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
 
@@ -315,17 +322,14 @@ def _check_linear_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tens
 
 def _position_heads(linear_weight: Tensor, linear_bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     """Return the (C, features) head and (C,) bias of each position of a k-dimensional loss."""
-    heads = linear_weight.flatten(1, -2).unbind(1) if linear_weight.dim() > 2 else (linear_weight,)
+    heads = linear_weight.flatten(1, -2).unbind(1)
     if linear_bias is None:
         return [(head, None) for head in heads]
-    biases = linear_bias.flatten(1).unbind(1) if linear_bias.dim() > 1 else (linear_bias,)
-    return list(zip(heads, biases, strict=True))
+    return list(zip(heads, linear_bias.flatten(1).unbind(1), strict=True))
 
 
-def _position_targets(meaning: ClassTarget, count: int, *, positional: bool) -> list[ClassTarget]:
+def _position_targets(meaning: ClassTarget, count: int) -> list[ClassTarget]:
     """Return the target of each position, each of one class dimension that comes last."""
-    if not positional:
-        return [meaning]
 
     def cut(tensor: Tensor | None, leading: int) -> list[Tensor | None]:
         return [None] * count if tensor is None else list(tensor.flatten(leading).unbind(leading))
@@ -340,53 +344,6 @@ def _position_targets(meaning: ClassTarget, count: int, *, positional: bool) -> 
             strict=True,
         )
     ]
-
-
-def _lazy_rows(
-    logits: LazyLogits,
-    meaning: ClassTarget,
-    weight: Tensor | None,
-    label_smoothing: float,
-    max_bytes: int | None,
-    backend: str | None,
-) -> reference.ClassRows:
-    """Return the rows of `reference.cross_entropy` on logits made a tile at a time."""
-    if meaning.class_dim != logits.class_dim % logits.dim():
-        raise ValueError(
-            f"LazyLogits of shape {tuple(logits.shape)} have their classes in dimension "
-            f"{logits.class_dim % logits.dim()}, not {meaning.class_dim}: pass class_dim={logits.class_dim}, or "
-            "flatten(0, -2) logits and target"
-        )
-    logits = logits.classes_last()
-    ignored = None if meaning.ignored is None else meaning.ignored.reshape(-1)
-    rows, kept = logits.rows().without(ignored, selectable=meaning.impossible is None)
-    compute = precision_of(logits).compute
-    _dispatch.pick("cross_entropy", (*rows.tensors, meaning.indices, weight), backend)
-
-    def function(
-        tile: Tensor,
-        indices: Tensor | None,
-        ignored: Tensor | None,
-        impossible: Tensor | None,
-        probabilities: Tensor | None,
-        class_weight: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        part = ClassTarget(1, meaning.classes, meaning.ignore_index, indices, ignored, impossible, probabilities)
-        return reference.cross_entropy(tile.to(compute), part, class_weight, label_smoothing)
-
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1)
-
-    indices, probabilities = flat(meaning.indices), meaning.probabilities
-    if probabilities is not None:
-        probabilities = probabilities.movedim(meaning.class_dim, -1).reshape(-1, meaning.classes)
-    if kept is not None and indices is not None:
-        indices, ignored = indices[kept], None
-    per_row = [indices, ignored, flat(meaning.impossible), probabilities]
-    folded = fold_rows(function, [rows], per_row, [weight], itemsize=compute.itemsize, max_bytes=max_bytes)
-    shape = logits.shape[:-1]
-    loss, row_weight = (at_positions(value, kept, shape.numel()).view(shape) for value in folded)
-    return reference.ClassRows(loss, row_weight)
 
 
 def _precision(name: str, input: Tensor | LazyLogits, meaning: ClassTarget, weight: Tensor | None) -> Precision:

@@ -17,6 +17,7 @@ __all__ = [
     "PairRowStats",
     "RowStats",
     "empty_like_pooled",
+    "empty_pooled",
     "native_info",
     "pair_row_grad",
     "pair_row_stats",
@@ -52,9 +53,16 @@ def empty_like_pooled(tensor: Tensor) -> Tensor:
     if not POOL_IN_USE or tensor.nbytes < POOLED_BYTES:
         return torch.empty_like(tensor)
     if tensor.is_contiguous():
-        return _native.pool_tensor(DTYPES[tensor.dtype], list(tensor.shape))
+        return empty_pooled(tensor.shape, tensor.dtype)
     strides = torch.empty_like(tensor, device="meta").stride()
-    return _native.pool_tensor(DTYPES[tensor.dtype], [tensor.numel()]).as_strided(tensor.shape, strides)
+    return empty_pooled(torch.Size((tensor.numel(),)), tensor.dtype).as_strided(tensor.shape, strides)
+
+
+def empty_pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`torch.empty(shape, dtype=dtype)`, of at least 1 MB on a pooled block; see `empty_like_pooled`."""
+    if not POOL_IN_USE or shape.numel() * dtype.itemsize < POOLED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return _native.pool_tensor(DTYPES[dtype], list(shape))
 
 
 def _collapse(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
@@ -394,10 +402,12 @@ def pair_row_grad(
     nll_q: Tensor | None = None,
     need_first: bool = True,
     need_second: bool = True,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients with respect to both rows' logits, given one upstream gradient per row and measure (None: zero).
 
-    `saved` is of a pair_row_stats call that asked for every measure named here.
+    `saved` is of a pair_row_stats call that asked for every measure named here. `out` takes those that are needed, and
+    may be the logits themselves.
     """
     _same_rows(first, second)
     real = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -407,7 +417,11 @@ def pair_row_grad(
         first, second = first.contiguous(), second.contiguous()
         first, layout = _with_layout(first, class_dim)
         second, other = _with_layout(second, class_dim)
-    grads = empty_like_pooled(first) if need_first else None, empty_like_pooled(second) if need_second else None
+    grads: tuple[Tensor | None, Tensor | None]
+    if out is None:
+        grads = empty_like_pooled(first) if need_first else None, empty_like_pooled(second) if need_second else None
+    else:
+        grads = out[0] if need_first else None, out[1] if need_second else None
     no_layout: Layout = (0, 0, 0, 0, 0, 0)
     first_layout, second_layout = (no_layout if g is None else layout_of(g, class_dim) for g in grads)
     assert first_layout is not None

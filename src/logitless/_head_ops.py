@@ -1,0 +1,311 @@
+"""Losses and measures of logits that are not built, by the compiled kernels: one pass over tiles, as one operation.
+
+With a loss reduced to a scalar the gradient of each tile is made while the tile is there (three products); with values
+a row, whose upstream gradients are not known yet, the backward pass makes each tile again (four). Where a gradient must
+itself be differentiated the backward pass is the reference's, differentiated by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from logitless._head_tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
+from logitless._ops import needs_plain_backward, plain_backward
+from logitless._precision import no_autocast
+from logitless._tiles import LogitRows
+from logitless.lazy import HeadRows
+
+Saved = Any
+Definition = Callable[..., Sequence[Tensor]]
+
+
+class RowWork(Protocol):
+    """What is computed of rows of logits, tile by tile; positions are of the rows that the tiles are made of."""
+
+    @property
+    def class_major(self) -> bool:
+        """Whether tiles are to lie [classes, rows]."""
+        ...
+
+    @property
+    def cut_classes(self) -> bool:
+        """Whether a tile may have some of the classes only: `part` and `combine` then stand for `forward`."""
+        ...
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Saved]:
+        """Return one value a row for each output, and what `gradient` needs of them."""
+        ...
+
+    def combine(
+        self, parts: Sequence[Saved], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], Saved]:
+        """Return the same from what `part` gave for consecutive ranges of classes."""
+        ...
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Saved:
+        """Return what `combine` needs of some of the classes."""
+        ...
+
+    def gradient(
+        self,
+        tiles: Sequence[Tile],
+        saved: Saved,
+        upstream: Sequence[Tensor | float | None],
+        wanted: Sequence[bool],
+        start: int,
+        stop: int,
+        first: int,
+    ) -> None:
+        """Write each wanted tile's gradient where the tile says; the tiles' classes begin at `first`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCall:
+    """One call: its rows, its work, its tiles, and the same in plain operations on all rows."""
+
+    sources: tuple[LogitRows, ...]
+    work: RowWork
+    dtype: torch.dtype
+    tiles: Tiling
+    definition: Definition
+    differentiable: tuple[bool, ...]  # of the outputs
+
+    def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """Return what belongs to each source."""
+        parts, at = [], 0
+        for source in self.sources:
+            parts.append(values[at : at + len(source.tensors)])
+            at += len(source.tensors)
+        return parts
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Return the row ranges; one empty range when there are no rows."""
+        rows = self.sources[0].rows
+        for start in range(0, max(rows, 1), self.tiles.rows):
+            yield start, min(start + self.tiles.rows, rows)
+
+    @property
+    def classes(self) -> int:
+        """How many classes a row has."""
+        return self.sources[0].classes
+
+
+def head_call(
+    sources: Sequence[LogitRows],
+    work: RowWork,
+    definition: Definition,
+    *,
+    outputs: Sequence[bool],
+    least_dtype: torch.dtype,
+    max_bytes: int | None,
+) -> HeadCall:
+    """Plan a call: `least_dtype` is what the logits are widened to if anything asks for more than they have."""
+    dtype = tile_dtype(sources, least_dtype)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
+    row_bytes = sum(HeadTiles.row_bytes(s, dtype, needed) for s in sources if isinstance(s, HeadRows))
+    tiles = tiling(
+        sources[0].rows,
+        sources[0].classes,
+        row_bytes,
+        max_bytes=max_bytes,
+        gradient=needed,
+        cut_classes=work.cut_classes,
+    )
+    return HeadCall(tuple(sources), work, dtype, tiles, definition, tuple(outputs))
+
+
+def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tiles: the products' own where the kernels read it as what is asked for."""
+    kinds = {t.dtype for s in sources for t in s.tensors[:1] if t is not None}
+    plain = all(
+        not isinstance(s, HeadRows) or (s.tensors[3] is None and s.scale == 1.0 and s.softcap is None) for s in sources
+    )
+    if len(kinds) == 1:
+        (kind,) = kinds
+        half = kind in (torch.float16, torch.bfloat16)
+        if kind == least or (half and plain and least in (kind, torch.float32)):
+            return kind
+    return least
+
+
+def per_row(call: HeadCall) -> tuple[Tensor, ...]:
+    """Return the work's outputs, one value a row each, differentiable with any upstream gradients."""
+    tensors = [tensor for source in call.sources for tensor in source.tensors]
+    outputs: tuple[Tensor, ...] = _PerRow.apply(call, *tensors)  # type: ignore[no-untyped-call] # torch types it not
+    return outputs
+
+
+class _PerRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: HeadCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with no_autocast(_first(tensors)):
+            outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
+        ctx.call, ctx.saved = call, saved
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, call.differentiable, strict=True) if not d))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, tensors, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * (1 + len(tensors))
+        with no_autocast(_first(tensors)):
+            if needs_plain_backward(*grad_outputs):
+                return (None, *_plain(call.definition, tensors, needed, grad_outputs))
+            _, _, grads = _sweep(call, tensors, needed, grad_outputs, ctx.saved)
+        return (None, *_rounded(grads, tensors, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How the first output becomes a scalar: its sum over rows, divided; both known before any row is read."""
+
+    divisor: float  # of the gradient
+    value: Callable[[Tensor], Tensor]
+
+
+def reduced(call: HeadCall, reduction: Reduction) -> Tensor:
+    """Return the first output reduced to a scalar; its gradient is made on the way."""
+    tensors = [tensor for source in call.sources for tensor in source.tensors]
+    loss: Tensor = _Reduced.apply(call, reduction, *tensors)  # type: ignore[no-untyped-call] # torch types it not
+    return loss
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: HeadCall, reduction: Reduction, *tensors: Tensor | None) -> Tensor:
+        needed = ctx.needs_input_grad[2:]
+        upstream: list[Tensor | float | None] | None = None
+        if any(needed):
+            upstream = [1.0 / reduction.divisor if reduction.divisor else torch.inf, *_nones(call)]
+        with no_autocast(_first(tensors)):
+            outputs, _, grads = _sweep(call, tensors, needed, upstream)
+        ctx.call, ctx.reduction, ctx.grads = call, reduction, grads if any(needed) else None
+        ctx.save_for_backward(*tensors)
+        return reduction.value(outputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        call, reduction, tensors, needed = ctx.call, ctx.reduction, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        with no_autocast(_first(tensors)):
+            if needs_plain_backward(grad_output):
+
+                def definition(*given: Tensor | None) -> Sequence[Tensor]:
+                    return (reduction.value(call.definition(*given)[0]),)
+
+                return (None, None, *_plain(definition, tensors, needed, [grad_output]))
+            grads, ctx.grads = ctx.grads, None  # given away: another backward through the same graph makes them anew
+            if grads is None:
+                upstream = [1.0 / reduction.divisor if reduction.divisor else torch.inf, *_nones(call)]
+                _, _, grads = _sweep(call, tensors, needed, upstream)
+        return (None, None, *_rounded(grads, tensors, float(grad_output)))
+
+
+def _nones(call: HeadCall) -> list[None]:
+    return [None] * (len(call.differentiable) - 1)
+
+
+def _first(tensors: Sequence[Tensor | None]) -> Tensor:
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
+def _plain(
+    definition: Definition,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return gradients that can be differentiated again."""
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
+    grads = iter(plain_backward(lambda *_: definition(*tensors), wanted, grad_outputs))
+    return [next(grads) if need else None for need in needed]
+
+
+def _rounded(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
+    """Return accumulated gradients times a number, rounded once to their tensors' dtypes."""
+    rounded: list[Tensor | None] = []
+    for grad, tensor in zip(grads, tensors, strict=True):
+        if grad is None or tensor is None:
+            rounded.append(None)
+            continue
+        if factor != 1.0:
+            grad.mul_(factor)
+        rounded.append(grad.to(tensor.dtype))
+    return rounded
+
+
+def _sweep(
+    call: HeadCall,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | float | None] | None = None,
+    saved: Sequence[Saved] | None = None,
+) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
+    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics."""
+    makers: list[HeadTiles | DenseTiles] = []
+    wanted = []
+    for source, part, need in zip(call.sources, call.split(tensors), call.split(needed), strict=True):
+        wanted.append(upstream is not None and any(need))
+        flags = need if upstream is not None else [False] * len(need)
+        if isinstance(source, HeadRows):
+            makers.append(HeadTiles(source, part, flags, call.tiles, call.dtype, call.work.class_major))
+        else:
+            makers.append(DenseTiles(part, flags, call.dtype))
+    outputs, states = [], []
+    whole = call.tiles.classes >= call.classes
+    ranges = [
+        (first, min(first + call.tiles.classes, call.classes)) for first in range(0, call.classes, call.tiles.classes)
+    ]
+    for turn, (start, stop) in enumerate(call.ranges()):
+        known = None if saved is None else saved[turn]
+        if whole:
+            tiles = [maker.logits(start, stop, 0, call.classes) for maker in makers]
+            if known is None:
+                values, known = call.work.forward(tiles, start, stop)
+                outputs.append(values)
+            _back(call, makers, tiles, known, upstream, wanted, start, stop, 0, call.classes)
+        else:
+            (maker,) = makers
+            if known is None:
+                parts = [
+                    call.work.part(maker.logits(start, stop, first, last), start, stop, first, last)
+                    for first, last in ranges
+                ]
+                values, known = call.work.combine(parts, ranges, start, stop)
+                outputs.append(values)
+            for first, last in ranges if any(wanted) else ():
+                tile = maker.logits(start, stop, first, last)
+                _back(call, makers, [tile], known, upstream, wanted, start, stop, first, last)
+        states.append(known)
+    joined = tuple(torch.cat(values) for values in zip(*outputs, strict=True)) if saved is None else ()
+    grads = [grad for maker in makers for grad in maker.finish()]
+    return joined, states, grads
+
+
+def _back(
+    call: HeadCall,
+    makers: Sequence[HeadTiles | DenseTiles],
+    tiles: Sequence[Tile],
+    saved: Saved,
+    upstream: Sequence[Tensor | float | None] | None,
+    wanted: Sequence[bool],
+    start: int,
+    stop: int,
+    first: int,
+    last: int,
+) -> None:
+    if upstream is None or not any(wanted) or start == stop:
+        return
+    rows = [u[start:stop] if isinstance(u, Tensor) else u for u in upstream]
+    call.work.gradient(tiles, saved, rows, wanted, start, stop, first)
+    for maker, tile, want in zip(makers, tiles, wanted, strict=True):
+        if want:
+            maker.take(tile, start, stop, first, last)

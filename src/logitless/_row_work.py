@@ -1,0 +1,313 @@
+"""The works of `_head_ops`: what the compiled kernels compute of a tile of logits, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from logitless._head_tiles import Tile
+from logitless.kernels import cpu, reference
+
+# No row of a tile is ignored: those were left out before the tile was made.
+_NO_INDEX = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropyWork:
+    """Cross-entropy of rows with class indices, or with probabilities [rows, classes]; outputs: loss, row weight."""
+
+    classes: int
+    indices: Tensor | None
+    row_weight: Tensor | None  # of index targets, where there is a class weight
+    probabilities: Tensor | None
+    class_weight: Tensor | None
+    smoothing: float
+
+    @property
+    def class_major(self) -> bool:
+        """Probabilities lie as the user gave them."""
+        return self.probabilities is None
+
+    @property
+    def cut_classes(self) -> bool:
+        """Any order of the classes adds up."""
+        return True
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
+        """Return loss and row weight."""
+        stats = self.part(tiles[0], start, stop, 0, self.classes)
+        return self._outputs(stats, start, stop), stats
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> cpu.RowStats:
+        """Return the statistics of some classes; the nll is of rows whose target is among them, else 0."""
+        whole = last - first == self.classes
+        indices = None if self.indices is None else self.indices[start:stop]
+        stats = cpu.row_stats(
+            tile.logits,
+            indices if whole else None,
+            class_dim=tile.class_dim,
+            ignore_index=_NO_INDEX,
+            class_weight=None if self.class_weight is None else self.class_weight[first:last],
+            dense_target=self._probabilities(tile, start, stop, first, last),
+            smooth=self.smoothing > 0,
+        )
+        if whole or indices is None:
+            return stats
+        inside = (indices >= first) & (indices < last)
+        place = torch.where(inside, indices - first, 0).unsqueeze(tile.class_dim)
+        at_target = tile.logits.gather(tile.class_dim, place).squeeze(tile.class_dim).to(stats.row_max.dtype)
+        return stats._replace(nll=torch.where(inside, at_target, 0))  # the logit, until `combine` has the row's lse
+
+    def combine(
+        self, parts: Sequence[cpu.RowStats], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
+        """Return what all classes together give: lse = top + log1p(what the parts hold beyond the top)."""
+        real = parts[0].row_max.dtype
+        tops = torch.stack([part.row_max.double() for part in parts])
+        sums = torch.stack([part.log_sum for part in parts])
+        top, at = tops.max(0)
+        # Of the part that has the top all but the top; of the others everything. A part of -inf alone has nothing.
+        masses = torch.exp(tops - top + sums.nan_to_num(nan=0.0)).masked_fill(torch.isneginf(tops), 0)
+        beyond = torch.expm1(sums.gather(0, at.unsqueeze(0)))
+        masses = masses.scatter(0, at.unsqueeze(0), beyond)
+        broken = (torch.isnan(sums) & ~torch.isneginf(tops)).any(0) | torch.isinf(top)
+        log_sum = torch.log1p(masses.sum(0)).masked_fill(broken, torch.nan)
+        nll = None
+        if self.indices is not None:
+            at_target = torch.stack([part.nll for part in parts if part.nll is not None]).double().sum(0)
+            nll = ((top - at_target) + log_sum).to(real)
+        shift = (top - tops) + (log_sum - sums)  # of the row's lse over each part's
+
+        def joined(values: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+            each = torch.stack([value.double() for value in values if value is not None])
+            return (each + reference.times_zero_safe(weights, shift)).sum(0).to(real)
+
+        dense_sum = dense_mass = smooth_sum = None
+        if self.probabilities is not None:
+            masses_of = torch.stack([part.dense_mass.double() for part in parts if part.dense_mass is not None])
+            dense_sum = joined([part.dense_sum for part in parts], masses_of)
+            dense_mass = masses_of.sum(0).to(real)
+        if self.smoothing > 0:
+            smooth_sum = joined([part.smooth_sum for part in parts], self._mass(ranges))
+        stats = parts[0]._replace(
+            row_max=top.to(real),
+            log_sum=log_sum,
+            nll=nll,
+            dense_sum=dense_sum,
+            dense_mass=dense_mass,
+            smooth_sum=smooth_sum,
+        )
+        return self._outputs(stats, start, stop), stats
+
+    def _mass(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the sum of the class weights of each range."""
+        weight = self.class_weight
+        masses = [float(last - first if weight is None else weight[first:last].sum()) for first, last in ranges]
+        return torch.tensor(masses, dtype=torch.float64).unsqueeze(1)
+
+    def gradient(
+        self,
+        tiles: Sequence[Tile],
+        saved: cpu.RowStats,
+        upstream: Sequence[Tensor | float | None],
+        wanted: Sequence[bool],
+        start: int,
+        stop: int,
+        first: int,
+    ) -> None:
+        """Write the gradient of the loss in place of the logits."""
+        (tile,) = tiles
+        if self.classes == 1:
+            torch.mul(tile.logits, 0, out=tile.gradient)  # one class has all the mass, wherever the target lies
+            return
+        given = upstream[0]
+        last = first + tile.logits.shape[tile.class_dim]
+        indices = None if self.indices is None else self.indices[start:stop] - first
+        row_weight = None if self.row_weight is None else self.row_weight[start:stop]
+        weight = None if self.class_weight is None else self.class_weight[first:last]
+        spread, kept = self.smoothing / self.classes, 1 - self.smoothing
+        dense = self.probabilities is not None
+        total = self.classes if self.class_weight is None else float(self.class_weight.sum(dtype=torch.float64))
+        factor = given if isinstance(given, float) else 1.0
+        cpu.row_grad(
+            tile.logits,
+            saved.row_max,
+            saved.log_sum,
+            indices,
+            class_dim=tile.class_dim,
+            ignore_index=_NO_INDEX,
+            class_weight=weight,
+            dense_target=self._probabilities(tile, start, stop, first, last),
+            upstream=given if isinstance(given, Tensor) else None,
+            a_scale=factor * kept,
+            a=saved.dense_mass if dense else row_weight,
+            a_extra=factor * spread * total if self.smoothing > 0 else 0.0,
+            c_scale=0.0 if dense else -factor * kept,
+            c=row_weight,
+            e_scale=-factor * kept if dense else 0.0,
+            f_scale=-factor * spread if self.smoothing > 0 else 0.0,
+            out=tile.gradient,
+        )
+
+    def _probabilities(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Tensor | None:
+        if self.probabilities is None:
+            return None
+        return self.probabilities[start:stop, first:last].to(tile.logits.dtype)
+
+    def _outputs(self, stats: cpu.RowStats, start: int, stop: int) -> tuple[Tensor, ...]:
+        if self.probabilities is not None:
+            assert stats.dense_sum is not None
+            assert stats.dense_mass is not None
+            loss, row_weight = stats.dense_sum, stats.dense_mass
+        else:
+            assert stats.nll is not None
+            loss, row_weight = stats.nll, torch.ones_like(stats.nll)
+            if self.row_weight is not None:
+                row_weight = self.row_weight[start:stop]
+                loss = reference.times_zero_safe(row_weight, loss)
+        if self.smoothing > 0:
+            assert stats.smooth_sum is not None
+            loss = (1 - self.smoothing) * loss + self.smoothing / self.classes * stats.smooth_sum
+        return loss, row_weight
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWork:
+    """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without."""
+
+    indices: Tensor | None
+    class_major: ClassVar[bool] = True
+    cut_classes: ClassVar[bool] = False
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
+        """Return the outputs."""
+        (tile,) = tiles
+        every = self.indices is not None
+        stats = cpu.row_stats(
+            tile.logits,
+            None if self.indices is None else self.indices[start:stop],
+            class_dim=tile.class_dim,
+            ignore_index=_NO_INDEX,
+            lse=every,
+            entropy=True,
+            argmax=every,
+            rank=every,
+        )
+        names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
+        return tuple(getattr(stats, name) for name in names), stats._replace(argmax=None, rank=None)
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Any:
+        """Refuse: an entropy's digits are lost in parts."""
+        raise NotImplementedError
+
+    def combine(
+        self, parts: Sequence[Any], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Refuse, as `part`."""
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        tiles: Sequence[Tile],
+        saved: cpu.RowStats,
+        upstream: Sequence[Tensor | float | None],
+        wanted: Sequence[bool],
+        start: int,
+        stop: int,
+        first: int,
+    ) -> None:
+        """Write the gradient in place of the logits: dH/dz_j = -p_j ((z_j - lse) + H)."""
+        (tile,) = tiles
+        nll, lse, spread = upstream[:3] if self.indices is not None else (None, None, upstream[0])
+        assert saved.entropy is not None
+        parts = [grad for grad in (nll, lse) if isinstance(grad, Tensor)]
+        if isinstance(spread, Tensor):
+            parts.append(-spread * saved.entropy)
+        cpu.row_grad(
+            tile.logits,
+            saved.row_max,
+            saved.log_sum,
+            None if self.indices is None else self.indices[start:stop],
+            class_dim=tile.class_dim,
+            ignore_index=_NO_INDEX,
+            a_scale=1.0,
+            a=sum(parts[1:], parts[0]),
+            b_scale=-1.0 if isinstance(spread, Tensor) else 0.0,
+            b=spread if isinstance(spread, Tensor) else None,
+            c_scale=-1.0 if isinstance(nll, Tensor) else 0.0,
+            c=nll if isinstance(nll, Tensor) else None,
+            out=tile.gradient,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PairWork:
+    """Measures of pairs of rows by the names of `cpu.PairRowStats`, with class indices where one is an nll."""
+
+    names: tuple[str, ...]
+    indices: Tensor | None = None
+    class_major: ClassVar[bool] = False
+    cut_classes: ClassVar[bool] = False
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the measures."""
+        stats = cpu.pair_row_stats(
+            tiles[0].logits,
+            tiles[1].logits,
+            None if self.indices is None else self.indices[start:stop],
+            ignore_index=_NO_INDEX,
+            kl="kl" in self.names,
+            reverse_kl="reverse_kl" in self.names,
+            js="js" in self.names,
+            cross_entropy="cross_entropy" in self.names,
+            entropy="entropy_p" in self.names or "entropy_q" in self.names,
+        )
+        return tuple(getattr(stats, name) for name in self.names), stats.saved
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Any:
+        """Refuse: the mixture of two rows is known of whole rows only."""
+        raise NotImplementedError
+
+    def combine(
+        self, parts: Sequence[Any], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Refuse, as `part`."""
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        tiles: Sequence[Tile],
+        saved: Tensor,
+        upstream: Sequence[Tensor | float | None],
+        wanted: Sequence[bool],
+        start: int,
+        stop: int,
+        first: int,
+    ) -> None:
+        """Write the gradients of the tiles that need one in their place."""
+        given = {
+            name: torch.full((stop - start,), grad, dtype=saved.dtype) if isinstance(grad, float) else grad
+            for name, grad in zip(self.names, upstream, strict=True)
+        }
+        cpu.pair_row_grad(
+            tiles[0].logits,
+            tiles[1].logits,
+            saved,
+            None if self.indices is None else self.indices[start:stop],
+            ignore_index=_NO_INDEX,
+            need_first=wanted[0],
+            need_second=wanted[1],
+            out=(tiles[0].gradient, tiles[1].gradient),
+            kl=given.get("kl"),
+            reverse_kl=given.get("reverse_kl"),
+            js=given.get("js"),
+            cross_entropy=given.get("cross_entropy"),
+            entropy_p=given.get("entropy_p"),
+            entropy_q=given.get("entropy_q"),
+            nll_p=given.get("nll_p"),
+            nll_q=given.get("nll_q"),
+        )
