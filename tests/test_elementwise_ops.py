@@ -288,12 +288,18 @@ def test_a_broadcast_target_of_kl_div() -> None:
         assert_close(own, expected, torch.float64)
 
 
-BROADCAST = [((6, 9), (6, 9)), ((6, 1, 9), (1, 4, 9)), ((9,), (6, 9)), ((6, 9), (1, 9)), ((2, 5, 9), (5, 9))]
+BROADCAST = [
+    ((6, 9), (6, 9), 1),
+    ((6, 9), (6, 9), 0),
+    ((6, 1, 9), (1, 4, 9), -1),
+    ((9,), (6, 9), 1),
+    ((6, 9), (6, 1), 0),
+    ((2, 5, 9), (5, 1), 1),
+]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("shape1", "shape2"), BROADCAST)
-@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize(("shape1", "shape2", "dim"), BROADCAST)
 def test_cosine_similarity_of_shapes_that_broadcast(
     dtype: torch.dtype, shape1: tuple[int, ...], shape2: tuple[int, ...], dim: int
 ) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from logitless._ops import needs_plain_backward, plain_backward
-from logitless._reduce import reduce_rows
+from logitless._dispatch import cpu_by_default
+from logitless._ops import SMALL_NUMEL, needs_plain_backward, plain_backward
+from logitless._reduce import reduce_rows, reduced_sum
+from logitless._transforms import surroundings
 from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels.cpu import POOLED_BYTES, empty_like_pooled
 
@@ -42,8 +44,18 @@ class Reduction(NamedTuple):
     dtype: torch.dtype
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the loss of these elements or rows, or of their sum in float64."""
+        """Return the loss of these elements or rows."""
         return reduce_rows(rows, self.kind, denominator=self.denominator, dtype=self.dtype)
+
+    def of_total(self, total: float) -> Tensor:
+        """Return the loss of elements already added up."""
+        if self.denominator == 0:
+            return self.of(torch.scalar_tensor(total, dtype=torch.float64))
+        value = reduced_sum(total, self.denominator, self.kind)
+        if -6e4 < value < 6e4:
+            return torch.scalar_tensor(value, dtype=self.dtype)
+        # What the dtype does not hold is infinite, where scalar_tensor would raise.
+        return torch.scalar_tensor(value, dtype=torch.float64).to(self.dtype)
 
     def upstream(self, grad_output: Tensor) -> tuple[Tensor | None, float]:
         """Return what the gradient of each element or row is multiplied by: values, or one number for all."""
@@ -72,8 +84,41 @@ class ElementwiseCall(NamedTuple):
 
 def elementwise(call: ElementwiseCall, input: Tensor, *operands: Tensor | None) -> Tensor:
     """Return a loss of each element by itself, reduced; only the input gets a gradient."""
-    result: Tensor = _Elementwise.apply(call, input, *operands)  # type: ignore[no-untyped-call] # torch types it not
+    result: Tensor = _apply_elementwise(call, input, *operands)  # type: ignore[no-untyped-call] # torch types it not
     return result
+
+
+def few_numbers(input: object, target: object) -> TypeGuard[Tensor]:
+    """Say whether these are few numbers of one shape and dtype that the kernels take without any further check.
+
+    Around so little arithmetic it is the checks that cost, so this is as brief as can be; what it denies is looked at
+    in full.
+    """
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or type(target) is not Tensor:
+        return False
+    return (
+        (type(input) is Tensor or type(input) is torch.nn.Parameter)
+        and input.shape == target.shape
+        and 0 < input.numel() <= SMALL_NUMEL
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and target.dtype is input.dtype
+        and (input.is_cpu and target.is_cpu)
+        and input.layout is target.layout is torch.strided
+        and not (target.requires_grad or input.is_neg() or target.is_neg())
+        and cpu_by_default()
+        and surroundings() is None
+    )
+
+
+def of_few_numbers(
+    kernel: Kernel, summed: Callable[..., Tensor], input: Tensor, target: Tensor, denominator: int
+) -> Tensor:
+    """Return the sum of an elementwise loss over `denominator`; `summed` is the public function, asked for the sum."""
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        return summed(input, target, reduction="sum", backend="reference") / denominator
+
+    return elementwise(ElementwiseCall(kernel, Reduction("mean", denominator, input.dtype), definition), input, target)
 
 
 class _Elementwise(torch.autograd.Function):
@@ -83,8 +128,7 @@ class _Elementwise(torch.autograd.Function):
         ctx.save_for_backward(input, *operands)
         if call.reduction.kind == "none":
             return call.kernel.elements(input, *operands, dtype=call.reduction.dtype)
-        total = call.kernel.total(input, *operands)
-        return call.reduction.of(torch.scalar_tensor(total, dtype=torch.float64))
+        return call.reduction.of_total(call.kernel.total(input, *operands))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +139,11 @@ class _Elementwise(torch.autograd.Function):
         else:
             upstream, scale = call.reduction.upstream(grad_output)
             grad = call.kernel.gradient(input, *operands, upstream=upstream, scale=scale)
-        return None, grad, *(None for _ in operands)
+        return None, grad, *(None,) * len(operands)
+
+
+# Function.apply without its Python wrapper, which looks for function transforms: those never come here.
+_apply_elementwise = super(torch.autograd.Function, _Elementwise).apply
 
 
 class CosineCall(NamedTuple):

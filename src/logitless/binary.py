@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
-from logitless._ops_elementwise import ElementwiseCall, Kernel, Reduction, elementwise, kernel_obstacle
+from logitless._ops_elementwise import (
+    ElementwiseCall,
+    Kernel,
+    Reduction,
+    elementwise,
+    few_numbers,
+    kernel_obstacle,
+    of_few_numbers,
+)
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import Normalizer, check_normalizer, mean_denominator, reduce_rows, resolve_reduction
 from logitless._tiles import fold_rows
@@ -59,6 +67,18 @@ def binary_cross_entropy(
     >>> F.binary_cross_entropy(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]))
     tensor(0.1643)
     """
+    if (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and class_dim is None
+        and normalizer is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum")
+        and few_numbers(input, target)
+    ):
+        denominator = input.numel() if reduction == "mean" else 1
+        return of_few_numbers(_BCE, binary_cross_entropy, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy", input, target)
@@ -123,6 +143,19 @@ def binary_cross_entropy_with_logits(
     >>> F.binary_cross_entropy_with_logits(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.0]))
     tensor(0.0878)
     """
+    if (
+        weight is None
+        and pos_weight is None
+        and size_average is None
+        and reduce is None
+        and class_dim is None
+        and normalizer is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum")
+        and few_numbers(input, target)
+    ):
+        denominator = input.numel() if reduction == "mean" else 1
+        return of_few_numbers(_BCE_LOGITS, binary_cross_entropy_with_logits, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy_with_logits", input, target)
@@ -238,14 +271,14 @@ def _check_within_unit_interval(input: Tensor, target: Tensor) -> None:
         )
 
 
-def _checked_elements(input: Tensor, target: Tensor, weight: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+def _checked_elements(input: Tensor, target: Tensor, weight: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
     loss, outside = kernels.bce(input, target, weight, dtype=dtype)
     if outside:
         _check_within_unit_interval(input, target)
     return loss
 
 
-def _checked_total(input: Tensor, target: Tensor, weight: Tensor | None) -> float:
+def _checked_total(input: Tensor, target: Tensor, weight: Tensor | None = None) -> float:
     total, outside = kernels.bce_sum(input, target, weight)
     if outside:
         _check_within_unit_interval(input, target)

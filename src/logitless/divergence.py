@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
-from logitless._ops_elementwise import ElementwiseCall, Kernel, Reduction, elementwise, kernel_obstacle
+from logitless._ops_elementwise import (
+    ElementwiseCall,
+    Kernel,
+    Reduction,
+    elementwise,
+    few_numbers,
+    kernel_obstacle,
+    of_few_numbers,
+)
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import reduce_rows, resolve_reduction
 from logitless._targets import resolve_class_dim
@@ -66,6 +74,17 @@ def kl_div(
     """
     if reduction == "mean" and size_average is None and reduce is None:
         warnings.warn(_MEAN_IS_NOT_THE_DIVERGENCE, stacklevel=2)
+    if (
+        size_average is None
+        and reduce is None
+        and class_dim is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum" or reduction == "batchmean")
+        and few_numbers(input, target)
+    ):
+        summed = partial(kl_div, log_target=log_target)
+        kernel = _KERNELS[bool(log_target)]
+        return of_few_numbers(kernel, summed, input, target, _denominator(reduction, input, input.shape, None))
     reduction = resolve_reduction(reduction, size_average, reduce, extra=("batchmean", "rowmean"))
     for tensor in (input, target):
         if isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
@@ -91,8 +110,7 @@ def kl_div(
     obstacle = "the input is broadcast" if input.shape != sizes else kernel_obstacle(input, target=target)
     if _dispatch.pick("kl_div", (input, target), backend, obstacle=obstacle) == "reference":
         return definition(input, target)
-    kernel = _KL_OF_LOGS if log_target else _KL
-    call = ElementwiseCall(kernel, Reduction(kind, denominator, precision.result), definition)
+    call = ElementwiseCall(_KERNELS[bool(log_target)], Reduction(kind, denominator, precision.result), definition)
     return elementwise(call, input, target if target.shape == sizes else target.expand(sizes))
 
 
@@ -106,9 +124,11 @@ def _denominator(reduction: str, input: Tensor, sizes: torch.Size, class_dim: in
     return sizes.numel() if reduction == "mean" else 1
 
 
-_KL = Kernel(kernels.kl, kernels.kl_sum, kernels.kl_grad)
-_KL_OF_LOGS = Kernel(
-    partial(kernels.kl, log_target=True),
-    partial(kernels.kl_sum, log_target=True),
-    partial(kernels.kl_grad, log_target=True),
-)
+_KERNELS = {
+    log_target: Kernel(
+        partial(kernels.kl, log_target=log_target),
+        partial(kernels.kl_sum, log_target=log_target),
+        partial(kernels.kl_grad, log_target=log_target),
+    )
+    for log_target in (False, True)
+}
