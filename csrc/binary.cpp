@@ -141,7 +141,7 @@ template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Ve
   } else if constexpr (Op == ElementOp::kBce) {
     const V least = splat<Real>(-100);
     const V loss = t * maximum<Real>(least, log_positive<Real>(x)) + (Real(1) - t) * maximum<Real>(least, log_one_minus<Real>(x));
-    return kWeighted ? -w * loss : -loss;
+    return V{} - (kWeighted ? w * loss : loss);  // not -loss: no loss is -0
   } else if constexpr (Op == ElementOp::kBceGrad) {
     const V slope = (x - t) / maximum<Real>(splat<Real>(Real(1e-12)), x * (Real(1) - x));
     return kWeighted ? g * w * slope : g * slope;
@@ -162,13 +162,13 @@ template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Ve
 // ---- elements between storage and buffers of the compute type -----------------------------------------------------
 
 template <class Real, class T> LL_INLINE Real to_compute(T x) {
-  if constexpr (__is_same(T, int64_t) || __is_same(T, uint8_t)) return static_cast<Real>(x);
-  else return static_cast<Real>(widen(x));
+  if constexpr (__is_class(T)) return static_cast<Real>(widen(x));  // half precision
+  else return static_cast<Real>(x);
 }
 
 template <class Real, class T> void read_run(const void* data, int64_t offset, int64_t stride, int64_t n, Real* out) {
   const T* p = static_cast<const T*>(data) + offset;
-  if constexpr (sizeof(T) == 2 && sizeof(Real) == 4) {
+  if constexpr (__is_class(T) && sizeof(Real) == 4) {
     if (stride == 1) {
       int64_t i = 0;
       for (; i + kLanes<float> <= n; i += kLanes<float>) store(out + i, load(p + i));
@@ -192,6 +192,9 @@ template <class Real> void read(const Operand& from, int64_t offset, int64_t str
     case Storage::kFloat16: return read_run<Real, Float16>(from.data, offset, stride, n, out);
     case Storage::kFloat64: return read_run<Real, double>(from.data, offset, stride, n, out);
     case Storage::kInt64: return read_run<Real, int64_t>(from.data, offset, stride, n, out);
+    case Storage::kInt32: return read_run<Real, int32_t>(from.data, offset, stride, n, out);
+    case Storage::kInt16: return read_run<Real, int16_t>(from.data, offset, stride, n, out);
+    case Storage::kInt8: return read_run<Real, int8_t>(from.data, offset, stride, n, out);
     case Storage::kUInt8: return read_run<Real, uint8_t>(from.data, offset, stride, n, out);
   }
 }

@@ -8,7 +8,7 @@ namespace logitless {
 inline constexpr int kMaxDims = 64;  // as many as a torch tensor may have
 
 // The first four are DType's values, in its order.
-enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt64 = 4, kUInt8 = 5 };
+enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt64 = 4, kInt32 = 5, kInt16 = 6, kInt8 = 7, kUInt8 = 8 };
 
 // A tensor over the sizes of the call: strides in elements, the innermost dimension first, 0 where it is broadcast.
 struct Operand {

@@ -124,6 +124,8 @@ def _cpu_obstacle(tensors: Sequence[Tensor | None], obstacle: str | None) -> str
             return f"a tensor is on {tensor.device}"
         if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in _CPU_DTYPES):
             return f"no kernel for {tensor.dtype} in layout {tensor.layout}"
+        if tensor.is_neg():
+            return "a tensor's memory holds its negative; resolve_neg() writes it out"
     return transform_reason(*tensors)
 
 

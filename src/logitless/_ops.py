@@ -170,6 +170,7 @@ def small_cross_entropy(logits: object, indices: object, ignore_index: int, redu
         or logits.dtype not in _SMALL_DTYPES
         or indices.dtype != torch.int64
         or not (logits.is_cpu and indices.is_cpu and logits.is_contiguous() and indices.is_contiguous())
+        or logits.is_neg()
         or not cpu_by_default()
         or surroundings() is not None
     ):

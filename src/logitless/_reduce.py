@@ -89,7 +89,7 @@ def upstream_divisor(denominator: Tensor | float, empty: Empty) -> Tensor | floa
     return torch.where(divisor == 0, torch.inf, divisor)
 
 
-def reduced_sum(total: float, count: int, reduction: str) -> float:
+def reduced_sum(total: float, count: float, reduction: str) -> float:
     """Return the "sum" or "mean" of rows already added up."""
     if reduction == "sum":
         return total

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
+from logitless._ops_elementwise import (
+    ElementwiseCall,
+    Kernel,
+    Reduction,
+    elementwise,
+    few_numbers,
+    kernel_obstacle,
+    of_few_numbers,
+)
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import Normalizer, check_normalizer, mean_denominator, reduce_rows, resolve_reduction
 from logitless._tiles import fold_rows
 from logitless._transforms import values_are_readable
+from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits
 
@@ -57,6 +67,18 @@ def binary_cross_entropy(
     >>> F.binary_cross_entropy(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]))
     tensor(0.1643)
     """
+    if (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and class_dim is None
+        and normalizer is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum")
+        and few_numbers(input, target)
+    ):
+        denominator = input.numel() if reduction == "mean" else 1
+        return of_few_numbers(_BCE, binary_cross_entropy, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy", input, target)
@@ -65,15 +87,21 @@ def binary_cross_entropy(
             f"Using a target size ({target.shape}) that is different to the input size ({input.shape}) is "
             "deprecated. Please ensure they have the same size."
         )
-    for name, tensor in (("input", input), ("target", target)):
-        _check_within_unit_interval(name, tensor)
     weight = _broadcastable("weight", weight, input.shape, class_dim)
-    _dispatch.pick("binary_cross_entropy", (input, target, weight), backend)
     precision = precision_of(input)
-    with no_autocast(input):
-        loss = reference.binary_cross_entropy(input.to(precision.compute), target.to(precision.compute))
-        loss, weight = _weighted(loss, weight)
-    return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+    def definition(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        with no_autocast(input):
+            loss = reference.binary_cross_entropy(input.to(precision.compute), target.to(precision.compute))
+            loss, weight = _weighted(loss, weight)
+        return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+    backend = _pick("binary_cross_entropy", input, {"target": target, "weight": weight}, normalizer, backend)
+    if backend == "reference":
+        _check_within_unit_interval(input, target)
+        return definition(input, target, weight)
+    kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
+    return elementwise(ElementwiseCall(_BCE, kept, definition), input, target, weight)
 
 
 def binary_cross_entropy_with_logits(
@@ -115,6 +143,19 @@ def binary_cross_entropy_with_logits(
     >>> F.binary_cross_entropy_with_logits(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.0]))
     tensor(0.0878)
     """
+    if (
+        weight is None
+        and pos_weight is None
+        and size_average is None
+        and reduce is None
+        and class_dim is None
+        and normalizer is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum")
+        and few_numbers(input, target)
+    ):
+        denominator = input.numel() if reduction == "mean" else 1
+        return of_few_numbers(_BCE_LOGITS, binary_cross_entropy_with_logits, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy_with_logits", input, target)
@@ -126,14 +167,21 @@ def binary_cross_entropy_with_logits(
         if reduction != "none":
             return _lazy_binary_cross_entropy(input, target, weight, pos_weight, reduction, normalizer, backend)
         input = input.materialize()  # the answer asked for is itself of the logits' size
-    _dispatch.pick("binary_cross_entropy_with_logits", (input, target, weight, pos_weight), backend)
     precision = precision_of(input, target, weight, pos_weight)
-    compute = precision.compute
-    with no_autocast(input):
-        positive = None if pos_weight is None else pos_weight.to(compute)
-        loss = reference.binary_cross_entropy_with_logits(input.to(compute), target.to(compute), positive)
-        loss, weight = _weighted(loss, weight)
-    return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+    def definition(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+        compute = precision.compute
+        with no_autocast(input):
+            positive = None if pos_weight is None else pos_weight.to(compute)
+            loss = reference.binary_cross_entropy_with_logits(input.to(compute), target.to(compute), positive)
+            loss, weight = _weighted(loss, weight)
+        return _reduced(loss, weight, reduction, precision.result, normalizer)
+
+    constants = {"target": target, "weight": weight, "pos_weight": pos_weight}
+    if _pick("binary_cross_entropy_with_logits", input, constants, normalizer, backend) == "reference":
+        return definition(input, target, weight, pos_weight)
+    kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
+    return elementwise(ElementwiseCall(_BCE_LOGITS, kept, definition), input, target, weight, pos_weight)
 
 
 def _lazy_binary_cross_entropy(
@@ -198,18 +246,59 @@ def _broadcastable(name: str, weight: Tensor | None, sizes: torch.Size, class_di
     return weight
 
 
-def _check_within_unit_interval(name: str, tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point or not values_are_readable(tensor):
-        return
-    outside = ~((tensor >= 0) & (tensor <= 1))
-    if not bool(outside.any()):
-        return
-    position = tuple(outside.nonzero()[0].tolist())
-    value = tensor[position].item()
-    what = "NaN" if value != value else repr(value)
-    raise RuntimeError(
-        f"binary_cross_entropy: all elements of {name} should be between 0 and 1; {name}{list(position)} is {what}"
-    )
+def _pick(
+    operation: str, input: Tensor, constants: dict[str, Tensor | None], normalizer: Normalizer, backend: str | None
+) -> str:
+    """Return the backend: the kernels give a gradient for the input alone."""
+    if isinstance(normalizer, Tensor):
+        constants = {**constants, "normalizer": normalizer}
+    obstacle = kernel_obstacle(input, **constants)
+    return _dispatch.pick(operation, (input, *constants.values()), backend, obstacle=obstacle)
+
+
+def _check_within_unit_interval(input: Tensor, target: Tensor) -> None:
+    for name, tensor in (("input", input), ("target", target)):
+        if not tensor.dtype.is_floating_point or not values_are_readable(tensor):
+            continue
+        outside = ~((tensor >= 0) & (tensor <= 1))
+        if not bool(outside.any()):
+            continue
+        position = tuple(outside.nonzero()[0].tolist())
+        value = tensor[position].item()
+        what = "NaN" if value != value else repr(value)
+        raise RuntimeError(
+            f"binary_cross_entropy: all elements of {name} should be between 0 and 1; {name}{list(position)} is {what}"
+        )
+
+
+def _checked_elements(input: Tensor, target: Tensor, weight: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    loss, outside = kernels.bce(input, target, weight, dtype=dtype)
+    if outside:
+        _check_within_unit_interval(input, target)
+    return loss
+
+
+def _checked_total(input: Tensor, target: Tensor, weight: Tensor | None = None) -> float:
+    total, outside = kernels.bce_sum(input, target, weight)
+    if outside:
+        _check_within_unit_interval(input, target)
+    return total
+
+
+_BCE = Kernel(_checked_elements, _checked_total, kernels.bce_grad)
+_BCE_LOGITS = Kernel(kernels.bce_logits, kernels.bce_logits_sum, kernels.bce_logits_grad)
+
+
+def _kernel_reduction(
+    reduction: str, sizes: torch.Size, weight: Tensor | None, normalizer: Normalizer, dtype: torch.dtype
+) -> Reduction:
+    """Return how the kernels' elements are reduced."""
+
+    def weights() -> Tensor | float:
+        return sizes.numel() if weight is None else weight.sum(dtype=torch.float64) * (sizes.numel() // weight.numel())
+
+    denominator = float(_denominator(normalizer, sizes, weights)) if reduction == "mean" else 1.0
+    return Reduction(reduction, denominator, dtype)
 
 
 def _weighted(loss: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

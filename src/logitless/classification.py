@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, _head_loss, _ops, sparse
+from logitless import _dispatch, _head_loss, _ops, _ops_elementwise, sparse
 from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
@@ -185,11 +185,12 @@ def nll_loss(
         probabilities_allowed=False,
     )
     check_class_weight("nll_loss", weight, meaning.classes)
-    _dispatch.pick("nll_loss", (input, target, weight), backend)
+    native = _dispatch.pick("nll_loss", (input, target, weight), backend) == "cpu"
     precision = _precision("nll_loss", input, meaning, weight)
     with no_autocast(input):
         meaning = checked_values("nll_loss", meaning)
-        rows = reference.nll(input.to(precision.compute), meaning, weight)
+        gather = _ops_elementwise.gather if native else torch.gather
+        rows = reference.nll(input, meaning, weight, precision.compute, gather)
     return _reduced(rows, meaning, reduction, precision, normalizer, empty)
 
 

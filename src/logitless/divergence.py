@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from logitless import _dispatch
+from logitless._ops_elementwise import (
+    ElementwiseCall,
+    Kernel,
+    Reduction,
+    elementwise,
+    few_numbers,
+    kernel_obstacle,
+    of_few_numbers,
+)
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import reduce_rows, resolve_reduction
 from logitless._targets import resolve_class_dim
+from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels import reference
 
 _MEAN_IS_NOT_THE_DIVERGENCE = (
@@ -63,29 +74,61 @@ def kl_div(
     """
     if reduction == "mean" and size_average is None and reduce is None:
         warnings.warn(_MEAN_IS_NOT_THE_DIVERGENCE, stacklevel=2)
+    if (
+        size_average is None
+        and reduce is None
+        and class_dim is None
+        and backend is None
+        and (reduction == "mean" or reduction == "sum" or reduction == "batchmean")
+        and few_numbers(input, target)
+    ):
+        summed = partial(kl_div, log_target=log_target)
+        kernel = _KERNELS[bool(log_target)]
+        return of_few_numbers(kernel, summed, input, target, _denominator(reduction, input, input.shape, None))
     reduction = resolve_reduction(reduction, size_average, reduce, extra=("batchmean", "rowmean"))
     for tensor in (input, target):
         if isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
             raise RuntimeError(f"kl_div: Integral inputs not supported, got {tensor.dtype}")
     check_input("kl_div", input, target)
+    sizes = input.shape
     if input.shape != target.shape:
-        torch.broadcast_shapes(input.shape, target.shape)
+        sizes = torch.broadcast_shapes(input.shape, target.shape)
         warnings.warn(
             f"kl_div: input {tuple(input.shape)} and target {tuple(target.shape)} differ and are broadcast, as in "
             "torch; expand one of them if that is meant",
             stacklevel=2,
         )
-    _dispatch.pick("kl_div", (input, target), backend)
     precision = precision_of(input, target)
-    with no_autocast(input):
-        elements = reference.kl_div(input.to(precision.compute), target.to(precision.compute), log_target)
-    if reduction in ("none", "sum"):
-        return reduce_rows(elements, reduction, denominator=1.0, dtype=precision.result)
+    denominator = float(_denominator(reduction, input, sizes, class_dim))
+    kind = reduction if reduction in ("none", "sum") else "mean"
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        with no_autocast(input):
+            elements = reference.kl_div(input.to(precision.compute), target.to(precision.compute), log_target)
+        return reduce_rows(elements, kind, denominator=denominator, dtype=precision.result)
+
+    obstacle = "the input is broadcast" if input.shape != sizes else kernel_obstacle(input, target=target)
+    if _dispatch.pick("kl_div", (input, target), backend, obstacle=obstacle) == "reference":
+        return definition(input, target)
+    call = ElementwiseCall(_KERNELS[bool(log_target)], Reduction(kind, denominator, precision.result), definition)
+    return elementwise(call, input, target if target.shape == sizes else target.expand(sizes))
+
+
+def _denominator(reduction: str, input: Tensor, sizes: torch.Size, class_dim: int | None) -> int:
+    """Return what the sum is divided by."""
     if reduction == "batchmean":
-        denominator = input.shape[0] if input.dim() else 1
-    elif reduction == "rowmean":
-        classes = elements.shape[resolve_class_dim("kl_div", elements.dim(), class_dim)] if elements.dim() else 1
-        denominator = elements.numel() // max(classes, 1)
-    else:
-        denominator = elements.numel()
-    return reduce_rows(elements, "mean", denominator=float(denominator), dtype=precision.result)
+        return input.shape[0] if input.dim() else 1
+    if reduction == "rowmean":
+        classes = sizes[resolve_class_dim("kl_div", len(sizes), class_dim)] if sizes else 1
+        return sizes.numel() // max(classes, 1)
+    return sizes.numel() if reduction == "mean" else 1
+
+
+_KERNELS = {
+    log_target: Kernel(
+        partial(kernels.kl, log_target=log_target),
+        partial(kernels.kl_sum, log_target=log_target),
+        partial(kernels.kl_grad, log_target=log_target),
+    )
+    for log_target in (False, True)
+}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
+from logitless._ops_elementwise import CosineCall, Reduction, cosine
 from logitless._precision import no_autocast, precision_of
 from logitless._reduce import reduce_rows, resolve_reduction
 from logitless.kernels import reference
@@ -47,12 +48,25 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
         )
     if eps < 0:
         raise RuntimeError(f"cosine_similarity: eps must be non-negative, got: {eps}")
-    _dispatch.pick("cosine_similarity", (x1, x2), backend)
+    sizes = x1.shape if x1.shape == x2.shape else torch.broadcast_shapes(x1.shape, x2.shape)
+    dims = max(len(sizes), 1)
+    if not -dims <= dim < dims:
+        raise IndexError(
+            "cosine_similarity: Dimension out of range (expected to be in range of "
+            f"[{-dims}, {dims - 1}], but got {dim})"
+        )
     # On CPU torch's autocast leaves this function alone; elsewhere it answers in float32.
     precision = precision_of(x1, x2, autocast=x1.device.type != "cpu")
-    with no_autocast(x1):
-        first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
-        return reference.cosine_similarity(first, second, dim, eps).to(precision.result)
+
+    def definition(x1: Tensor, x2: Tensor) -> Tensor:
+        with no_autocast(x1):
+            first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
+            return reference.cosine_similarity(first, second, dim, eps).to(precision.result)
+
+    if _dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=_obstacle(sizes, x1, x2)) == "reference":
+        return definition(x1, x2)
+    call = CosineCall(sizes, dim, eps, 0.0, Reduction("none", 1.0, precision.result), definition)
+    return cosine(call, *_of_one_dtype(x1, x2))
 
 
 def cosine_embedding_loss(
@@ -106,9 +120,34 @@ def cosine_embedding_loss(
         raise RuntimeError(
             f"cosine_embedding_loss: {target.dim()}D target tensor expects {target.dim() + 1}D input tensors; {shapes}"
         )
-    _dispatch.pick("cosine_embedding_loss", (input1, input2, target), backend)
+    sizes = torch.broadcast_shapes(input1.shape, input2.shape, (*target.shape, 1))
     precision = precision_of(input1, input2)
-    with no_autocast(input1):
-        first, second = torch.broadcast_tensors(input1.to(precision.compute), input2.to(precision.compute))
-        loss = reference.cosine_embedding_loss(first, second, target, float(margin), target.dim())
-    return reduce_rows(loss, reduction, denominator=float(loss.numel()), dtype=precision.result)
+    denominator = float(sizes[:-1].numel())
+
+    def definition(input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        with no_autocast(input1):
+            first, second = torch.broadcast_tensors(input1.to(precision.compute), input2.to(precision.compute))
+            loss = reference.cosine_embedding_loss(first, second, target, float(margin), target.dim())
+        return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
+
+    obstacle = _obstacle(sizes, input1, input2, target)
+    if _dispatch.pick("cosine_embedding_loss", (input1, input2, target), backend, obstacle=obstacle) == "reference":
+        return definition(input1, input2, target)
+    call = CosineCall(sizes, -1, 0.0, float(margin), Reduction(reduction, denominator, precision.result), definition)
+    return cosine(call, *_of_one_dtype(input1, input2), target)
+
+
+def _obstacle(sizes: torch.Size, *tensors: Tensor) -> str | None:
+    """Return what about these vectors of broadcast shape `sizes` the compiled kernels do not do, if anything."""
+    if not sizes or sizes.numel() == 0:
+        return "there are no vectors, or none with elements"
+    if any(tensor.is_complex() for tensor in tensors):
+        return "a tensor is complex"
+    return None
+
+
+def _of_one_dtype(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    if x1.dtype == x2.dtype:
+        return x1, x2
+    common = torch.promote_types(x1.dtype, x2.dtype)
+    return x1.to(common), x2.to(common)

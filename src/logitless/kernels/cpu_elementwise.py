@@ -15,6 +15,7 @@ from logitless import _native
 from logitless.kernels.cpu import empty_like_pooled
 
 __all__ = [
+    "STORAGE",
     "CosineRows",
     "bce",
     "bce_grad",
@@ -33,15 +34,18 @@ __all__ = [
     "supports",
 ]
 
-# Of binary.h.
-_STORAGE = {
+# What the kernels read, as numbered in binary.h.
+STORAGE = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.float64: 3,
     torch.int64: 4,
-    torch.uint8: 5,
-    torch.bool: 5,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.bool: 8,
 }
 _BCE_LOGITS, _BCE_LOGITS_GRAD, _BCE, _BCE_GRAD, _KL, _KL_GRAD, _KL_LOG, _KL_LOG_GRAD = range(8)
 
@@ -57,8 +61,7 @@ def supports(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     assert first is not None
     return first.dtype.is_floating_point and all(
-        t is None
-        or (type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.dtype in _STORAGE)
+        t is None or (type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.dtype in STORAGE)
         for t in tensors
     )
 
@@ -67,7 +70,7 @@ def _operand(tensor: Tensor | None, shape: torch.Size) -> _Operand:
     """Return a tensor's address, storage and strides over `shape`, 0 where it is broadcast."""
     if tensor is None:
         return None
-    storage = _STORAGE[tensor.dtype]
+    storage = STORAGE[tensor.dtype]
     if tensor.dim() == 0:
         return tensor.data_ptr(), storage, ()
     if tensor.shape != shape:
@@ -240,7 +243,7 @@ def _vectors(tensor: Tensor | None, shape: torch.Size) -> _Operand:
         return None
     if tensor.shape != shape:
         tensor = tensor.expand(shape)
-    return tensor.data_ptr(), _STORAGE[tensor.dtype], tensor.stride()
+    return tensor.data_ptr(), STORAGE[tensor.dtype], tensor.stride()
 
 
 def _cosine(
@@ -253,7 +256,7 @@ def _cosine(
     saved = torch.empty((3, *rows), dtype=torch.float64) if save else None
     labels = _labels(target)
     _native.cosine(
-        _STORAGE[x1.dtype],
+        STORAGE[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,
@@ -297,7 +300,7 @@ def _cosine_grad(
         upstream = upstream.to(torch.float64 if x1.dtype is torch.float64 else torch.float32)
     labels = _labels(target)
     _native.cosine_grad(
-        _STORAGE[x1.dtype],
+        STORAGE[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,

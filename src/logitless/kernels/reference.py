@@ -81,13 +81,22 @@ def cross_entropy(logits: Tensor, target: ClassTarget, weight: Tensor | None, la
     return _without_ignored(ClassRows(loss, row_weight), target)
 
 
-def nll(log_probs: Tensor, target: ClassTarget, weight: Tensor | None) -> ClassRows:
-    """Return `-w[target] log_probs[target]` for each row."""
+def nll(
+    log_probs: Tensor,
+    target: ClassTarget,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    gather: Callable[[Tensor, int, Tensor], Tensor] = torch.gather,
+) -> ClassRows:
+    """Return `-w[target] log_probs[target]` for each row in `dtype`, to which no other element is converted.
+
+    `gather` is torch's or one of the same result.
+    """
     dim, indices = target.class_dim, _kept_dim(target)
-    picked = log_probs.gather(dim, indices).squeeze(dim)
+    picked = gather(log_probs, dim, indices).squeeze(dim).to(dtype)
     if target.ignored is not None:
         picked = picked.masked_fill(target.ignored.view_as(picked), 0)
-    row_weight = _row_weight(target, weight, log_probs)
+    row_weight = _row_weight(target, weight, picked)
     return _without_ignored(ClassRows(times_zero_safe(-row_weight, picked), row_weight), target)
 
 

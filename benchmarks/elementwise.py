@@ -1,8 +1,8 @@
-"""The elementwise and cosine kernels against torch eager and against memory, in one run, as JSON rows.
+"""The elementwise and cosine losses against torch eager and against memory, in one run, as JSON rows.
 
 Every row holds interleaved medians of both, their ratio, the time that the bytes alone would take at the bandwidth of
 the same run, and how much memory the call needed beyond its inputs and gradients. Results are compared before anything
-is timed. Run: python benchmarks/kernels_elementwise.py [--repeat N] [--threads N] [--small]
+is timed. Run: python benchmarks/elementwise.py [--repeat N] [--threads N] [--small]
 """
 
 from __future__ import annotations
@@ -14,119 +14,71 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitless.kernels import cpu_elementwise as kernels
+import logitless.functional as LF
 from logitless.kernels.cpu import native_info, pool_clear
 
 Inputs = tuple[Tensor, ...]
-Grads = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measure on one shape; both providers also give the gradients if told True."""
+    """One measure on one shape: ours and torch's, each a scalar function of the inputs."""
 
     what: str
     inputs: Inputs
-    ours: Callable[[bool], tuple[float, Grads]]
-    eager: Callable[[Inputs, bool], tuple[float, Grads]]
+    ours: Loss
+    eager: Loss
     gradients: int  # how many of the inputs get one
     reads_in_backward: int
 
 
-def eager(loss: Callable[..., Tensor], gradients: int) -> Callable[[Inputs, bool], tuple[float, Grads]]:
-    def run(inputs: Inputs, backward: bool) -> tuple[float, Grads]:
-        leaves = tuple(x.detach().requires_grad_(backward and i < gradients) for i, x in enumerate(inputs))
-        value = loss(*leaves)
-        return float(value.detach()), torch.autograd.grad(value, leaves[:gradients]) if backward else ()
-
-    return run
+def step(loss: Loss, inputs: Inputs, gradients: int, backward: bool) -> tuple[float, Inputs]:
+    """The value, and if told so the gradients of the first inputs."""
+    leaves = tuple(x.detach().requires_grad_(backward and i < gradients) for i, x in enumerate(inputs))
+    value = loss(*leaves)
+    return float(value.detach()), torch.autograd.grad(value, leaves[:gradients]) if backward else ()
 
 
 def cases(small: bool) -> Iterator[Case]:
     shapes = ((8, 10), (256, 100)) if small else ((4096, 32000), (8192, 1000))
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16):
-            count, rows = shape[0] * shape[1], shape[0]
             x, t = torch.randn(shape).to(dtype), torch.rand(shape).to(dtype)
-
-            def bce_logits(backward: bool, x: Tensor = x, t: Tensor = t, count: int = count) -> tuple[float, Grads]:
-                value = kernels.bce_logits_sum(x, t) / count
-                return value, (kernels.bce_logits_grad(x, t, scale=1 / count),) if backward else ()
-
-            yield Case("bce_logits", (x, t), bce_logits, eager(F.binary_cross_entropy_with_logits, 1), 1, 2)
+            logits = (LF.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits)
+            yield Case("bce_logits", (x, t), *logits, 1, 2)
             p = torch.rand(shape).to(dtype)
-
-            def bce(backward: bool, p: Tensor = p, t: Tensor = t, count: int = count) -> tuple[float, Grads]:
-                total, outside = kernels.bce_sum(p, t)
-                assert not outside
-                return total / count, (kernels.bce_grad(p, t, scale=1 / count),) if backward else ()
-
-            yield Case("bce", (p, t), bce, eager(F.binary_cross_entropy, 1), 1, 2)
+            yield Case("bce", (p, t), LF.binary_cross_entropy, F.binary_cross_entropy, 1, 2)
             del p
             log_p = torch.log_softmax(x.float(), 1).to(dtype)
             for log_target in (False, True):
                 q = torch.log_softmax(t.float() * 4, 1)
                 q = (q if log_target else q.exp()).to(dtype)
-
-                def kl(
-                    backward: bool, x: Tensor = log_p, q: Tensor = q, log_target: bool = log_target, rows: int = rows
-                ) -> tuple[float, Grads]:
-                    value = kernels.kl_sum(x, q, log_target) / rows
-                    return value, (kernels.kl_grad(x, q, log_target, scale=1 / rows),) if backward else ()
-
-                def torch_kl(x: Tensor, q: Tensor, log_target: bool = log_target) -> Tensor:
-                    return F.kl_div(x, q, reduction="batchmean", log_target=log_target)
-
+                options: dict[str, Any] = {"reduction": "batchmean", "log_target": log_target}
                 what = "kl_div, log target" if log_target else "kl_div"
-                yield Case(what, (log_p, q), kl, eager(torch_kl, 1), 1, 1)
+                yield Case(what, (log_p, q), partial(LF.kl_div, **options), partial(F.kl_div, **options), 1, 1)
     for dtype in (torch.float32, torch.bfloat16):
-        pairs = (256, 128) if small else (1_000_000, 128)
+        pairs = (8, 16) if small else (1_000_000, 128)
         a, b = torch.randn(pairs).to(dtype), torch.randn(pairs).to(dtype)
         target = torch.randint(0, 2, pairs[:1]) * 2 - 1
-
-        def cosine(backward: bool, a: Tensor = a, b: Tensor = b) -> tuple[float, Grads]:
-            out, saved = kernels.cosine_similarity(a, b, 1, save=backward)
-            value = float(out.sum())
-            if saved is None:
-                return value, ()
-            first, second = kernels.cosine_similarity_grad(a, b, saved, 1)
-            assert first is not None
-            assert second is not None
-            return value, (first, second)
-
-        yield Case(
-            "cosine_similarity",
-            (a, b),
-            cosine,
-            eager(torch_cosine, 2),
-            2,
-            2,
-        )
-
-        def embedding(backward: bool, a: Tensor = a, b: Tensor = b, target: Tensor = target) -> tuple[float, Grads]:
-            out, saved = kernels.cosine_embedding(a, b, target, save=backward)
-            value = float(out.sum())
-            if saved is None:
-                return value, ()
-            first, second = kernels.cosine_embedding_grad(a, b, target, saved)
-            assert first is not None
-            assert second is not None
-            return value, (first, second)
-
-        def torch_embedding(a: Tensor, b: Tensor, target: Tensor = target) -> Tensor:
-            return F.cosine_embedding_loss(a, b, target, reduction="none").float().sum()
-
-        yield Case("cosine_embedding_loss", (a, b), embedding, eager(torch_embedding, 2), 2, 2)
+        cosines = [summed(module.cosine_similarity) for module in (LF, F)]
+        yield Case("cosine_similarity", (a, b), cosines[0], cosines[1], 2, 2)
+        embedding = [
+            partial(summed(module.cosine_embedding_loss), target=target, reduction="none") for module in (LF, F)
+        ]
+        yield Case("cosine_embedding_loss", (a, b), embedding[0], embedding[1], 2, 2)
 
 
-def torch_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return F.cosine_similarity(a, b).float().sum()
+def summed(rows: Loss) -> Loss:
+    return lambda a, b, **options: rows(a, b, **options).float().sum()
 
 
 def seconds(run: Callable[[], object], calls: int = 1) -> float:
@@ -156,14 +108,15 @@ def extra_memory(case: Case, backward: bool) -> int:
     pool_clear()
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak
     before = memory("VmRSS")
-    case.ours(backward)
+    step(case.ours, case.inputs, case.gradients, backward)
     return memory("VmHWM") - before - backward * case.gradients * case.inputs[0].nbytes
 
 
 def check(case: Case) -> None:
     """Against torch in float32 on the same numbers: a half gradient is one rounding away."""
     exact = tuple(x.float() for x in case.inputs)
-    (value, grads), (other, others) = case.ours(True), case.eager(exact, True)
+    value, grads = step(case.ours, case.inputs, case.gradients, True)
+    other, others = step(case.eager, exact, case.gradients, True)
     if abs(value - other) > 1e-4 * max(1.0, abs(other)):
         raise SystemExit(f"{case.what}: {value} where torch gives {other}")
     for grad, true in zip(grads, others, strict=True):
@@ -174,8 +127,8 @@ def check(case: Case) -> None:
 
 def measure(case: Case, backward: bool, repeat: int, calls: int) -> dict[str, object]:
     runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: case.ours(backward),
-        "eager": lambda: case.eager(case.inputs, backward),
+        "ours": lambda: step(case.ours, case.inputs, case.gradients, backward),
+        "eager": lambda: step(case.eager, case.inputs, case.gradients, backward),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeat):

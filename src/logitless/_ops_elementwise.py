@@ -1,0 +1,260 @@
+"""The elementwise and cosine kernels as differentiable operations: forward, backward, and what they do not do.
+
+An operation keeps its inputs, and of a cosine three numbers a pair. A loss that is reduced is added up as it is
+computed. Where the gradient must itself be differentiated, or upstream gradients come in a batch, the backward pass is
+the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from logitless._dispatch import cpu_by_default
+from logitless._ops import SMALL_NUMEL, needs_plain_backward, plain_backward
+from logitless._reduce import reduce_rows, reduced_sum
+from logitless._transforms import surroundings
+from logitless.kernels import cpu_elementwise as kernels
+from logitless.kernels.cpu import POOLED_BYTES, empty_like_pooled
+
+
+def kernel_obstacle(input: Tensor, **constants: Tensor | None) -> str | None:
+    """Return what about these operands the kernels do not do, if anything; they give no gradient for `constants`."""
+    if input.numel() == 0:
+        return "there is nothing to compute"
+    for name, tensor in constants.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in kernels.STORAGE:
+            return f"no kernel reads {name} in {tensor.dtype}"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires a gradient"
+    return None
+
+
+class Reduction(NamedTuple):
+    """What becomes of the elements or rows of a loss: `denominator` is what "mean" divides by."""
+
+    kind: str
+    denominator: float
+    dtype: torch.dtype
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the loss of these elements or rows."""
+        return reduce_rows(rows, self.kind, denominator=self.denominator, dtype=self.dtype)
+
+    def of_total(self, total: float) -> Tensor:
+        """Return the loss of elements already added up."""
+        if self.denominator == 0:
+            return self.of(torch.scalar_tensor(total, dtype=torch.float64))
+        value = reduced_sum(total, self.denominator, self.kind)
+        if -6e4 < value < 6e4:
+            return torch.scalar_tensor(value, dtype=self.dtype)
+        # What the dtype does not hold is infinite, where scalar_tensor would raise.
+        return torch.scalar_tensor(value, dtype=torch.float64).to(self.dtype)
+
+    def upstream(self, grad_output: Tensor) -> tuple[Tensor | None, float]:
+        """Return what the gradient of each element or row is multiplied by: values, or one number for all."""
+        if self.kind == "none":
+            return grad_output, 1.0
+        if self.kind == "sum":
+            return None, float(grad_output)
+        return None, float(grad_output) / self.denominator if self.denominator else float(grad_output) * math.inf
+
+
+class Kernel(NamedTuple):
+    """The three kernels of an elementwise loss, each of the input and the call's operands."""
+
+    elements: Callable[..., Tensor]  # with a `dtype`
+    total: Callable[..., float]
+    gradient: Callable[..., Tensor]  # with `upstream` and `scale`
+
+
+class ElementwiseCall(NamedTuple):
+    """What one call asks of its elements; `definition` is the reference, of the input and the operands."""
+
+    kernel: Kernel
+    reduction: Reduction
+    definition: Callable[..., Tensor]
+
+
+def elementwise(call: ElementwiseCall, input: Tensor, *operands: Tensor | None) -> Tensor:
+    """Return a loss of each element by itself, reduced; only the input gets a gradient."""
+    result: Tensor = _apply_elementwise(call, input, *operands)  # type: ignore[no-untyped-call] # torch types it not
+    return result
+
+
+def few_numbers(input: object, target: object) -> TypeGuard[Tensor]:
+    """Say whether these are few numbers of one shape and dtype that the kernels take without any further check.
+
+    Around so little arithmetic it is the checks that cost, so this is as brief as can be; what it denies is looked at
+    in full.
+    """
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or type(target) is not Tensor:
+        return False
+    return (
+        (type(input) is Tensor or type(input) is torch.nn.Parameter)
+        and input.shape == target.shape
+        and 0 < input.numel() <= SMALL_NUMEL
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and target.dtype is input.dtype
+        and (input.is_cpu and target.is_cpu)
+        and input.layout is target.layout is torch.strided
+        and not (target.requires_grad or input.is_neg() or target.is_neg())
+        and cpu_by_default()
+        and surroundings() is None
+    )
+
+
+def of_few_numbers(
+    kernel: Kernel, summed: Callable[..., Tensor], input: Tensor, target: Tensor, denominator: int
+) -> Tensor:
+    """Return the sum of an elementwise loss over `denominator`; `summed` is the public function, asked for the sum."""
+
+    def definition(input: Tensor, target: Tensor) -> Tensor:
+        return summed(input, target, reduction="sum", backend="reference") / denominator
+
+    return elementwise(ElementwiseCall(kernel, Reduction("mean", denominator, input.dtype), definition), input, target)
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: ElementwiseCall, input: Tensor, *operands: Tensor | None) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(input, *operands)
+        if call.reduction.kind == "none":
+            return call.kernel.elements(input, *operands, dtype=call.reduction.dtype)
+        return call.reduction.of_total(call.kernel.total(input, *operands))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, *operands = ctx.saved_tensors
+        call: ElementwiseCall = ctx.call
+        if needs_plain_backward(grad_output):
+            grad = plain_backward(lambda x: (call.definition(x, *operands),), [input], [grad_output])[0]
+        else:
+            upstream, scale = call.reduction.upstream(grad_output)
+            grad = call.kernel.gradient(input, *operands, upstream=upstream, scale=scale)
+        return None, grad, *(None,) * len(operands)
+
+
+# Function.apply without its Python wrapper, which looks for function transforms: those never come here.
+_apply_elementwise = super(torch.autograd.Function, _Elementwise).apply
+
+
+class CosineCall(NamedTuple):
+    """A cosine similarity along `dim`, or with a target the embedding loss along the last dimension.
+
+    `sizes` is the shape that both vectors (and the target, without `dim`) broadcast to; `definition` is the reference,
+    of both vectors and the target.
+    """
+
+    sizes: torch.Size
+    dim: int
+    eps: float
+    margin: float
+    reduction: Reduction
+    definition: Callable[..., Tensor]
+
+
+def cosine(call: CosineCall, x1: Tensor, x2: Tensor, *target: Tensor) -> Tensor:
+    """Return the similarity or loss of pairs of vectors of one dtype, reduced; both vectors get gradients."""
+    result: Tensor = _Cosine.apply(call, x1, x2, *target)  # type: ignore[no-untyped-call] # torch types it not
+    return result
+
+
+class _Cosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: CosineCall, x1: Tensor, x2: Tensor, *target: Tensor) -> Tensor:
+        ctx.save_for_backward(x1, x2, *target)
+        first, second, save = _expanded(x1, call.sizes), _expanded(x2, call.sizes), any(ctx.needs_input_grad)
+        if target:
+            labels = _expanded(target[0], call.sizes[:-1])
+            rows = kernels.cosine_embedding(first, second, labels, call.margin, save=save)
+        else:
+            rows = kernels.cosine_similarity(first, second, call.dim, call.eps, save=save)
+        ctx.call, ctx.saved = call, rows.saved
+        return call.reduction.of(rows.out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x1, x2, *target = ctx.saved_tensors
+        call: CosineCall = ctx.call
+        wanted = ctx.needs_input_grad[1:3]
+        none = (None,) * len(target)
+        if needs_plain_backward(grad_output):
+            return None, *_plain_cosine_backward(call, (x1, x2), target, wanted, grad_output), *none
+        upstream, scale = call.reduction.upstream(grad_output)
+        first, second = x1, x2
+        if not x1.shape == x2.shape == call.sizes:
+            # The gradients of what is broadcast are added up: not in half precision.
+            wide = torch.float64 if x1.dtype is torch.float64 else torch.float32
+            first, second = x1.to(wide).expand(call.sizes), x2.to(wide).expand(call.sizes)
+        if target:
+            labels = _expanded(target[0], call.sizes[:-1])
+            grads = kernels.cosine_embedding_grad(
+                first, second, labels, ctx.saved, call.margin, upstream=upstream, scale=scale, wanted=wanted
+            )
+        else:
+            grads = kernels.cosine_similarity_grad(
+                first, second, ctx.saved, call.dim, call.eps, upstream=upstream, scale=scale, wanted=wanted
+            )
+        return None, _summed_to(grads[0], x1), _summed_to(grads[1], x2), *none
+
+
+def _expanded(tensor: Tensor, sizes: torch.Size) -> Tensor:
+    return tensor if tensor.shape == sizes else tensor.expand(sizes)
+
+
+def _summed_to(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return grad if grad is None or grad.shape == tensor.shape else grad.sum_to_size(tensor.shape).to(tensor.dtype)
+
+
+def _plain_cosine_backward(
+    call: CosineCall,
+    vectors: tuple[Tensor, Tensor],
+    target: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grad_output: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    def function(*free: Tensor) -> tuple[Tensor]:
+        rest = iter(free)
+        x1, x2 = (next(rest) if want else vector for vector, want in zip(vectors, wanted, strict=True))
+        return (call.definition(x1, x2, *target),)
+
+    free = [vector for vector, want in zip(vectors, wanted, strict=True) if want]
+    grads = iter(plain_backward(function, free, [grad_output]))
+    first, second = (next(grads) if want else None for want in wanted)
+    return first, second
+
+
+def gather(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return `input.gather(dim, index)`, where no two indices name one element, with a gradient written once."""
+    if input.nbytes < POOLED_BYTES:
+        return input.gather(dim, index)
+    result: Tensor = _Gather.apply(input, dim, index)  # type: ignore[no-untyped-call] # torch types it not
+    return result
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.save_for_backward(input, index)
+        ctx.dim = dim
+        return input.gather(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        input, index = ctx.saved_tensors
+        if needs_plain_backward(grad_output):
+            return plain_backward(lambda x: (x.gather(ctx.dim, index),), [input], [grad_output])[0], None, None
+        grad = empty_like_pooled(input).zero_()
+        if grad.itemsize == 2:  # torch scatters half precision through a float32 copy of the whole, integers in place
+            grad.view(torch.int16).scatter_(ctx.dim, index, grad_output.view(torch.int16))
+        else:
+            grad.scatter_(ctx.dim, index, grad_output)
+        return grad, None, None
