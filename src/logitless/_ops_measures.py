@@ -138,7 +138,7 @@ class _PairStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         call: PairCall = ctx.call
-        upstream = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
+        upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
         if not upstream:
             return None, None, None
         p, q = ctx.saved_tensors
