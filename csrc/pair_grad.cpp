@@ -17,13 +17,28 @@ namespace {
 inline constexpr int64_t kItemBytes = 128 * 1024;
 inline constexpr int64_t kGather = 2048;
 
-// The coefficients of one row; Real for the loop, double for the target's entry.
-template <class Real> struct Coefficients {
-  Real p_one, p_d, p_log_q, p_log_p, p_mixture, p_difference;
-  Real q_one, q_d, q_log_q, q_mixture, q_difference;
-  template <class To> Coefficients<To> as() const {
-    return {static_cast<To>(p_one), static_cast<To>(p_d), static_cast<To>(p_log_q), static_cast<To>(p_log_p), static_cast<To>(p_mixture), static_cast<To>(p_difference),
-            static_cast<To>(q_one), static_cast<To>(q_d), static_cast<To>(q_log_q), static_cast<To>(q_mixture), static_cast<To>(q_difference)};
+// The coefficients of one row: what a class's p (or q) is multiplied by is their sum over the log-probabilities, d, ...
+struct Coefficients {
+  double p_one, p_d, p_log_q, p_log_p, p_mixture, p_difference;
+  double q_one, q_d, q_log_q, q_mixture, q_difference;
+};
+
+// The same for the loop, where log p is z - max: log_sum is part of the constants. These cancel against the rest at a
+// class that dominates, so they are kept as high + low.
+template <class Real> struct LoopCoefficients {
+  Real p_high, p_low, p_d, p_gap_q, p_gap_p, p_mixture, p_difference;
+  Real q_high, q_low, q_d, q_gap_q, q_mixture, q_difference;
+
+  LoopCoefficients(const Coefficients& c, double log_sum_p, double log_sum_q)
+      : p_d(static_cast<Real>(c.p_d)), p_gap_q(static_cast<Real>(c.p_log_q)), p_gap_p(static_cast<Real>(c.p_log_p)), p_mixture(static_cast<Real>(c.p_mixture)),
+        p_difference(static_cast<Real>(c.p_difference)), q_d(static_cast<Real>(c.q_d)), q_gap_q(static_cast<Real>(c.q_log_q)), q_mixture(static_cast<Real>(c.q_mixture)),
+        q_difference(static_cast<Real>(c.q_difference)) {
+    split(c.p_one - c.p_log_q * log_sum_q - c.p_log_p * log_sum_p, p_high, p_low);
+    split(c.q_one - c.q_log_q * log_sum_q, q_high, q_low);
+  }
+  static void split(double x, Real& high, Real& low) {
+    high = static_cast<Real>(x);
+    low = static_cast<Real>(x - static_cast<double>(high));
   }
 };
 
@@ -37,7 +52,7 @@ template <class T> struct Job {
   static double product(double g, double x) { return g == 0 ? 0 : g * x; }  // an infinite measure that nothing asks for
 
   // Without the target's part, which would round a small measure away.
-  Coefficients<double> coefficients(int64_t r) const {
+  Coefficients coefficients(int64_t r) const {
     const double* s = args.saved + r * kPairSaved;
     const double kl = upstream(args.kl, r), reverse = upstream(args.reverse_kl, r), js = 0.5 * upstream(args.js, r), cross = upstream(args.cross_entropy, r);
     const double hp = upstream(args.entropy_p, r), hq = upstream(args.entropy_q, r);
@@ -49,31 +64,31 @@ template <class T> struct Job {
 
   // n contiguous classes; either output may be null.
   template <class S, bool kMixed>
-  static __attribute__((noinline)) void classes(const Coefficients<Real>& c, const RowScale<Real>& ps, const RowScale<Real>& qs, const LogRatio<Real>& log_ratio, const S* zp, const S* zq, T* gp, T* gq, int64_t n) {
+  static __attribute__((noinline)) void classes(const LoopCoefficients<Real>& c, const RowScale<Real>& ps, const RowScale<Real>& qs, const LogRatio<Real>& log_ratio, const S* zp, const S* zq, T* gp, T* gq, int64_t n) {
     for (int64_t i = 0; i < n; i += L) {
       const int64_t valid = n - i;
       const bool whole = valid >= L;
       const V a = whole ? load(zp + i) : load_partial(zp + i, valid, Real(0)), b = whole ? load(zq + i) : load_partial(zq + i, valid, Real(0));
       const V p = ps.probability(a), q = qs.probability(b);
       const V d = clamp<Real>(log_ratio(a, b), kBig<Real>);
-      const V log_p = maximum<Real>(splat<Real>(-kBig<Real>), ps.log_probability(a)), log_q = maximum<Real>(splat<Real>(-kBig<Real>), qs.log_probability(b));
+      const V gap_p = maximum<Real>(splat<Real>(-kBig<Real>), a - ps.top), gap_q = maximum<Real>(splat<Real>(-kBig<Real>), b - qs.top);
       const V near = p * (KlTerms<Real>(d).phi() + d), difference = (d < Real(0.5)) & (d > Real(-0.5)) ? near : q - p;
-      V out_p = c.p_one + c.p_d * d + c.p_log_q * log_q + c.p_log_p * log_p;
-      V out_q = c.q_one + c.q_d * d + c.q_log_q * log_q;
+      V out_p = c.p_high + c.p_d * d + c.p_gap_q * gap_q + c.p_gap_p * gap_p;
+      V out_q = c.q_high + c.q_d * d + c.q_gap_q * gap_q;
       if constexpr (kMixed) {
         const Mixture<Real> m(d);
         out_p += c.p_mixture * m.log_m_p;
         out_q += c.q_mixture * m.log_q_m;
       }
-      out_p = p * out_p - c.p_difference * difference;
-      out_q = q * out_q + c.q_difference * difference;
+      out_p = p * (out_p + c.p_low) - c.p_difference * difference;
+      out_q = q * (out_q + c.q_low) + c.q_difference * difference;
       if (gp) whole ? store(gp + i, out_p) : store_partial(gp + i, out_p, valid);
       if (gq) whole ? store(gq + i, out_q) : store_partial(gq + i, out_q, valid);
     }
   }
 
   // The target's two entries, in double: p - 1 must not cancel.
-  void at_target(const Coefficients<double>& c, const double* s, double a, double b, double nll_p, double nll_q, double* out) const {
+  void at_target(const Coefficients& c, const double* s, double a, double b, double nll_p, double nll_q, double* out) const {
     const auto bounded = [](double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; };
     const double log_p = bounded((a - s[kMaxP]) - s[kLogSumP]), log_q = bounded((b - s[kMaxQ]) - s[kLogSumQ]);
     const double ratio = ((b - s[kMaxQ]) - (a - s[kMaxP])) - s[kLogSumGap], d = ratio == ratio ? bounded(ratio) : 0.0, p = ::exp(log_p), q = ::exp(log_q);
@@ -93,15 +108,15 @@ template <class T> struct Job {
     const int64_t target = args.target ? args.target[r] : -1;
     const bool aimed = args.target && target != args.ignore_index && target >= 0 && target < t.classes && (args.nll_p || args.nll_q);
     const double* s = args.saved + r * kPairSaved;
-    const Coefficients<double> exact = coefficients(r);
+    const Coefficients exact = coefficients(r);
     double fixed[2];
     if (aimed)
       at_target(exact, s, static_cast<double>(widen(zp[target * t.class_stride])), static_cast<double>(widen(zq[target * args.other_strides.classes])),
                 upstream(args.nll_p, r), upstream(args.nll_q, r), fixed);
 
-    Coefficients<double> whole = exact;
+    Coefficients whole = exact;
     if (aimed) whole.p_one += upstream(args.nll_p, r), whole.q_one += upstream(args.nll_q, r);
-    const Coefficients<Real> c = whole.template as<Real>();
+    const LoopCoefficients<Real> c(whole, s[kLogSumP], s[kLogSumQ]);
     const auto ps = RowScale<Real>::from(s[kMaxP], s[kLogSumP]), qs = RowScale<Real>::from(s[kMaxQ], s[kLogSumQ]);
     const LogRatio<Real> log_ratio(s[kMaxP], s[kMaxQ], s[kLogSumGap]);
     const bool contiguous = t.class_stride == 1 && args.other_strides.classes == 1 && (!gp || args.grad_strides.classes == 1) && (!gq || args.other_grad_strides.classes == 1);

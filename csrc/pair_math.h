@@ -40,20 +40,19 @@ LL_POLYNOMIAL(log1p_over_x, kLog1p)
 
 // How to read one of the two rows: p = exp(z - base) * unit * 2^-power = exp(z - lse).
 template <class Real> struct RowScale {
-  Real unit, power, base, top, log_sum;
+  Real unit, power, base, top;
 
   static RowScale from(double max, double log_sum) {
     const bool huge = !(__builtin_fabs(max) <= kHuge);
     const double power = huge ? 0.0 : __builtin_rint(max * 1.4426950408889634);
     const double rest = huge ? 0.0 : (max - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33;
     const double unit = exp<double>(splat<double>(-(rest + log_sum)))[0];
-    return {static_cast<Real>(unit), static_cast<Real>(power), static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max), static_cast<Real>(log_sum)};
+    return {static_cast<Real>(unit), static_cast<Real>(power), static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max)};
   }
   LL_INLINE Vec<Real> probability(Vec<Real> z) const {
     const Exponential<Real> e = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), z - base));
     return scale_by_power(e.fraction * unit, e.power - power);
   }
-  LL_INLINE Vec<Real> log_probability(Vec<Real> z) const { return (z - top) - log_sum; }
 };
 
 template <class Real> inline constexpr Real kFar = sizeof(Real) == 4 ? Real(20) : Real(45);  // beyond it exp(-d) does not count
@@ -115,17 +114,19 @@ template <class Real> struct KlTerms {
   }
 };
 
-// Against the mixture m = (p + q) / 2: h, log(m / p) and log(q / m).
+// Against the mixture m = (p + q) / 2: h, log(m / p) and log(q / m), and the smaller of p / (p + q) and q / (p + q), which
+// is how log(m / p) and log(q / m) change with d.
 template <class Real> struct Mixture {
   using V = Vec<Real>;
-  V h, log_m_p, log_q_m;
+  V h, log_m_p, log_q_m, smaller_share;
   LL_INLINE explicit Mixture(V d) {
     constexpr Real ln2 = static_cast<Real>(0.6931471805599453);
     const V y = d < 0 ? -d : d, y2 = y * y;
     const V far = minimum<Real>(splat<Real>(Real(700)), y), e = exp<Real>(-far), log1p_e = e * log1p_over_x(e);
     const V even = y2 * log_cosh_over_square(y2);
+    smaller_share = e / (1 + e);
     const auto is_near = y <= 2;
-    h = is_near ? y2 * shannon_over_square(y2) : (ln2 - log1p_e) - far * e / (1 + e);
+    h = is_near ? y2 * shannon_over_square(y2) : (ln2 - log1p_e) - far * smaller_share;
     log_m_p = is_near ? d * Real(0.5) + even : (d > 0 ? d : V{}) - (ln2 - log1p_e);
     log_q_m = is_near ? d * Real(0.5) - even : (d < 0 ? d : V{}) + (ln2 - log1p_e);
   }

@@ -4,6 +4,8 @@
 // Precision policy: pair_math.h's non-negative terms, summed as (high, low) pairs. The float lse difference leaves a
 // common error e in every d; sum p (exp(d) - 1) must be 0 and gives e itself to first order, so the pass is repeated
 // with the difference corrected where e^2 would show in the KL, and KL = sum p phi(d) - (R - log1p(R)) takes out the rest.
+// Means under p or q are divided by the sum of the probabilities as computed, whose common error then does not count. The
+// cross-entropy is a sum of its own, not H + KL, so that the identity between them can be checked.
 #include <math.h>
 
 #include "pair_math.h"
@@ -18,7 +20,8 @@ enum PairModes { kForward = 1, kBackward = 2, kMixture = 4 };
 inline constexpr int64_t kItemBytes = 128 * 1024;
 
 template <class Real, int Mode> struct PairSums {
-  PairSum<Real> forward, backward, p_gap, q_gap, mixture, log_m_p, log_q_m;
+  PairSum<Real> forward, backward, p_gap, q_gap, p_surprise, mixture, log_m_p, log_q_m, p_mass, q_mass;
+  Vec<Real> overlap{};  // sum of p q / (p + q)
 
   LL_INLINE void add(const RowScale<Real>& ps, const RowScale<Real>& qs, const LogRatio<Real>& log_ratio, Vec<Real> zp, Vec<Real> zq, IntVec<Real> valid) {
     using V = Vec<Real>;
@@ -32,12 +35,16 @@ template <class Real, int Mode> struct PairSums {
     if constexpr ((Mode & kBackward) != 0) {
       backward.add(kl.reverse(p, q, d));
       q_gap.add(q * bounded);
+      p_surprise.add(p == 0 ? V{} : p * (qs.top - zq));
     }
     if constexpr ((Mode & kMixture) != 0) {
       const Mixture<Real> m(bounded);
       mixture.add((p + q) * m.h);
       log_m_p.add(p * m.log_m_p);
       log_q_m.add(q * m.log_q_m);
+      p_mass.add(p);
+      q_mass.add(q);
+      overlap += (d < 0 ? p : q) * m.smaller_share;
     }
   }
 };
@@ -115,7 +122,7 @@ template <class T, int Mode> struct Job {
     p.template fold<kFold>();
     q.template fold<kFold>();
 
-    double gap = q.log_sum - p.log_sum, kl = 0, reverse = 0, js = 0, kl_p_m = 0, kl_q_m = 0;
+    double gap = q.log_sum - p.log_sum, kl = 0, reverse = 0, cross = 0, js = 0, kl_p_m = 0, kl_q_m = 0, overlap = 0;
     constexpr double kTolerance = sizeof(Real) == 4 ? 0x1p-28 : 0x1p-58;
     for (int attempt = 0; attempt < 4; ++attempt) {
       PairSums<Real, Mode> sums;
@@ -125,20 +132,21 @@ template <class T, int Mode> struct Job {
       if constexpr ((Mode & kBackward) != 0) {
         const double backward = sums.backward.total();
         reverse = corrected(backward, backward - sums.q_gap.total());
+        cross = sums.p_surprise.total() / sums.p_mass.total() + q.log_sum;
       }
       if constexpr ((Mode & kMixture) != 0) {
         js = 0.5 * sums.mixture.total();
-        kl_p_m = -sums.log_m_p.total();
-        kl_q_m = sums.log_q_m.total();
+        kl_p_m = -sums.log_m_p.total() / sums.p_mass.total();
+        kl_q_m = sums.log_q_m.total() / sums.q_mass.total();
+        overlap = sum_of_lanes(sums.overlap);
       }
       if (!(forward < __builtin_inf())) break;
       gap += error;
-      kl_p_m += 0.5 * error, kl_q_m -= 0.5 * error;  // to first order; of the rest only the second order is left
+      kl_p_m += overlap * error, kl_q_m -= overlap * error;  // to first order; of the rest only the second order is left
       if (!(error * error > kTolerance * kl)) break;
     }
     const double nan_or_0 = (p.log_sum - p.log_sum) + (q.log_sum - q.log_sum);
-    kl += nan_or_0, reverse += nan_or_0, js += nan_or_0;
-    const double cross = p.entropy + kl;
+    kl += nan_or_0, reverse += nan_or_0, cross += nan_or_0, js += nan_or_0;
     put(args.kl, r, kl);
     put(args.reverse_kl, r, reverse);
     put(args.js, r, js);

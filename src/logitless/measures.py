@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, sparse
+from logitless import _dispatch, _ops_measures, sparse
 from logitless._precision import check_input
+from logitless._proxy import TensorProxy
 from logitless._targets import ClassTarget, checked_values, class_target
 from logitless._tiles import LogitRows, at_positions, dense_rows, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import HeadRows, LazyLogits
 from logitless.sparse import SparseLogits
+
+# The values of two tiles of logits and the target of their rows; None where a value needs a target that is not there.
+PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], tuple[Tensor | None, ...]]
 
 
 class TokenStats(NamedTuple):
@@ -74,28 +79,18 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     meaning = class_target(
         "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
     )
-    meaning = checked_values("token_stats", meaning)
-    rows, kept = _rows(logits), None
-    indices, ignored, impossible = (_flat(part) for part in (meaning.indices, meaning.ignored, meaning.impossible))
-    if isinstance(rows, HeadRows):
-        rows, kept = rows.without(ignored, selectable=impossible is None)
-    if kept is not None and indices is not None:
-        indices, ignored = indices[kept], None
-    _dispatch.pick("token_stats", (*rows.tensors, target))
+    logits = _computed(logits)
+    if isinstance(logits, LazyLogits):
+        meaning = checked_values("token_stats", meaning)
+        _dispatch.pick("token_stats", (*logits.rows().tensors, target))
+        return TokenStats(*_token_rows(logits, meaning))
 
-    def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
-        row_target = ClassTarget(1, meaning.classes, ignore_index, *parts)
-        stats = reference.token_stats(tile.double(), row_target)
-        return tuple(_rounded(value, logits) for value in stats)
+    def definition(z: Tensor) -> tuple[Tensor, ...]:
+        return _token_rows(z, checked_values("token_stats", meaning))
 
-    shape = logits.shape[:-1]
-    stats = fold_rows(function, [rows], [indices, ignored, impossible])
-    return TokenStats(
-        *(
-            at_positions(value, kept, shape.numel(), fill).view(shape)
-            for value, fill in zip(stats, (0, 0, 0, -1, -1), strict=True)
-        )
-    )
+    if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits)) == "cpu":
+        return TokenStats(*_ops_measures.token_stats(logits, meaning, definition))
+    return TokenStats(*definition(logits))
 
 
 def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None) -> PairStats:
@@ -126,27 +121,14 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
     (tensor([0.4621]), tensor([0.1109]), tensor([False]))
     """
     check_input("pair_stats", p, q)
-    if p.shape != q.shape or p.dim() < 1:
-        raise ValueError(
-            f"pair_stats: expected p and q of one shape (..., classes), got {tuple(p.shape)} and {tuple(q.shape)}"
-        )
+    _check_pair("pair_stats", p, q)
     meaning = None
     if target is not None:
         meaning = class_target(
             "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
         )
-        meaning = checked_values("pair_stats", meaning)
-    parts = (None, None, None) if meaning is None else (meaning.indices, meaning.ignored, meaning.impossible)
-    sources = [_rows(p), _rows(q)]
-    _dispatch.pick("pair_stats", (*sources[0].tensors, *sources[1].tensors, target))
-    classes = p.shape[-1]
-
-    def function(tile_p: Tensor, tile_q: Tensor, *tile_parts: Tensor | None) -> tuple[Tensor, ...]:
-        row_target = None if meaning is None else ClassTarget(1, classes, -100, *tile_parts)
-        stats = reference.pair_stats(tile_p.double(), tile_q.double(), row_target)
-        return tuple(_rounded(value, p, q) for value in stats if value is not None)
-
-    stats = [value.view(p.shape[:-1]) for value in fold_rows(function, sources, [_flat(part) for part in parts])]
+    outputs = PairStats._fields if target is not None else PairStats._fields[:-2]
+    stats = _pair_rows("pair_stats", outputs, reference.pair_stats, p, q, meaning)
     return PairStats(*stats, *([None, None] if target is None else []))
 
 
@@ -174,14 +156,13 @@ def entropy(logits: Tensor | LazyLogits) -> Tensor:
     check_input("entropy", logits, logits)
     if logits.dim() < 1:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
-    rows = _rows(logits)
-    _dispatch.pick("entropy", rows.tensors)
-
-    def function(tile: Tensor) -> tuple[Tensor, ...]:
-        return (_rounded(reference.entropy(tile.double(), -1), logits),)
-
-    (value,) = fold_rows(function, [rows])
-    return value.view(logits.shape[:-1])
+    logits = _computed(logits)
+    if isinstance(logits, LazyLogits):
+        _dispatch.pick("entropy", logits.rows().tensors)
+        return _entropy_rows(logits)[0]
+    if _dispatch.pick("entropy", (logits,), obstacle=_kernel_obstacle(logits)) == "cpu":
+        return _ops_measures.entropy(logits, _entropy_rows)
+    return _entropy_rows(logits)[0]
 
 
 def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits) -> Tensor:
@@ -233,18 +214,107 @@ def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
 
 def _divergence(name: str, measure: reference.PairMeasure, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
     check_input(name, p, q)
+    _check_pair(name, p, q)
+
+    def function(tile_p: Tensor, tile_q: Tensor, _: ClassTarget | None) -> tuple[Tensor, ...]:
+        return (measure(tile_p, tile_q),)
+
+    return _pair_rows(name, (name,), function, p, q, None)[0]
+
+
+def _check_pair(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> None:
     if p.shape != q.shape or p.dim() < 1:
         raise ValueError(
             f"{name}: expected p and q of one shape (..., classes), got {tuple(p.shape)} and {tuple(q.shape)}"
         )
-    sources = [_rows(p), _rows(q)]
-    _dispatch.pick(name, (*sources[0].tensors, *sources[1].tensors))
 
-    def function(tile_p: Tensor, tile_q: Tensor) -> tuple[Tensor, ...]:
-        return (_rounded(measure(tile_p.double(), tile_q.double()), p, q),)
 
-    (value,) = fold_rows(function, sources)
-    return value.view(p.shape[:-1])
+def _pair_rows(
+    name: str,
+    outputs: tuple[str, ...],
+    function: PairFunction,
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    target: ClassTarget | None,
+) -> Sequence[Tensor]:
+    """Return the outputs, named, of a function of two tiles and a target, by whichever backend serves the call."""
+    p, q = _computed(p), _computed(q)
+
+    def definition(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> tuple[Tensor, ...]:
+        checked = None if target is None else checked_values(name, target)
+        return _folded_pair(function, p, q, checked)
+
+    indices = None if target is None else target.indices
+    if isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
+        _dispatch.pick(name, (*_rows(p).tensors, *_rows(q).tensors, indices))
+        return definition(p, q)
+    if _dispatch.pick(name, (p, q, indices), obstacle=_kernel_obstacle(p, q)) == "cpu":
+        return _ops_measures.pair_stats(p, q, _ops_measures.PairCall(name, outputs, target, definition))
+    return definition(p, q)
+
+
+def _kernel_obstacle(logits: Tensor, other: Tensor | None = None) -> str | None:
+    """Return what about this call the compiled kernels do not do, if anything."""
+    if logits.numel() == 0:
+        return "there is nothing to compute"
+    if other is not None and other.dtype != logits.dtype:
+        return f"p and q differ in dtype ({logits.dtype}, {other.dtype})"
+    return None
+
+
+# --- the definitions: float64, tile by tile
+
+
+def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget) -> tuple[Tensor, ...]:
+    rows, kept = _rows(logits), None
+    indices, ignored, impossible = (_flat(part) for part in (target.indices, target.ignored, target.impossible))
+    if isinstance(rows, HeadRows):
+        rows, kept = rows.without(ignored, selectable=impossible is None)
+    if kept is not None and indices is not None:
+        indices, ignored = indices[kept], None
+
+    def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = ClassTarget(1, target.classes, target.ignore_index, *parts)
+        stats = reference.token_stats(tile.double(), row_target)
+        return tuple(_rounded(value, logits) for value in stats)
+
+    shape = logits.shape[:-1]
+    stats = fold_rows(function, [rows], [indices, ignored, impossible])
+    return tuple(
+        at_positions(value, kept, shape.numel(), fill).view(shape)
+        for value, fill in zip(stats, (0, 0, 0, -1, -1), strict=True)
+    )
+
+
+def _entropy_rows(logits: Tensor | LazyLogits) -> tuple[Tensor, ...]:
+    def function(tile: Tensor) -> tuple[Tensor, ...]:
+        return (_rounded(reference.entropy(tile.double(), -1), logits),)
+
+    return tuple(value.view(logits.shape[:-1]) for value in fold_rows(function, [_rows(logits)]))
+
+
+def _folded_pair(
+    function: PairFunction,
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    target: ClassTarget | None,
+) -> tuple[Tensor, ...]:
+    parts = (None, None, None) if target is None else (target.indices, target.ignored, target.impossible)
+
+    def rounded(tile_p: Tensor, tile_q: Tensor, *tile_parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = None if target is None else ClassTarget(1, target.classes, target.ignore_index, *tile_parts)
+        stats = function(tile_p.double(), tile_q.double(), row_target)
+        return tuple(_rounded(value, p, q) for value in stats if value is not None)
+
+    stats = fold_rows(rounded, [_rows(p), _rows(q)], [_flat(part) for part in parts])
+    return tuple(value.view(p.shape[:-1]) for value in stats)
+
+
+def _computed(logits: Tensor | LazyLogits) -> Tensor | LazyLogits:
+    """Return lazy log-probabilities as the tensor they stand for; lazy logits stay."""
+    if isinstance(logits, TensorProxy) and not isinstance(logits, LazyLogits):
+        return logits._dense("a measure")
+    return logits
 
 
 def _rows(logits: Tensor | LazyLogits) -> LogitRows:

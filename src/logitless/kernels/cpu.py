@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logitless import _native
 from logitless._native import native_info, pool_clear
+from logitless.kernels.layout import Layout, laid_out, layout_of
 
 __all__ = [
     "PairRowStats",
@@ -32,8 +33,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # A smaller gradient comes from the allocator's own free lists, without page faults.
 POOLED_BYTES = 1 << 20
 POOL_IN_USE = os.environ.get("LOGITLESS_POOL", "1") != "0"
-
-Layout = tuple[int, int, int, int, int, int]  # outer, classes, inner and their strides
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -65,44 +64,33 @@ def empty_pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return _native.pool_tensor(DTYPES[dtype], list(shape))
 
 
-def _collapse(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """Sizes and strides of several dimensions as one, where one stride walks them all."""
-    size, stride = 1, 0
-    for n, step in zip(reversed(shape), reversed(strides), strict=True):
-        if n == 1:
-            continue
-        if size == 1:
-            stride = step
-        elif step != size * stride:
-            return None
-        size *= n
-    return size, stride
-
-
-def layout_of(tensor: Tensor, class_dim: int) -> Layout | None:
-    """The tensor as (outer, classes, inner) with a stride each, or None where only a copy has that form."""
-    shape, strides = tensor.shape, tensor.stride()
-    if len(shape) == 2 and class_dim in (1, -1):
-        return shape[0], shape[1], 1, strides[0], strides[1], 0
-    class_dim %= len(shape)
-    outer = _collapse(shape[:class_dim], strides[:class_dim])
-    inner = _collapse(shape[class_dim + 1 :], strides[class_dim + 1 :])
-    if outer is None or inner is None:
-        return None
-    return outer[0], shape[class_dim], inner[0], outer[1], strides[class_dim], inner[1]
-
-
-def _with_layout(tensor: Tensor, class_dim: int) -> tuple[Tensor, Layout]:
-    layout = layout_of(tensor, class_dim)
+def _gradient_like(
+    source: Tensor, class_dim: int, split: int | None, out: Tensor | None = None
+) -> tuple[Tensor, Layout]:
+    """Memory for the gradient of a tensor that has a layout (`out`, where given), and its layout of the same sizes."""
+    if out is not None:
+        layout = layout_of(out, class_dim, split)
+        if layout is None or out.shape != source.shape or out.dtype != source.dtype:
+            raise ValueError(
+                f"out must have the logits' shape {tuple(source.shape)}, dtype {source.dtype} and a collapsible layout"
+            )
+        return out, layout
+    grad = empty_like_pooled(source)
+    layout = layout_of(grad, class_dim, split)
     if layout is None:
-        tensor = tensor.contiguous()
-        layout = layout_of(tensor, class_dim)
+        grad = torch.empty(source.shape, dtype=source.dtype)
+        layout = layout_of(grad, class_dim, split)
         assert layout is not None
-    return tensor, layout
+    return grad, layout
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _optional(tensors: list[Tensor], layouts: list[Layout]) -> tuple[int, int, int, int]:
+    """The address and the strides of a tensor that may not be there."""
+    return (tensors[0].data_ptr(), *layouts[0][3:]) if tensors else (0, 0, 0, 0)
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -153,11 +141,9 @@ def row_stats(
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if (entropy or rank) and smooth and dense_target is None:
         raise ValueError("entropy or rank together with smooth needs a dense_target; make two calls")
-    logits, layout = _with_layout(logits, class_dim)
+    given = (logits,) if dense_target is None else (logits, dense_target)
+    (logits, *dense), (layout, *dense_layouts), _ = laid_out(class_dim, *given)
     shape = logits.shape[:-1] if class_dim == -1 else _without(logits.shape, class_dim)
-    dense_layout: Layout = (0, 0, 0, 0, 0, 0)
-    if dense_target is not None:
-        dense_target, dense_layout = _with_layout(dense_target, class_dim)
     weight = _plain(class_weight, real)
     index = _plain(target, torch.int64)
 
@@ -176,8 +162,7 @@ def row_stats(
         _address(index),
         ignore_index,
         _address(weight),
-        _address(dense_target),
-        *dense_layout[3:],
+        *_optional(dense, dense_layouts),
         _address(nll),
         _address(lse_out),
         row_max.data_ptr(),
@@ -233,16 +218,9 @@ def row_grad(
     logits themselves. Cross-entropy of index targets is a_scale = 1, c_scale = -1.
     """
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    source, layout = _with_layout(logits, class_dim)
-    grad = empty_like_pooled(source) if out is None else out
-    grad_layout = layout_of(grad, class_dim)
-    if grad_layout is None or grad.shape != source.shape or grad.dtype != source.dtype:
-        raise ValueError(
-            f"out must have the logits' shape {tuple(source.shape)}, dtype {source.dtype} and a collapsible layout"
-        )
-    dense_layout: Layout = (0, 0, 0, 0, 0, 0)
-    if dense_target is not None:
-        dense_target, dense_layout = _with_layout(dense_target, class_dim)
+    given = (logits,) if dense_target is None else (logits, dense_target)
+    (source, *dense), (layout, *dense_layouts), split = laid_out(class_dim, *given)
+    grad, grad_layout = _gradient_like(source, class_dim, split, out)
     weight = _plain(class_weight, real)
     index = _plain(target, torch.int64)
     upstream = _plain(upstream, real)
@@ -258,8 +236,7 @@ def row_grad(
         ignore_index,
         _address(weight),
         int(index_weight),
-        _address(dense_target),
-        *dense_layout[3:],
+        *_optional(dense, dense_layouts),
         row_max.data_ptr(),
         log_sum.data_ptr(),
         _address(upstream),
@@ -342,12 +319,7 @@ def pair_row_stats(
     """
     _same_rows(first, second)
     real = torch.float64 if first.dtype == torch.float64 else torch.float32
-    first, layout = _with_layout(first, class_dim)
-    second, other = _with_layout(second, class_dim)
-    if other[:3] != layout[:3]:
-        first, second = first.contiguous(), second.contiguous()
-        first, layout = _with_layout(first, class_dim)
-        second, other = _with_layout(second, class_dim)
+    (first, second), (layout, other), _ = laid_out(class_dim, first, second)
     shape = _without(first.shape, class_dim)
     index = _plain(target, torch.int64)
 
@@ -411,21 +383,9 @@ def pair_row_grad(
     """
     _same_rows(first, second)
     real = torch.float64 if first.dtype == torch.float64 else torch.float32
-    first, layout = _with_layout(first, class_dim)
-    second, other = _with_layout(second, class_dim)
-    if other[:3] != layout[:3]:
-        first, second = first.contiguous(), second.contiguous()
-        first, layout = _with_layout(first, class_dim)
-        second, other = _with_layout(second, class_dim)
-    grads: tuple[Tensor | None, Tensor | None]
-    if out is None:
-        grads = empty_like_pooled(first) if need_first else None, empty_like_pooled(second) if need_second else None
-    else:
-        grads = out[0] if need_first else None, out[1] if need_second else None
-    no_layout: Layout = (0, 0, 0, 0, 0, 0)
-    first_layout, second_layout = (no_layout if g is None else layout_of(g, class_dim) for g in grads)
-    assert first_layout is not None
-    assert second_layout is not None
+    (first, second), (layout, other), split = laid_out(class_dim, first, second)
+    wanted = zip((first, second), (need_first, need_second), out or (None, None), strict=True)
+    outputs = [_gradient_like(source, class_dim, split, to) if need else None for source, need, to in wanted]
     index = _plain(target, torch.int64)
     shape = _without(first.shape, class_dim)
     upstream = [
@@ -439,8 +399,9 @@ def pair_row_grad(
         *other[3:],
         *(_address(index), ignore_index, saved.data_ptr()),
         *(_address(g) for g in upstream),
-        *(_address(grads[0]), *first_layout[3:]),
-        *(_address(grads[1]), *second_layout[3:]),
     ]
+    for made in outputs:
+        arguments += (0, 0, 0, 0) if made is None else (made[0].data_ptr(), *made[1][3:])
     _native.pair_row_grad(*arguments)
-    return grads
+    first_grad, second_grad = (None if made is None else made[0] for made in outputs)
+    return first_grad, second_grad
