@@ -37,6 +37,11 @@ class RowWork(Protocol):
         """Whether a tile may have some of the classes only: `part` and `combine` then stand for `forward`."""
         ...
 
+    @property
+    def extra_bytes(self) -> int:
+        """What it holds beside each logit of a tile."""
+        ...
+
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Saved]:
         """Return one value a row for each output, and what `gradient` needs of them."""
         ...
@@ -109,6 +114,7 @@ def head_call(
     dtype = tile_dtype(sources, least_dtype)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
     row_bytes = sum(HeadTiles.row_bytes(s, dtype, needed) for s in sources if isinstance(s, HeadRows))
+    row_bytes += sources[0].classes * work.extra_bytes
     tiles = tiling(
         sources[0].rows,
         sources[0].classes,

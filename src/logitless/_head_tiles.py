@@ -23,7 +23,7 @@ from logitless import _tiles
 from logitless.kernels import cpu
 from logitless.lazy import HeadRows
 
-# Of the default bytes: as many rows of 49152 classes as products need to run at full speed, with a gradient and without.
+# Of the default bytes, with a gradient and without: rows of 49152 classes enough for products at full speed.
 _GRADIENT_SHARE, _VALUE_SHARE = 0.7, 0.4
 # Products of fewer rows run at a fraction of their speed: the classes are cut before the rows get fewer ...
 _LEAST_ROWS = 64

@@ -20,9 +20,10 @@ from logitless._reduce import reduce_rows, reduced_sum
 from logitless._transforms import surroundings
 from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels.cpu import POOLED_BYTES, empty_like_pooled
+from logitless.lazy import LazyLogits
 
 
-def kernel_obstacle(input: Tensor, **constants: Tensor | None) -> str | None:
+def kernel_obstacle(input: Tensor | LazyLogits, **constants: Tensor | None) -> str | None:
     """Return what about these operands the kernels do not do, if anything; they give no gradient for `constants`."""
     if input.numel() == 0:
         return "there is nothing to compute"

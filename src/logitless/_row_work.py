@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._head_tiles import Tile
-from logitless.kernels import cpu, reference
+from logitless.kernels import cpu, cpu_elementwise, reference
 
 # No row of a tile is ignored: those were left out before the tile was made.
 _NO_INDEX = torch.iinfo(torch.int64).min
@@ -32,10 +32,8 @@ class CrossEntropyWork:
         """Probabilities lie as the user gave them."""
         return self.probabilities is None
 
-    @property
-    def cut_classes(self) -> bool:
-        """Any order of the classes adds up."""
-        return True
+    cut_classes: ClassVar[bool] = True
+    extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
         """Return loss and row weight."""
@@ -182,6 +180,7 @@ class TokenWork:
     indices: Tensor | None
     class_major: ClassVar[bool] = True
     cut_classes: ClassVar[bool] = False
+    extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
         """Return the outputs."""
@@ -249,9 +248,11 @@ class PairWork:
     """Measures of pairs of rows by the names of `cpu.PairRowStats`, with class indices where one is an nll."""
 
     names: tuple[str, ...]
-    indices: Tensor | None = None
+    indices: Tensor | None
+    ignore_index: int
     class_major: ClassVar[bool] = False
     cut_classes: ClassVar[bool] = False
+    extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the measures."""
@@ -259,7 +260,7 @@ class PairWork:
             tiles[0].logits,
             tiles[1].logits,
             None if self.indices is None else self.indices[start:stop],
-            ignore_index=_NO_INDEX,
+            ignore_index=self.ignore_index,
             kl="kl" in self.names,
             reverse_kl="reverse_kl" in self.names,
             js="js" in self.names,
@@ -298,7 +299,7 @@ class PairWork:
             tiles[1].logits,
             saved,
             None if self.indices is None else self.indices[start:stop],
-            ignore_index=_NO_INDEX,
+            ignore_index=self.ignore_index,
             need_first=wanted[0],
             need_second=wanted[1],
             out=(tiles[0].gradient, tiles[1].gradient),
@@ -311,3 +312,82 @@ class PairWork:
             nll_p=given.get("nll_p"),
             nll_q=given.get("nll_q"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryWork:
+    """Binary cross-entropy with logits, summed; the one output has one number a tile.
+
+    `target` is [rows, classes], or sparse of that shape (CSR): then a tile of it is made beside the logits.
+    `weight` and `pos_weight` are [classes], or [rows, classes] or [rows, 1].
+    """
+
+    target: Tensor
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    class_major: ClassVar[bool] = False
+    cut_classes: ClassVar[bool] = True
+
+    @property
+    def extra_bytes(self) -> int:
+        """A sparse target's tile."""
+        return self.target.values().dtype.itemsize if self.target.layout == torch.sparse_csr else 0
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
+        """Return the sum over the tile."""
+        (tile,) = tiles
+        return (self.part(tile, start, stop, 0, tile.logits.shape[1]),), None
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Tensor:
+        """Return the sum over some of the classes."""
+        operands = self._operands(tile, start, stop, first, last)
+        return torch.tensor([cpu_elementwise.bce_logits_sum(tile.logits, *operands)], dtype=torch.float64)
+
+    def combine(
+        self, parts: Sequence[Tensor], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Return the sum over all classes."""
+        return (torch.stack(list(parts)).sum(0),), None
+
+    def gradient(
+        self,
+        tiles: Sequence[Tile],
+        saved: None,
+        upstream: Sequence[Tensor | float | None],
+        wanted: Sequence[bool],
+        start: int,
+        stop: int,
+        first: int,
+    ) -> None:
+        """Write the gradient in place of the logits."""
+        (tile,) = tiles
+        (scale,) = upstream
+        assert isinstance(scale, float)
+        operands = self._operands(tile, start, stop, first, first + tile.logits.shape[1])
+        cpu_elementwise.bce_logits_grad(tile.logits, *operands, scale=scale, out=tile.gradient)
+
+    def _operands(
+        self, tile: Tile, start: int, stop: int, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def cut(weight: Tensor | None) -> Tensor | None:
+            if weight is None:
+                return None
+            rows = weight if weight.dim() == 1 else weight[start:stop]
+            return rows if rows.shape[-1] == 1 else rows[..., first:last]
+
+        if self.target.layout == torch.sparse_csr:
+            target = _dense_tile(self.target, start, stop, first, last)
+        else:
+            target = self.target[start:stop, first:last]
+        return target, cut(self.weight), cut(self.pos_weight)
+
+
+def _dense_tile(sparse: Tensor, start: int, stop: int, first: int, last: int) -> Tensor:
+    """Return some rows and classes of a CSR matrix."""
+    offsets = sparse.crow_indices()[start : stop + 1]
+    begin, end = int(offsets[0]), int(offsets[-1])
+    classes, values = sparse.col_indices()[begin:end], sparse.values()[begin:end]
+    rows = torch.repeat_interleave(torch.arange(stop - start), offsets.diff())
+    tile = torch.zeros(stop - start, last - first, dtype=values.dtype)
+    inside = (classes >= first) & (classes < last)
+    return tile.index_put_((rows[inside], classes[inside] - first), values[inside])

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, _ops_measures, sparse
+from logitless import _dispatch, _head_measures, _ops_measures, sparse
 from logitless._precision import check_input
 from logitless._proxy import TensorProxy
+from logitless._reduce import reduce_rows, resolve_reduction
 from logitless._targets import ClassTarget, checked_values, class_target
 from logitless._tiles import LogitRows, at_positions, dense_rows, fold_rows
 from logitless.kernels import reference
@@ -82,8 +83,10 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     logits = _computed(logits)
     if isinstance(logits, LazyLogits):
         meaning = checked_values("token_stats", meaning)
-        _dispatch.pick("token_stats", (*logits.rows().tensors, target))
-        return TokenStats(*_token_rows(logits, meaning))
+        tensors = (*logits.rows().tensors, target)
+        if _dispatch.pick("token_stats", tensors, obstacle=_kernel_obstacle(logits)) == "reference":
+            return TokenStats(*_token_rows(logits, meaning))
+        return TokenStats(*_head_measures.token_stats(logits, meaning))
 
     def definition(z: Tensor) -> tuple[Tensor, ...]:
         return _token_rows(z, checked_values("token_stats", meaning))
@@ -128,21 +131,22 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
             "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
         )
     outputs = PairStats._fields if target is not None else PairStats._fields[:-2]
-    stats = _pair_rows("pair_stats", outputs, reference.pair_stats, p, q, meaning)
+    stats = _pair("pair_stats", outputs, reference.pair_stats, p, q, meaning)
     return PairStats(*stats, *([None, None] if target is None else []))
 
 
-def entropy(logits: Tensor | LazyLogits) -> Tensor:
+def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
     """Return the entropy of each row's distribution.
 
     Equals `torch.distributions.Categorical(logits=logits).entropy()`.
 
     Args:
         logits: (..., classes), floating, or LazyLogits.
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
 
     Returns:
-        (...), in nats, float32 (float64 for float64 logits): 0 for a certain outcome, log(classes) for a flat row.
-        A -inf logit counts for nothing, in value and gradient.
+        (...), or a scalar, in nats, float32 (float64 for float64 logits): 0 for a certain outcome, log(classes) for a
+        flat row. A -inf logit counts for nothing, in value and gradient.
 
     Raises:
         TypeError, NotImplementedError, ValueError: not floating logits of one or more dimensions.
@@ -156,16 +160,18 @@ def entropy(logits: Tensor | LazyLogits) -> Tensor:
     check_input("entropy", logits, logits)
     if logits.dim() < 1:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
+    reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    if isinstance(logits, LazyLogits):
-        _dispatch.pick("entropy", logits.rows().tensors)
-        return _entropy_rows(logits)[0]
-    if _dispatch.pick("entropy", (logits,), obstacle=_kernel_obstacle(logits)) == "cpu":
-        return _ops_measures.entropy(logits, _entropy_rows)
-    return _entropy_rows(logits)[0]
+    if _dispatch.pick("entropy", _parts(logits), obstacle=_kernel_obstacle(logits)) == "reference":
+        rows = _entropy_rows(logits)[0]
+    elif isinstance(logits, LazyLogits):
+        return _head_measures.entropy(logits, reduction)
+    else:
+        rows = _ops_measures.entropy(logits, _entropy_rows)
+    return _reduced(rows, reduction)
 
 
-def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits) -> Tensor:
+def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
     """Return the Kullback-Leibler divergence KL(p || q) of each row, from logits.
 
     Equals `(p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)`: p is the true distribution.
@@ -173,9 +179,11 @@ def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits) -> Tensor:
     Args:
         p, q: logits (..., classes) of one shape, each dense or LazyLogits; p may be SparseLogits, a top-k teacher with
             no gradient, over whose k + 1 buckets the divergence then is (a lower bound of the full one).
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
 
     Returns:
-        (...), in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for equal rows.
+        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for
+        equal rows.
 
     Raises:
         ValueError: the shapes differ.
@@ -186,19 +194,23 @@ def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits) -> Tensor:
     >>> ll.kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.4621])
     """
-    return sparse.kl(p, q) if isinstance(p, SparseLogits) else _divergence("kl", reference.kl, p, q)
+    if isinstance(p, SparseLogits):
+        return _reduced(sparse.kl(p, q), resolve_reduction(reduction, None, None))
+    return _divergence("kl", reference.kl, p, q, reduction)
 
 
-def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
     """Return the Jensen-Shannon divergence of each row, from logits.
 
     Equals `(kl(p, m) + kl(q, m)) / 2` with `m = ((p.softmax(-1) + q.softmax(-1)) / 2).log()`.
 
     Args:
         p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
 
     Returns:
-        (...), in nats, float32 (float64 if either is); differentiable in both; between 0 and log 2, symmetric.
+        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; between 0 and log 2,
+        symmetric.
 
     Raises:
         ValueError: the shapes differ.
@@ -209,17 +221,25 @@ def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
     >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.1109])
     """
-    return _divergence("js", reference.js, p, q)
+    return _divergence("js", reference.js, p, q, reduction)
 
 
-def _divergence(name: str, measure: reference.PairMeasure, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> Tensor:
+def _divergence(
+    name: str, measure: reference.PairMeasure, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str
+) -> Tensor:
+    reduction = resolve_reduction(reduction, None, None)
     check_input(name, p, q)
     _check_pair(name, p, q)
 
     def function(tile_p: Tensor, tile_q: Tensor, _: ClassTarget | None) -> tuple[Tensor, ...]:
         return (measure(tile_p, tile_q),)
 
-    return _pair_rows(name, (name,), function, p, q, None)[0]
+    return _pair(name, (name,), function, p, q, None, reduction)[0]
+
+
+def _reduced(rows: Tensor, reduction: str) -> Tensor:
+    denominator = float(rows.numel()) if reduction == "mean" else 1.0
+    return reduce_rows(rows, reduction, denominator=denominator, dtype=rows.dtype)
 
 
 def _check_pair(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> None:
@@ -229,31 +249,46 @@ def _check_pair(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> No
         )
 
 
-def _pair_rows(
+def _pair(
     name: str,
     outputs: tuple[str, ...],
     function: PairFunction,
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits,
     target: ClassTarget | None,
+    reduction: str = "none",
 ) -> Sequence[Tensor]:
-    """Return the outputs, named, of a function of two tiles and a target, by whichever backend serves the call."""
+    """Return the outputs, named, of a function of two tiles and a target, by whichever backend serves the call.
+
+    With a reduction there is one output.
+    """
     p, q = _computed(p), _computed(q)
 
     def definition(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> tuple[Tensor, ...]:
         checked = None if target is None else checked_values(name, target)
         return _folded_pair(function, p, q, checked)
 
-    indices = None if target is None else target.indices
-    if isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
-        _dispatch.pick(name, (*_rows(p).tensors, *_rows(q).tensors, indices))
-        return definition(p, q)
-    if _dispatch.pick(name, (p, q, indices), obstacle=_kernel_obstacle(p, q)) == "cpu":
-        return _ops_measures.pair_stats(p, q, _ops_measures.PairCall(name, outputs, target, definition))
-    return definition(p, q)
+    lazy = isinstance(p, LazyLogits) or isinstance(q, LazyLogits)
+    tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
+    if target is not None:
+        tensors.append(target.indices)
+    obstacle = _kernel_obstacle(p) if lazy else _kernel_obstacle(p, q)
+    rows: Sequence[Tensor]
+    if _dispatch.pick(name, tensors, obstacle=obstacle) == "reference":
+        rows = definition(p, q)
+    elif isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
+        if target is not None:
+            checked_values(name, target)
+        call = _head_measures.pair(p, q, outputs, function, target)
+        if reduction != "none":
+            return [_head_measures.pair_result(call, p.shape[:-1], reduction)]
+        return _head_measures.pair_rows(call, p.shape[:-1])
+    else:
+        rows = _ops_measures.pair_stats(p, q, _ops_measures.PairCall(name, outputs, target, definition))
+    return rows if reduction == "none" else [_reduced(rows[0], reduction)]
 
 
-def _kernel_obstacle(logits: Tensor, other: Tensor | None = None) -> str | None:
+def _kernel_obstacle(logits: Tensor | LazyLogits, other: Tensor | LazyLogits | None = None) -> str | None:
     """Return what about this call the compiled kernels do not do, if anything."""
     if logits.numel() == 0:
         return "there is nothing to compute"
@@ -315,6 +350,10 @@ def _computed(logits: Tensor | LazyLogits) -> Tensor | LazyLogits:
     if isinstance(logits, TensorProxy) and not isinstance(logits, LazyLogits):
         return logits._dense("a measure")
     return logits
+
+
+def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
+    return logits.rows().tensors if isinstance(logits, LazyLogits) else (logits,)
 
 
 def _rows(logits: Tensor | LazyLogits) -> LogitRows:

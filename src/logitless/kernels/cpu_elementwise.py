@@ -151,13 +151,14 @@ def bce_logits_grad(
     *,
     upstream: Tensor | None = None,
     scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return `scale upstream weight ((1 - t) sigmoid(x) - pos_weight t sigmoid(-x))`: the gradient for the input.
 
     `upstream` has the input's shape or is one number for all (1 where None); for a mean, scale is 1 / count. The
-    result has the input's dtype and layout.
+    result has the input's dtype and layout; `out` may be the input itself.
     """
-    out = empty_like_pooled(input)
+    out = empty_like_pooled(input) if out is None else out
     _elementwise(_BCE_LOGITS_GRAD, input, target, weight, pos_weight, upstream, scale, out)
     return out
 

@@ -1,0 +1,50 @@
+"""Binary cross-entropy of logits that are not built, by the compiled kernels; see `_head_ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from logitless._head_ops import Reduction, head_call, reduced
+from logitless._ops_elementwise import Reduction as ElementReduction
+from logitless._precision import no_autocast
+from logitless._row_work import BinaryWork
+from logitless.kernels import reference
+from logitless.lazy import LazyLogits
+
+
+def binary_cross_entropy(
+    logits: LazyLogits,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: ElementReduction,
+    compute: torch.dtype,
+) -> Tensor:
+    """Return the reduced loss; the target is of the logits' shape, or sparse (CSR) and [rows, classes]."""
+    source = logits.rows()
+    flat = target if target.layout == torch.sparse_csr else target.reshape(-1, source.classes)
+    by_class, positive = _by_rows(weight, logits.shape), _by_rows(pos_weight, logits.shape)
+
+    def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
+        with no_autocast(logits):
+            tile = source.activate(source.raw(tensors, 0, source.rows), tensors).to(compute)
+            dense = flat.to_dense() if flat.layout == torch.sparse_csr else flat
+            scale = None if positive is None else positive.to(compute)
+            loss = reference.binary_cross_entropy_with_logits(tile, dense.to(compute), scale)
+            if by_class is not None:
+                loss = reference.times_zero_safe(by_class.to(compute), loss)
+            return (loss,)
+
+    work = BinaryWork(flat, by_class, positive)
+    call = head_call([source], work, definition, outputs=(True,), least_dtype=compute, max_bytes=None)
+    return reduced(call, Reduction(reduction.denominator, reduction.of))
+
+
+def _by_rows(weight: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Return a weight that broadcasts to the logits as [classes], or with one row a row of the logits."""
+    if weight is None or weight.shape[:-1].numel() == 1:
+        return None if weight is None else weight.reshape(-1)
+    return weight.expand(*shape[:-1], weight.shape[-1]).reshape(-1, weight.shape[-1])

@@ -1,0 +1,111 @@
+"""The measures of logits that are not built, by the compiled kernels; see `_head_ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from logitless._head_ops import HeadCall, Reduction, head_call, per_row, reduced
+from logitless._precision import no_autocast, precision_of
+from logitless._reduce import reduce_rows
+from logitless._row_work import PairWork, TokenWork
+from logitless._targets import ClassTarget
+from logitless._tiles import LogitRows, at_positions, dense_rows
+from logitless.kernels import reference
+from logitless.lazy import LazyLogits
+
+PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], Sequence[Tensor | None]]
+
+
+def token_stats(logits: LazyLogits, target: ClassTarget) -> tuple[Tensor, ...]:
+    """Return nll, lse, entropy, argmax and rank of each row; the target's values are checked."""
+    assert target.indices is not None
+    ignored = None if target.ignored is None else target.ignored.reshape(-1)
+    source, kept = logits.rows().without(ignored, selectable=True)
+    indices = target.indices.reshape(-1)
+    if kept is not None:
+        indices = indices[kept]
+    wide = _wide(logits)
+
+    def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
+        stats = reference.token_stats(_all(source, tensors), ClassTarget(1, target.classes, -1, indices))
+        return [value.to(wide) if value.is_floating_point() else value for value in stats]
+
+    outputs = (True, True, True, False, False)
+    call = head_call([source], TokenWork(indices), definition, outputs=outputs, least_dtype=wide, max_bytes=None)
+    shape = logits.shape[:-1]
+    return tuple(
+        at_positions(value, kept, shape.numel(), fill).view(shape)
+        for value, fill in zip(per_row(call), (0, 0, 0, -1, -1), strict=True)
+    )
+
+
+def entropy(logits: LazyLogits, reduction: str) -> Tensor:
+    """Return the entropy of each row, or their mean or sum."""
+    source, wide = logits.rows(), _wide(logits)
+
+    def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
+        return (reference.entropy(_all(source, tensors), -1).to(wide),)
+
+    call = head_call([source], TokenWork(None), definition, outputs=(True,), least_dtype=wide, max_bytes=None)
+    return _result(call, logits.shape[:-1], reduction)
+
+
+def pair(
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    names: tuple[str, ...],
+    function: PairFunction,
+    target: ClassTarget | None,
+) -> HeadCall:
+    """Plan the measures of that name; `function` is their definition, and the target's values are as given."""
+    sources = [logits.rows() if isinstance(logits, LazyLogits) else dense_rows(logits) for logits in (p, q)]
+    wide = torch.promote_types(_wide(p), _wide(q))
+    cut = len(sources[0].tensors)
+    indices = None if target is None or target.indices is None else target.indices.reshape(-1)
+    ignore_index = -100 if target is None else target.ignore_index
+
+    def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
+        checked = None
+        if indices is not None:
+            ignored = indices == ignore_index
+            checked = ClassTarget(1, p.shape[-1], ignore_index, indices.masked_fill(ignored, 0), ignored)
+        with no_autocast(p):
+            first, second = _all(sources[0], tensors[:cut]), _all(sources[1], tensors[cut:])
+            values = [value for value in function(first, second, checked) if value is not None]
+        return [value.to(wide) if value.is_floating_point() else value for value in values]
+
+    outputs = tuple(name != "same_top" for name in names)
+    work = PairWork(names, indices, ignore_index)
+    return head_call(sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None)
+
+
+def pair_rows(call: HeadCall, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return planned measures, one value a row."""
+    return tuple(value.view(shape) for value in per_row(call))
+
+
+def pair_result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
+    """Return one planned measure, reduced."""
+    return _result(call, shape, reduction)
+
+
+def _result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
+    if reduction == "none":
+        return per_row(call)[0].view(shape)
+    count = float(shape.numel()) if reduction == "mean" else 1.0
+
+    def value(rows: Tensor) -> Tensor:
+        return reduce_rows(rows, reduction, denominator=count, dtype=rows.dtype)
+
+    return reduced(call, Reduction(count, value))
+
+
+def _all(source: LogitRows, tensors: Sequence[Tensor | None]) -> Tensor:
+    return source.activate(source.raw(tensors, 0, source.rows), tensors).double()
+
+
+def _wide(logits: Tensor | LazyLogits) -> torch.dtype:
+    return precision_of(logits).compute
