@@ -10,7 +10,7 @@ from torch import Tensor
 from logitless._head_ops import Reduction, head_call, reduced
 from logitless._ops_elementwise import Reduction as ElementReduction
 from logitless._precision import no_autocast
-from logitless._row_work import BinaryWork
+from logitless._row_work import BinaryWork, ClassLists
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits
 
@@ -23,15 +23,15 @@ def binary_cross_entropy(
     reduction: ElementReduction,
     compute: torch.dtype,
 ) -> Tensor:
-    """Return the reduced loss; the target is of the logits' shape, or sparse (CSR) and [rows, classes]."""
+    """Return the reduced loss; the target is of the logits' shape, or sparse and [rows, classes]."""
     source = logits.rows()
-    flat = target if target.layout == torch.sparse_csr else target.reshape(-1, source.classes)
+    flat = target.reshape(-1, source.classes) if target.layout == torch.strided else ClassLists.of(target)
     by_class, positive = _by_rows(weight, logits.shape), _by_rows(pos_weight, logits.shape)
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
         with no_autocast(logits):
             tile = source.activate(source.raw(tensors, 0, source.rows), tensors).to(compute)
-            dense = flat.to_dense() if flat.layout == torch.sparse_csr else flat
+            dense = flat.tile(0, source.rows, 0, source.classes) if isinstance(flat, ClassLists) else flat
             scale = None if positive is None else positive.to(compute)
             loss = reference.binary_cross_entropy_with_logits(tile, dense.to(compute), scale)
             if by_class is not None:

@@ -118,12 +118,12 @@ class HeadTiles:
             bias = None if bias is None else bias * self._scale
         shape = (last - first, stop - start) if self._class_major else (stop - start, last - first)
         raw = view(self._raw, shape)
-        if self._class_major:
-            torch.mm(weight, hidden.T, out=raw)
-        else:
-            torch.mm(hidden, weight.T, out=raw)
-        if bias is not None:
-            raw += bias.unsqueeze(1) if self._class_major else bias
+        first_factor, second_factor = (weight, hidden.T) if self._class_major else (hidden, weight.T)
+        if bias is None:
+            torch.mm(first_factor, second_factor, out=raw)
+        else:  # before the product is rounded
+            spread = bias.unsqueeze(1) if self._class_major else bias
+            torch.addmm(spread.expand(shape), first_factor, second_factor, out=raw)
         logits = raw
         if self._wide is not None:
             logits = view(self._wide, shape).copy_(raw)

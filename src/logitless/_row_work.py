@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,10 +221,11 @@ class TokenWork:
     ) -> None:
         """Write the gradient in place of the logits: dH/dz_j = -p_j ((z_j - lse) + H)."""
         (tile,) = tiles
-        nll, lse, spread = upstream[:3] if self.indices is not None else (None, None, upstream[0])
         assert saved.entropy is not None
-        parts = [grad for grad in (nll, lse) if isinstance(grad, Tensor)]
-        if isinstance(spread, Tensor):
+        rows = [torch.full_like(saved.entropy, grad) if isinstance(grad, float) else grad for grad in upstream]
+        nll, lse, spread = rows[:3] if self.indices is not None else (None, None, rows[0])
+        parts = [grad for grad in (nll, lse) if grad is not None]
+        if spread is not None:
             parts.append(-spread * saved.entropy)
         cpu.row_grad(
             tile.logits,
@@ -235,10 +236,10 @@ class TokenWork:
             ignore_index=_NO_INDEX,
             a_scale=1.0,
             a=sum(parts[1:], parts[0]),
-            b_scale=-1.0 if isinstance(spread, Tensor) else 0.0,
-            b=spread if isinstance(spread, Tensor) else None,
-            c_scale=-1.0 if isinstance(nll, Tensor) else 0.0,
-            c=nll if isinstance(nll, Tensor) else None,
+            b_scale=0.0 if spread is None else -1.0,
+            b=spread,
+            c_scale=0.0 if nll is None else -1.0,
+            c=nll,
             out=tile.gradient,
         )
 
@@ -314,15 +315,43 @@ class PairWork:
         )
 
 
+class ClassLists(NamedTuple):
+    """A sparse matrix [rows, classes]: of row r the classes and values from offsets[r] to offsets[r + 1]."""
+
+    offsets: Tensor
+    classes: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, sparse: Tensor) -> ClassLists:
+        """Return the lists of a COO or CSR matrix."""
+        if sparse.layout == torch.sparse_csr:
+            return cls(sparse.crow_indices(), sparse.col_indices(), sparse.values())
+        sparse = sparse.coalesce()
+        rows, classes = sparse.indices()
+        counts = torch.bincount(rows, minlength=sparse.shape[0])
+        return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), classes, sparse.values())
+
+    def tile(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        """Return some rows and classes as a dense matrix."""
+        offsets = self.offsets[start : stop + 1]
+        begin, end = int(offsets[0]), int(offsets[-1])
+        classes, values = self.classes[begin:end], self.values[begin:end]
+        rows = torch.repeat_interleave(torch.arange(stop - start), offsets.diff())
+        tile = torch.zeros(stop - start, last - first, dtype=values.dtype)
+        inside = (classes >= first) & (classes < last)
+        return tile.index_put_((rows[inside], classes[inside] - first), values[inside])
+
+
 @dataclass(frozen=True, slots=True)
 class BinaryWork:
     """Binary cross-entropy with logits, summed; the one output has one number a tile.
 
-    `target` is [rows, classes], or sparse of that shape (CSR): then a tile of it is made beside the logits.
+    `target` is [rows, classes], or lists of the classes that hold something: then a tile is made beside the logits.
     `weight` and `pos_weight` are [classes], or [rows, classes] or [rows, 1].
     """
 
-    target: Tensor
+    target: Tensor | ClassLists
     weight: Tensor | None
     pos_weight: Tensor | None
     class_major: ClassVar[bool] = False
@@ -331,7 +360,7 @@ class BinaryWork:
     @property
     def extra_bytes(self) -> int:
         """A sparse target's tile."""
-        return self.target.values().dtype.itemsize if self.target.layout == torch.sparse_csr else 0
+        return self.target.values.dtype.itemsize if isinstance(self.target, ClassLists) else 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
         """Return the sum over the tile."""
@@ -375,19 +404,8 @@ class BinaryWork:
             rows = weight if weight.dim() == 1 else weight[start:stop]
             return rows if rows.shape[-1] == 1 else rows[..., first:last]
 
-        if self.target.layout == torch.sparse_csr:
-            target = _dense_tile(self.target, start, stop, first, last)
+        if isinstance(self.target, ClassLists):
+            target = self.target.tile(start, stop, first, last)
         else:
             target = self.target[start:stop, first:last]
         return target, cut(self.weight), cut(self.pos_weight)
-
-
-def _dense_tile(sparse: Tensor, start: int, stop: int, first: int, last: int) -> Tensor:
-    """Return some rows and classes of a CSR matrix."""
-    offsets = sparse.crow_indices()[start : stop + 1]
-    begin, end = int(offsets[0]), int(offsets[-1])
-    classes, values = sparse.col_indices()[begin:end], sparse.values()[begin:end]
-    rows = torch.repeat_interleave(torch.arange(stop - start), offsets.diff())
-    tile = torch.zeros(stop - start, last - first, dtype=values.dtype)
-    inside = (classes >= first) & (classes < last)
-    return tile.index_put_((rows[inside], classes[inside] - first), values[inside])

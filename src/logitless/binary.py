@@ -124,8 +124,9 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits, any shape; or LazyLogits (rows, classes), which "mean" and "sum" never build.
-        target: the input's shape; floating, integer or bool. Not required to lie within [0, 1], as in torch. Of
-            LazyLogits (rows, classes) also a sparse tensor, COO or CSR: the positives of each row as a list.
+        target: the input's shape; floating, integer or bool. Not required to lie within [0, 1], as in torch. Also a
+            sparse tensor (rows, classes), COO or CSR: the positives of each row as a list, for LazyLogits of many
+            classes.
         weight, pos_weight: broadcast against the target from the right, or along `class_dim`; `pos_weight` above 1
             raises recall. Gradients flow to both.
         size_average, reduce, reduction, class_dim, normalizer, backend: as in `binary_cross_entropy`.
@@ -163,7 +164,8 @@ def binary_cross_entropy_with_logits(
     if target.shape != input.shape:
         raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
     if target.layout != torch.strided:
-        target = _compressed_rows(target) if isinstance(input, LazyLogits) else target.to_dense()
+        _check_sparse(target)
+        target = target if isinstance(input, LazyLogits) and reduction != "none" else target.to_dense()
     weight = _broadcastable("weight", weight, input.shape, class_dim)
     pos_weight = _broadcastable("pos_weight", pos_weight, input.shape, class_dim)
     if isinstance(input, LazyLogits):
@@ -202,14 +204,14 @@ def _lazy_binary_cross_entropy(
     constants = {"target": target, "weight": weight, "pos_weight": pos_weight}
     if isinstance(normalizer, Tensor):
         constants["normalizer"] = normalizer
-    tensors = [*rows.tensors, weight, pos_weight, target.values() if target.layout == torch.sparse_csr else target]
+    dense = target.layout == torch.strided
+    tensors = [*rows.tensors, weight, pos_weight, target if dense else None]
     obstacle = kernel_obstacle(input, **constants)
     name = "binary_cross_entropy_with_logits"
     if _dispatch.pick(name, tensors, backend, obstacle=obstacle) == "cpu":
         kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
         return _head_binary.binary_cross_entropy(input, target, weight, pos_weight, kept, precision.compute)
-    if target.layout == torch.sparse_csr:
-        target = target.to_dense()
+    target = target if dense else target.to_dense()
     per_row: list[Tensor | None] = [target.reshape(-1, input.num_classes)]
     shared: list[Tensor | None] = []
     along: list[bool] = []
@@ -236,14 +238,12 @@ def _lazy_binary_cross_entropy(
     return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
 
 
-def _compressed_rows(target: Tensor) -> Tensor:
-    """Return a sparse target as CSR, whose rows are lists of the classes that hold something."""
+def _check_sparse(target: Tensor) -> None:
     if target.dim() != 2 or target.layout not in (torch.sparse_coo, torch.sparse_csr):
         raise ValueError(
-            "binary_cross_entropy_with_logits: a sparse target of LazyLogits is COO or CSR of shape (rows, classes), "
+            "binary_cross_entropy_with_logits: a sparse target is COO or CSR of shape (rows, classes), "
             f"got {target.layout} of shape {tuple(target.shape)}; flatten(0, -2) the logits"
         )
-    return target if target.layout == torch.sparse_csr else target.coalesce().to_sparse_csr()
 
 
 def _broadcastable(name: str, weight: Tensor | None, sizes: torch.Size, class_dim: int | None) -> Tensor | None:
