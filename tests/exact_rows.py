@@ -77,7 +77,7 @@ def pair_stats(first: Tensor, second: Tensor) -> dict[str, Value]:
 
         def centred(weights: list[Any], values: list[Any]) -> list[Any]:
             held = [(w, v) for w, v in zip(weights, values, strict=True) if w and mp.isfinite(v)]
-            mean = mpmath.fsum(w * v for w, v in held) / mpmath.fsum(w for w, _ in held)
+            mean = mpmath.fsum(w * v for w, v in held) / mpmath.fsum(w for w, _ in held) if held else mp.mpf(0)
             return [w * (v - mean) if w and mp.isfinite(v) else mp.mpf(0) for w, v in zip(weights, values, strict=True)]
 
         ratio = [s - t if mp.isfinite(s) and mp.isfinite(t) else mp.mpf(0) for _, _, s, t in classes]
