@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
+import checks
 import logitless as ll
 from logitless import _accuracy
 from logitless.kernels import cpu, reference
+from oracles import RejectedError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64", "bf16", "f16"])
@@ -291,6 +293,50 @@ def test_ignored_rows_of_a_pair_have_no_nll_and_all_else() -> None:
     assert stats.nll_q is not None
     assert stats.nll_p[1] == stats.nll_q[1] == 0
     assert torch.equal(stats.kl, whole.kl)
+
+
+# How a call of the kernels could be wrong, and the check of test_gradients.py that must notice.
+MUTANTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "entropy of a row too large": (
+        "entropy",
+        "row_stats",
+        lambda real, *a, **k: (s := real(*a, **k))._replace(entropy=s.entropy * 1.0001),
+    ),
+    "entropy's gradient without its mean": (
+        "entropy",
+        "row_grad",
+        lambda real, *a, **k: real(*a, **(k | {"a_scale": 0.0})),
+    ),
+    "entropy's gradient without its slope": (
+        "entropy",
+        "row_grad",
+        lambda real, *a, **k: real(*a, **(k | {"b_scale": 0.0})),
+    ),
+    "no target in a gradient": ("token_stats", "row_grad", lambda real, *a, **k: real(*a, **(k | {"c_scale": 0.0}))),
+    "ignored rows of a gradient kept": (
+        "token_stats",
+        "row_grad",
+        lambda real, *a, **k: real(*a, **(k | {"ignore_index": -1})),
+    ),
+    "KL's arguments exchanged": ("kl", "pair_row_stats", lambda real, p, q, *a, **k: real(q, p, *a, **k)),
+    "the gradients of a pair exchanged": ("kl", "pair_row_grad", lambda real, *a, **k: real(*a, **k)[::-1]),
+    "an upstream gradient lost": ("pair_stats", "pair_row_grad", lambda real, *a, **k: real(*a, **(k | {"js": None}))),
+    "nll of the other row": (
+        "pair_stats",
+        "pair_row_stats",
+        lambda real, *a, **k: (s := real(*a, **k))._replace(nll_p=s.nll_q),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_rejected(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, kernel, broken = MUTANTS[mutant]
+    checks.CHECKS[check](torch.float32)
+    real = getattr(cpu, kernel)
+    monkeypatch.setattr(cpu, kernel, lambda *a, **k: broken(real, *a, **k))
+    with pytest.raises(RejectedError):
+        checks.CHECKS[check](torch.float32)
 
 
 # ---- what every call promises ----------------------------------------------------------------------------------------
