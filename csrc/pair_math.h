@@ -56,6 +56,7 @@ template <class Real> struct RowScale {
 };
 
 template <class Real> inline constexpr Real kFar = sizeof(Real) == 4 ? Real(20) : Real(45);  // beyond it exp(-d) does not count
+template <class Real> inline constexpr Real kApart = Real(3);  // beyond it p exp(d) is better had as q: exp magnifies the rounding of d
 template <class Real> inline constexpr Real kBig = Real(1e30);
 
 template <class Real> LL_INLINE Vec<Real> clamp(Vec<Real> x, Real most) {
@@ -104,12 +105,12 @@ template <class Real> struct KlTerms {
   }
   LL_INLINE V forward(V p, V q, V d) const {
     V term = d < -kFar<Real> ? -1 - d : phi();
-    term = d > kFar<Real> ? q - p * (1 + minimum<Real>(splat<Real>(kBig<Real>), d)) : p * term;
+    term = d > kApart<Real> ? q - p * (1 + minimum<Real>(splat<Real>(kBig<Real>), d)) : p * term;
     return d == -kInf<Real> ? splat<Real>(kInf<Real>) : term;
   }
   LL_INLINE V reverse(V p, V q, V d) const {
     V term = d > kFar<Real> ? d - 1 : phi_of_minus();
-    term = d < -kFar<Real> ? p - q * (1 - maximum<Real>(splat<Real>(-kBig<Real>), d)) : q * term;
+    term = d < -kApart<Real> ? p - q * (1 - maximum<Real>(splat<Real>(-kBig<Real>), d)) : q * term;
     return d == kInf<Real> ? splat<Real>(kInf<Real>) : term;
   }
 };

@@ -14,6 +14,7 @@ namespace logitless::LL_ISA {
 enum StatFlags { kToken = 1, kSmooth = 2, kDense = 4 };  // entropy and rank; sum w (lse - z); sum t w (lse - z)
 
 inline constexpr double kHeadroom = 40.0;  // nats the maximum may rise before the sums are rescaled
+inline constexpr int kLift = 32;  // bits between exp(max) and the sums' unit: exp(z) below the normal range is 0, and may not count
 inline constexpr double kLog2e = 1.4426950408889634;
 
 // A sum of weights * (max - z), and the sum of the weights.
@@ -104,7 +105,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
     if (greater_bits(best, limit)) {
       const V huge = splat<Real>(static_cast<Real>(2 * kHuge));
       const V clamped = maximum<Real>(-huge, minimum<Real>(huge, best));
-      const V raised = split_exp(clamped).power;
+      const V raised = split_exp(clamped).power - Real(kLift);
       const V drop = power - raised;
       rest.high = scale_by_power(rest.high, drop);
       rest.low = scale_by_power(rest.low, drop);

@@ -378,7 +378,7 @@ def vector_samples(dtype: torch.dtype, *, seed: int = 0) -> Iterator[VectorSampl
     """Yield pairs of vectors: any angle, nearly parallel, long and short ones."""
     generator = torch.Generator().manual_seed(seed)
     # Half the exponent range and more: the squares of these overflow or vanish.
-    huge = {torch.float32: 1e30, torch.float64: 1e300}[dtype]
+    huge = {torch.float32: 1e30, torch.float64: 1e300, torch.bfloat16: 1e30, torch.float16: 1e3}[dtype]
 
     def normal(size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)

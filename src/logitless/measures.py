@@ -109,8 +109,8 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
 
     Returns:
         PairStats of shape (...), in nats, float32 (float64 if either is), differentiable but for same_top. A
-        divergence is a sum of terms that are not negative: it never is, is 0 for equal rows, and is right to a
-        relative rounding when it is 1e-10. It is infinite where P > 0 and Q = 0.
+        divergence is a sum of terms that are not negative: it never is, is 0 for equal rows, and is right to a few
+        relative roundings when it is 1e-10. It is infinite where P > 0 and Q = 0.
 
     Raises:
         ValueError: the shapes differ. IndexError: a target is not a class.

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from logitless._accuracy import Accuracy, accuracy_steps
+from logitless._accuracy import Accuracy, accuracy_steps, row_backend
 from logitless._identities import Identity, identity_steps
 from logitless._truth import BITS
 from logitless.cli.outputs import staged
@@ -66,8 +66,9 @@ def _identity_table(rows: list[Identity]) -> Table:
 
 def _accuracy_table(rows: list[Accuracy]) -> Table:
     table = Table(
-        title="Accuracy: worst error over all rows, in ulp of the exact result",
-        caption="lost: rows on which torch's formula is NaN, or infinite where the truth is not. "
+        title="Accuracy: worst error over all rows, in ulp of the dtype that the answer comes in",
+        caption=f"Rows of logits ran on the backend {row_backend(torch.float32)!r}. "
+        "lost: rows on which torch's formula is NaN, or infinite where the truth is not. "
         "bound: what rounding allows that row. used: the largest share of its own bound that any row takes.",
         caption_justify="left",
     )
@@ -107,6 +108,7 @@ def _report(identities: list[Identity], accuracies: list[Accuracy]) -> dict[str,
             "python": platform.python_version(),
             "machine": platform.machine(),
             "truth_bits": BITS,
+            "row_backend": row_backend(torch.float32),
         },
         "passed": all(row.passed for row in identities) and all(row.passed for row in accuracies),
         "identities": [
