@@ -115,11 +115,15 @@ def machine() -> dict[str, str]:
             named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         processor = named[0] if named else processor
     backend = _dispatch.pick("cross_entropy", [torch.zeros(1)])
+    if backend == "cpu":
+        from logitless.kernels import cpu
+
+        backend = f"cpu, {cpu.native_info()['isa']}"
     return {
         "processor": processor,
         "cores": str(os.cpu_count()),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "backend": f"{backend}: {_dispatch.backends()[backend].detail}",
+        "backend": backend,
     }
 
 
@@ -209,6 +213,7 @@ def with_memory(rows: Sequence[Row], extra_bytes: Mapping[str, int | None]) -> l
 class Ratio:
     """How many times faster ours is than a peer, over every case that has both: geometric mean, and the least."""
 
+    section: str
     what: str
     mode: str
     ours: str
@@ -220,14 +225,14 @@ class Ratio:
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Return a ratio for each measure, mode, provider of ours and peer."""
-    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    """Return a ratio for each section, measure, mode, provider of ours and peer."""
+    found: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
     for mine in rows:
         if mine.kind != "ours":
             continue
         for peer in rows:
             if peer.kind == "peer" and peer.case == mine.case:
-                group = found.setdefault((mine.what, mine.mode, mine.provider, peer.provider), {})
+                group = found.setdefault((mine.section, mine.what, mine.mode, mine.provider, peer.provider), {})
                 group[f"{sizes(mine.shape)} {mine.dtype}"] = peer.median_ms / mine.median_ms
     return [
         Ratio(

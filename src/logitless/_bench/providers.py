@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def optax(loss: Callable[..., Any], modes: Sequence[str] = MODES) -> Provider:
     """Return `loss(optax, *arrays)` under `jax.jit`."""
 
     def prepare(inputs: Inputs, leaves: Sequence[int], mode: str) -> Call:
+        os.environ["NPROC"] = str(torch.get_num_threads())  # XLA's threads; it reads this once, when first used
         jax, module = importlib.import_module("jax"), importlib.import_module("optax")
         arrays = [jax.dlpack.from_dlpack(x if x.is_floating_point() else x.to(torch.int32)) for x in inputs]
 
@@ -87,7 +89,7 @@ def optax(loss: Callable[..., Any], modes: Sequence[str] = MODES) -> Provider:
         run = jax.jit(function).lower(*arrays).compile()
         if mode == FORWARD:
             return lambda: (jax.block_until_ready(run(*arrays)), ())
-        return lambda: jax.block_until_ready(run(*arrays))  # type: ignore[no-any-return] # jax is loaded by name
+        return lambda: jax.block_until_ready(run(*arrays))
 
     return Provider("optax, jax.jit", "peer", prepare, modes, plain=False, needs=("jax", "optax"))
 
@@ -110,7 +112,7 @@ def as_tensor(result: Any) -> Tensor:
     """Return a result, of torch or JAX, as a tensor on the same memory."""
     if isinstance(result, Tensor):
         return result.detach()
-    tensor: Tensor = torch.from_dlpack(result)
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(result)
     return tensor
 
 

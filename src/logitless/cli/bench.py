@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from logitless.cli.outputs import check_distinct, staged
 from logitless.cli.progress import Steps
 
 SCHEMA = 1
+_PIPED_WIDTH = 150
 
 
 def run_bench(
@@ -85,6 +86,7 @@ def _report(rows: Sequence[Row], notes: Sequence[str], quick: bool) -> dict[str,
         "left_out": list(notes),
         "ratios": [
             {
+                "section": ratio.section,
                 "what": ratio.what,
                 "mode": ratio.mode,
                 "ours": ratio.ours,
@@ -109,6 +111,8 @@ def _case(row: Row) -> dict[str, Any]:
 
 def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
     first = rows[0]
     facts = [f"{name} {value}" for name, value in {**first.machine, **first.versions}.items()]
     console.print(f"{', '.join(facts)}; {first.threads} threads", highlight=False, markup=False)
@@ -118,10 +122,11 @@ def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
     for share in shares(rows):
         limit, row = share.limit, share.row
         moved = MOVES.get(limit.provider, 0) * row.shape[0] * row.shape[-1] * torch.float32.itemsize
-        rate = f", {moved / limit.median_ms / 1e6:.1f} GB/s" if moved else ""
+        rate = f" at {moved / limit.median_ms / 1e6:.1f} GB/s" if moved else ""
         console.print(
-            f"{row.what}, {row.mode}, {sizes(row.shape)} {row.dtype}: {row.provider} takes {1 / share.share:.2f}x "
-            f"the time of {limit.provider}{rate} ({share.share:.0%} of the limit)",
+            f"{row.what} {sizes(row.shape)} {row.dtype}, {row.mode}: {row.provider} takes {1 / share.share:.2f} times "
+            f"as long as {limit.provider}{rate}: {share.share:.0%} of the limit",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -130,11 +135,9 @@ def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
 
 
 def _timing_table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("case")
-    table.add_column("provider")
-    columns = ["median ms", "fastest", "slowest", "runs", "over logitless"]
-    measured = [
+    table = Table(title=title, title_justify="left")
+    table.add_column("case, provider")
+    measured: list[tuple[str, Callable[[Row], str], bool]] = [
         ("extra MB", lambda row: _megabytes(row.extra_bytes), any(row.extra_bytes is not None for row in rows)),
         (
             "gradient error",
@@ -142,21 +145,22 @@ def _timing_table(title: str, rows: Sequence[Row]) -> Table:
             any(row.gradient_error is not None for row in rows),
         ),
     ]
-    for name in [*columns, *(name for name, _, present in measured if present)]:
-        table.add_column(name, justify="right")
+    shown = [(name, text) for name, text, present in measured if present]
+    for name in ("median ms", "fastest", "slowest", "runs", "times ours", *(name for name, _ in shown)):
+        table.add_column(name, justify="right", no_wrap=True)
     for _, group in groupby(rows, key=lambda row: row.case):
         case = list(group)
         ours = next(row for row in case if row.kind == "ours")
+        table.add_row(f"[bold]{ours.what} {sizes(ours.shape)} {ours.dtype}, {ours.mode}[/bold]")
         for row in case:
             table.add_row(
-                f"{row.what} {sizes(row.shape)} {row.dtype}, {row.mode}" if row is case[0] else "",
-                row.provider,
+                f"  {row.provider}",
                 f"{row.median_ms:.3f}",
                 f"{row.low_ms:.3f}",
                 f"{row.high_ms:.3f}",
                 str(row.runs),
-                f"{row.median_ms / ours.median_ms:.2f}x",
-                *(text(row) for _, text, present in measured if present),
+                f"{row.median_ms / ours.median_ms:.2f}",
+                *(text(row) for _, text in shown),
                 end_section=row is case[-1],
             )
     return table
@@ -170,12 +174,12 @@ def _ratio_table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="right")
     for ratio in ratios(rows):
         table.add_row(
-            ratio.what,
+            f"{ratio.section}: {ratio.what}",
             ratio.mode,
             ratio.ours,
             ratio.peer,
-            f"{ratio.mean:.2f}x",
-            f"{ratio.least:.2f}x",
+            f"{ratio.mean:.2f}",
+            f"{ratio.least:.2f}",
             ratio.least_at,
             str(ratio.cases),
         )
