@@ -73,7 +73,11 @@ def _chosen(only: str | None, quick: bool) -> list[Case]:
         raise InputError(f"--only {only!r} is not a regular expression: {error}") from None
     chosen = [case for case in everything if pattern.search(case.name)]
     if not chosen:
-        raise InputError(f"--only {only!r} fits no case; they are:\n" + "\n".join(case.name for case in everything))
+        sections = ", ".join(dict.fromkeys(case.section for case in everything))
+        raise InputError(
+            f"--only {only!r} fits none of the {len(everything)} cases; one is named {everything[0].name!r}, and "
+            f"sections are {sections}"
+        )
     return chosen
 
 
