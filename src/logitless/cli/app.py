@@ -80,6 +80,25 @@ def check(json: Json = None) -> None:
     check_command(json)
 
 
+@app.command()
+def bench(
+    json: Json = None,
+    html: Html = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes: a minute or two, and no claim.")] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="PATTERN", help="Only cases whose name this expression finds.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples of each; slow cases take fewer.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads; torch's own number if none.")
+    ] = None,
+) -> None:
+    """Time every loss side by side with torch, torch.compile and optax, once its result is checked."""
+    from logitless.cli.bench import run_bench
+
+    run_bench(json, html, rounds=rounds, quick=quick, only=only, threads=threads)
+
+
 def run() -> None:
     """Run the app on `sys.argv`; an `InputError` becomes one line on stderr and exit status 2."""
     try:

@@ -3,84 +3,192 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from logitless import _bench
+from logitless._bench import suite
+from logitless._bench.limits import MOVES
+from logitless._bench.protocol import Case, GateError, Row, gate, ratios, shares, sizes
+from logitless.cli.bench_report import write_report
+from logitless.cli.errors import InputError
+from logitless.cli.outputs import check_distinct, staged
+from logitless.cli.progress import Steps
 
-_SCHEMA = {"name": "logitless.bench", "version": 1}
+SCHEMA = 1
+_PIPED_WIDTH = 150
 
 
-def run_bench(out: Path | None, html: Path | None, rounds: int, quick: bool) -> None:
-    """Time every case, print the ratios, and write the rows."""
+def run_bench(
+    json_path: Path | None,
+    html_path: Path | None,
+    *,
+    rounds: int,
+    quick: bool,
+    only: str | None,
+    threads: int | None,
+) -> None:
+    """Check every case, time it, print the medians and ratios, and write the files asked for."""
+    chosen = _chosen(only, quick)
+    check_distinct(json_path, html_path)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    steps, notes = Steps(), list[str]()
+
+    def note(message: str) -> None:
+        notes.append(message)
+        steps.note(message)
+
+    rows: list[Row] = []
+    with staged(json_path) as json_file, staged(html_path) as html_file:
+        try:
+            errors = {
+                case.name: gate(case)
+                for case in steps.track(chosen, "values and gradients against float64, before any timing", len(chosen))
+            }
+            for index, case in enumerate(chosen, 1):
+                with steps.step(f"[{index}/{len(chosen)}] {case.name}"):
+                    rows += suite.run(case, rounds, errors[case.name], note, quick=quick)
+        except GateError as error:
+            Console(stderr=True).print(f"nothing is written: {error}", markup=False, highlight=False, soft_wrap=True)
+            raise SystemExit(1) from None
+        json_file.write_text(json.dumps(_report(rows, notes, quick), indent=1) + "\n", encoding="utf-8")
+        if html_path is not None:
+            write_report(rows, notes, html_file)
+    _print(rows, notes)
+
+
+def _chosen(only: str | None, quick: bool) -> list[Case]:
+    everything = list(suite.cases(quick=quick))
+    if only is None:
+        return everything
+    try:
+        pattern = re.compile(only, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"--only {only!r} is not a regular expression: {error}") from None
+    chosen = [case for case in everything if pattern.search(case.name)]
+    if not chosen:
+        sections = ", ".join(dict.fromkeys(case.section for case in everything))
+        raise InputError(
+            f"--only {only!r} fits none of the {len(everything)} cases; one is named {everything[0].name!r}, and "
+            f"sections are {sections}"
+        )
+    return chosen
+
+
+def _report(rows: Sequence[Row], notes: Sequence[str], quick: bool) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "command": "bench",
+        "quick": quick,
+        "rows": [row.as_json() for row in rows],
+        "left_out": list(notes),
+        "ratios": [
+            {
+                "section": ratio.section,
+                "what": ratio.what,
+                "mode": ratio.mode,
+                "ours": ratio.ours,
+                "peer": ratio.peer,
+                "geometric_mean": ratio.mean,
+                "least": ratio.least,
+                "least_at": ratio.least_at,
+                "cases": ratio.cases,
+            }
+            for ratio in ratios(rows)
+        ],
+        "shares_of_limit": [
+            {**_case(share.row), "ours": share.row.provider, "limit": share.limit.provider, "share": share.share}
+            for share in shares(rows)
+        ],
+    }
+
+
+def _case(row: Row) -> dict[str, Any]:
+    return {"section": row.section, "what": row.what, "mode": row.mode, "shape": row.shape, "dtype": row.dtype}
+
+
+def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
     console = Console()
-    dtypes = (torch.float32, torch.bfloat16)
-    shapes = ((512, 32000), (8192, 1000)) if quick else _bench.LARGE_SHAPES
-    cases = list(_bench.cross_entropy_cases(shapes, dtypes))
-    cases += _bench.other_cases(
-        *((512, 32000) if quick else (4096, 32000)), vectors=(2**17, 128) if quick else (2**20, 128)
-    )
-    small = list(_bench.cross_entropy_cases(_bench.SMALL_SHAPES, dtypes[:1]))
-    rows: list[_bench.Row] = []
-    rates = _bench.bandwidth()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("timing", total=2 * (len(cases) + len(small)))
-        for case in [*cases, *small]:
-            progress.update(task, description=f"{case.what} {case.shape[0]}x{case.shape[1]} {case.dtype}")
-            _bench.check(case)
-            for mode in ("forward", "forward+backward"):
-                rows += _bench.measure(case, mode, rounds=rounds, min_seconds=0.02 if case in small else 0.0)
-                progress.advance(task)
-    _print(console, rows, rates)
-    if out is not None:
-        report = {"schema": _SCHEMA, "bandwidth_gb_s": rates, "rows": [_bench.as_json(row) for row in rows]}
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        console.print(f"rows in {out}")
-    if html is not None:
-        _plot(rows, html)
-        console.print(f"plot in {html}")
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    first = rows[0]
+    facts = [f"{name} {value}" for name, value in {**first.machine, **first.versions}.items()]
+    console.print(f"{', '.join(facts)}; {first.threads} threads", highlight=False, markup=False)
+    for section, group in groupby(rows, key=lambda row: row.section):
+        console.print(_timing_table(suite.SECTIONS[section], list(group)))
+    console.print(_ratio_table(rows))
+    for share in shares(rows):
+        limit, row = share.limit, share.row
+        moved = MOVES.get(limit.provider, 0) * row.shape[0] * row.shape[-1] * torch.float32.itemsize
+        rate = f" at {moved / limit.median_ms / 1e6:.1f} GB/s" if moved else ""
+        console.print(
+            f"{row.what} {sizes(row.shape)} {row.dtype}, {row.mode}: {row.provider} takes {1 / share.share:.2f} times "
+            f"as long as {limit.provider}{rate}: {share.share:.0%} of the limit",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print(console: Console, rows: Sequence[_bench.Row], rates: dict[str, float]) -> None:
-    facts = rows[0].machine
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), f"threads {rows[0].threads}")
-    console.print(", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items()))
-    table = Table(title="median milliseconds, and how many times faster logitless is")
-    for heading in ("what", "mode", "shape", "dtype", "logitless"):
-        table.add_column(heading)
-    others = list(dict.fromkeys(row.provider for row in rows if row.provider != "logitless"))
-    for other in others:
-        table.add_column(other, justify="right")
-    cases = dict.fromkeys((row.what, row.mode, row.shape, row.dtype) for row in rows)
-    for what, mode, shape, dtype in cases:
-        group = {
-            r.provider: r.median_ms for r in rows if (r.what, r.mode, r.shape, r.dtype) == (what, mode, shape, dtype)
-        }
-        ours = group["logitless"]
-        cells = [f"{group[name]:.3f} ({group[name] / ours:.2f}x)" if name in group else "" for name in others]
-        table.add_row(what, mode, f"{shape[0]}x{shape[1]}", dtype, f"{ours:.3f}", *cells)
-    console.print(table)
-    for (what, mode, provider), by_case in _bench.ratios(rows).items():
-        if len(by_case) > 1:
-            mean, least = _bench.geometric_mean(list(by_case.values())), min(by_case, key=lambda case: by_case[case])
-            console.print(
-                f"{what}, {mode}, against {provider}: {mean:.2f}x geometric mean, least {by_case[least]:.2f}x ({least})"
+def _timing_table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("case, provider")
+    measured: list[tuple[str, Callable[[Row], str], bool]] = [
+        ("extra MB", lambda row: _megabytes(row.extra_bytes), any(row.extra_bytes is not None for row in rows)),
+        (
+            "gradient error",
+            lambda row: "" if row.gradient_error is None else f"{row.gradient_error:.1e}",
+            any(row.gradient_error is not None for row in rows),
+        ),
+    ]
+    shown = [(name, text) for name, text, present in measured if present]
+    for name in ("median ms", "fastest", "slowest", "runs", "times ours", *(name for name, _ in shown)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for _, group in groupby(rows, key=lambda row: row.case):
+        case = list(group)
+        ours = next(row for row in case if row.kind == "ours")
+        table.add_row(f"[bold]{ours.what} {sizes(ours.shape)} {ours.dtype}, {ours.mode}[/bold]")
+        for row in case:
+            table.add_row(
+                f"  {row.provider}",
+                f"{row.median_ms:.3f}",
+                f"{row.low_ms:.3f}",
+                f"{row.high_ms:.3f}",
+                str(row.runs),
+                f"{row.median_ms / ours.median_ms:.2f}",
+                *(text(row) for _, text in shown),
+                end_section=row is case[-1],
             )
+    return table
 
 
-def _plot(rows: Sequence[_bench.Row], html: Path) -> None:
-    import plotly.graph_objects as plotly
+def _ratio_table(rows: Sequence[Row]) -> Table:
+    table = Table(title="How many times faster than a peer: medians of the same rounds", title_justify="left")
+    for name in ("what", "mode", "provider", "against"):
+        table.add_column(name)
+    for name in ("geometric mean", "least", "at", "cases"):
+        table.add_column(name, justify="right")
+    for ratio in ratios(rows):
+        table.add_row(
+            f"{ratio.section}: {ratio.what}",
+            ratio.mode,
+            ratio.ours,
+            ratio.peer,
+            f"{ratio.mean:.2f}",
+            f"{ratio.least:.2f}",
+            ratio.least_at,
+            str(ratio.cases),
+        )
+    return table
 
-    figure = plotly.Figure()
-    for provider in dict.fromkeys(row.provider for row in rows):
-        mine = [row for row in rows if row.provider == provider]
-        labels = [f"{row.what} {row.mode}<br>{row.shape[0]}x{row.shape[1]} {row.dtype}" for row in mine]
-        figure.add_bar(name=provider, x=labels, y=[row.median_ms for row in mine])
-    figure.update_layout(barmode="group", yaxis={"type": "log", "title": "milliseconds, median"})
-    html.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"

@@ -1,0 +1,1 @@
+"""Side-by-side timings and peak memory on this machine: what `logitless bench` runs."""
