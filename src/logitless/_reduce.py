@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -87,10 +86,3 @@ def upstream_divisor(denominator: Tensor | float, empty: Empty) -> Tensor | floa
         return denominator
     divisor = torch.as_tensor(denominator, dtype=torch.float64)
     return torch.where(divisor == 0, torch.inf, divisor)
-
-
-def reduced_sum(total: float, count: int, reduction: str) -> float:
-    """Return the "sum" or "mean" of rows already added up."""
-    if reduction == "sum":
-        return total
-    return total / count if count else math.nan
