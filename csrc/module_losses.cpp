@@ -4,6 +4,8 @@
 #include "module_losses.h"
 
 #include <cstdint>
+#include <cstdlib>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -16,62 +18,153 @@ namespace {
 
 template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
 
-template <class Real> double sum_of_rows(const std::vector<double>& scratch, std::int64_t rows) {
-  const Real* nll = reinterpret_cast<const Real*>(scratch.data());
-  double total = 0;
-  for (std::int64_t r = 0; r < rows; ++r) total += static_cast<double>(nll[r]);
-  return total;
+// Contiguous rows [rows, classes], and what cross-entropy asks of them. Either a target or a dense target is given.
+struct Problem {
+  DType dtype;
+  std::int64_t rows, classes;
+  const void* logits;
+  const std::int64_t* target;
+  std::int64_t ignore_index;
+  const void* weight;
+  const void* dense_target;
+  double smoothing;
+
+  double spread() const { return smoothing / static_cast<double>(classes); }
+  Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
+};
+
+// What the gradient needs of the forward pass: three values a row, each in the room of a double.
+struct Saved {
+  void* row_max;
+  double* log_sum;
+  void* dense_mass;
+
+  Saved(Address address, std::int64_t rows) : row_max(at<void>(address)), log_sum(at<double>(address) + rows), dense_mass(log_sum + rows) {}
+};
+
+struct Sum {
+  double total, denominator;
+};
+
+// Reduce the rows' losses; with `losses` also keep them.
+template <class Real>
+Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Real* dense_sum, Real* losses) {
+  const Real* const weight = static_cast<const Real*>(p.weight);
+  const Real kept = static_cast<Real>(1 - p.smoothing), spread = static_cast<Real>(p.spread());
+  Sum sum{0, p.target ? 0 : static_cast<double>(p.rows)};
+  for (std::int64_t r = 0; r < p.rows; ++r) {
+    Real loss = p.target ? nll[r] : dense_sum[r];
+    if (p.target && p.target[r] != p.ignore_index) {
+      const Real row_weight = weight ? weight[p.target[r]] : Real(1);
+      loss = row_weight == 0 ? Real(0) : row_weight * loss;
+      sum.denominator += static_cast<double>(row_weight);
+    }
+    if (p.smoothing > 0) loss = kept * loss + spread * smooth_sum[r];
+    if (losses) losses[r] = loss;
+    sum.total += static_cast<double>(loss);
+  }
+  return sum;
 }
 
-// Cross-entropy of index targets over contiguous rows: the sum over rows, how many are not ignored, and into `grad`
-// unless that is null the gradient of the sum, or with `mean` of the sum over that number. Returns (bad_row, sum, kept).
-nb::tuple sum_cross_entropy(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                            Address grad, bool mean) {
-  thread_local std::vector<double> scratch;  // nll, row_max, log_sum: one each a row
-  scratch.resize(static_cast<std::size_t>(3 * rows));
-  double* const nll = scratch.data();
-  double* const row_max = nll + rows;
-  double* const log_sum = row_max + rows;
-  const Tile tile{rows, classes, 1, classes, 1, 0};
-  const std::int64_t* const index = at<std::int64_t>(target);
+template <class Real> double weight_sum(const Problem& p) {
+  const Real* const weight = static_cast<const Real*>(p.weight);
+  return weight ? std::accumulate(weight, weight + p.classes, 0.0) : static_cast<double>(p.classes);
+}
+
+// Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
+// row's loss. Into `saved` goes what cross_entropy_grad needs. Returns (bad_row, loss, denominator).
+template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address saved_address, Address losses) {
+  thread_local std::vector<Real> scratch;  // nll or dense_sum, and smooth_sum: one each a row
+  scratch.resize(static_cast<std::size_t>(2 * p.rows));
+  Real* const loss = scratch.data();
+  Real* const smooth_sum = loss + p.rows;
+  const Saved saved(saved_address, p.rows);
   std::int64_t bad_row = -1;
 
-  RowStatsArgs stats{};
-  stats.dtype = static_cast<DType>(dtype);
-  stats.threads = 1;
-  stats.tile = tile;
-  stats.logits = at<void>(logits);
-  stats.target = index;
-  stats.ignore_index = ignore_index;
-  stats.nll = nll;
-  stats.row_max = row_max;
-  stats.log_sum = log_sum;
-  stats.bad_row = &bad_row;
-  kernels().row_stats(stats);
-  if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0);
-
-  std::int64_t kept = 0;
-  for (std::int64_t r = 0; r < rows; ++r) kept += index[r] != ignore_index;
-  if (grad) {
-    RowGradArgs args{};
-    args.dtype = stats.dtype;
-    args.threads = 1;
-    args.tile = tile;
-    args.logits = stats.logits;
-    args.grad_strides = {classes, 1, 0};
-    args.grad = at<void>(grad);
-    args.target = index;
-    args.ignore_index = ignore_index;
-    args.row_max = row_max;
-    args.log_sum = log_sum;
-    args.a_scale = mean && kept ? 1.0 / static_cast<double>(kept) : 1.0;
-    args.c_scale = -args.a_scale;
-    kernels().row_grad(args);
+  RowStatsArgs args{};
+  args.dtype = p.dtype;
+  args.threads = 1;
+  args.tile = p.tile();
+  args.logits = p.logits;
+  args.target = p.target;
+  args.ignore_index = p.ignore_index;
+  args.class_weight = p.weight;
+  args.row_max = saved.row_max;
+  args.log_sum = saved.log_sum;
+  if (p.target) {
+    args.nll = loss;
+  } else {
+    args.dense_target = p.dense_target;
+    args.dense_strides = {p.classes, 1, 0};
+    args.dense_sum = loss;
+    args.dense_mass = saved.dense_mass;
   }
-  const bool wide = stats.dtype == DType::kFloat64;
-  return nb::make_tuple(bad_row, wide ? sum_of_rows<double>(scratch, rows) : sum_of_rows<float>(scratch, rows), kept);
+  if (p.smoothing > 0) args.smooth_sum = smooth_sum;
+  args.bad_row = &bad_row;
+  kernels().row_stats(args);
+  if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0);
+  const Sum sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
+  const double denominator = mean ? sum.denominator : 1.0;
+  // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
+  return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator);
+}
+
+Problem problem(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index, Address weight,
+                Address dense_target, double smoothing) {
+  return {static_cast<DType>(dtype), rows, classes, at<void>(logits), at<std::int64_t>(target), ignore_index, at<void>(weight),
+          at<void>(dense_target), smoothing};
+}
+
+nb::tuple cross_entropy(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
+                        Address weight, Address dense_target, double smoothing, bool mean, Address saved, Address losses) {
+  const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, saved, losses) : reduced<float>(p, mean, saved, losses);
+}
+
+// The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
+void cross_entropy_grad(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
+                        Address weight, Address dense_target, double smoothing, Address saved_address, double scale, double denominator,
+                        Address upstream, Address grad) {
+  const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  const Saved saved(saved_address, rows);
+  scale /= denominator;
+  const double kept = scale * (1 - smoothing), spread = scale * p.spread();
+  RowGradArgs args{};
+  args.dtype = p.dtype;
+  args.threads = 1;
+  args.tile = p.tile();
+  args.logits = p.logits;
+  args.grad_strides = {classes, 1, 0};
+  args.grad = at<void>(grad);
+  args.target = p.target;
+  args.ignore_index = ignore_index;
+  args.class_weight = p.weight;
+  args.row_max = saved.row_max;
+  args.log_sum = saved.log_sum;
+  args.upstream = at<void>(upstream);
+  args.upstream_stride = 1;
+  args.a_scale = kept;
+  if (p.target) {
+    args.index_weight = p.weight != nullptr;
+    args.c_scale = -kept;
+  } else {
+    args.dense_target = p.dense_target;
+    args.dense_strides = {classes, 1, 0};
+    args.a = saved.dense_mass;
+    args.e_scale = -kept;
+  }
+  if (smoothing > 0) {
+    args.a_extra = spread * (p.dtype == DType::kFloat64 ? weight_sum<double>(p) : weight_sum<float>(p));
+    args.f_scale = -spread;
+  }
+  kernels().row_grad(args);
 }
 
 }  // namespace
 
-void bind_losses(nb::module_& m) { m.def("sum_cross_entropy", &sum_cross_entropy); }
+void bind_losses(nb::module_& m) {
+  m.def("cross_entropy", &cross_entropy);
+  m.def("cross_entropy_grad", &cross_entropy_grad);
+  // os.environ's own look-up encodes the name at each call, at a cost that a small loss notices.
+  m.def("backend_is_forced", [] { return std::getenv("LOGITLESS_BACKEND") != nullptr; });
+}

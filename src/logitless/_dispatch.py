@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from logitless._transforms import transform_reason
+
+try:
+    from logitless import _native
+except ImportError as error:
+    _CPU_MISSING: str | None = (
+        f"this installation has no compiled kernels ({error}); reinstall with a C++ compiler present"
+    )
+else:
+    _CPU_MISSING = None
 
 
 class Choice(NamedTuple):
@@ -63,19 +71,14 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-@cache
 def cpu_missing() -> str | None:
     """Return why the compiled kernels are not there, or None if they are."""
-    try:
-        from logitless import _native  # noqa: F401 # only whether it is there
-    except ImportError as error:
-        return f"this installation has no compiled kernels ({error}); reinstall with a C++ compiler present"
-    return None
+    return _CPU_MISSING
 
 
 def cpu_by_default() -> bool:
     """Say whether the kernels are there and nobody asks for, or about, a backend."""
-    return cpu_missing() is None and "LOGITLESS_BACKEND" not in os.environ and not _explaining.get()
+    return cpu_missing() is None and not _native.backend_is_forced() and not _explaining.get()
 
 
 def pick(

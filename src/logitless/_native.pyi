@@ -152,9 +152,39 @@ def pool_tensor(dtype: int, shape: list[int], /) -> Tensor: ...
 def pool_clear() -> None: ...
 def select_isa(name: str, /) -> None: ...
 def native_info() -> NativeInfo: ...
-def sum_cross_entropy(
-    dtype: int, logits: int, rows: int, classes: int, target: int, ignore_index: int, grad: int, mean: bool, /
-) -> tuple[int, float, int]: ...
+def cross_entropy(
+    dtype: int,
+    logits: int,
+    rows: int,
+    classes: int,
+    target: int,
+    ignore_index: int,
+    weight: int,
+    dense_target: int,
+    smoothing: float,
+    mean: bool,
+    saved: int,
+    losses: int,
+    /,
+) -> tuple[int, float, float]: ...
+def cross_entropy_grad(
+    dtype: int,
+    logits: int,
+    rows: int,
+    classes: int,
+    target: int,
+    ignore_index: int,
+    weight: int,
+    dense_target: int,
+    smoothing: float,
+    saved: int,
+    scale: float,
+    denominator: float,
+    upstream: int,
+    grad: int,
+    /,
+) -> None: ...
+def backend_is_forced() -> bool: ...
 
 _Operand = tuple[int, int, tuple[int, ...]] | None  # address, storage, strides
 

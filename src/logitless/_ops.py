@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from logitless._dispatch import cpu_by_default
-from logitless._reduce import reduced_sum
-from logitless._targets import ClassTarget, checked_values, index_error
+from logitless._precision import _HALF
+from logitless._targets import ClassTarget, index_error
 from logitless._transforms import surroundings, transform_reason
 from logitless.kernels import cpu, reference
 
@@ -152,69 +152,128 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
 
 # Above this many logits the arithmetic costs more than the calls around it, and more threads pay.
 SMALL_NUMEL = 1 << 16
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
-def small_cross_entropy(logits: object, indices: object, ignore_index: int, reduction: str) -> Tensor | None:
-    """Return torch's plain mean or sum over rows [rows, classes] of few logits, or None where this is another case.
+def small_cross_entropy(
+    definition: Callable[..., Tensor],
+    logits: object,
+    target: object,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+) -> Tensor | None:
+    """Return torch's own loss over rows [rows, classes] of few logits, or None where this is another case.
 
-    Everything about the call is checked here, as briefly as can be, and done in one kernel call: value and gradient.
+    Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
+    `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
     """
-    if torch.compiler.is_compiling() or not isinstance(logits, Tensor) or type(indices) is not Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or type(logits) not in _PLAIN
+        or type(target) is not Tensor
+        or not (weight is None or type(weight) in _PLAIN)
+    ):
         return None
-    shape = logits.shape
+    assert isinstance(logits, Tensor)
+    shape, dtype = logits.shape, logits.dtype
     if (
         len(shape) != 2
         or not 0 < shape[0] * shape[1] <= SMALL_NUMEL
-        or indices.shape != shape[:1]
-        or type(logits) not in _PLAIN
-        or logits.dtype not in _SMALL_DTYPES
-        or indices.dtype != torch.int64
-        or not (logits.is_cpu and indices.is_cpu and logits.is_contiguous() and indices.is_contiguous())
+        or dtype not in cpu.DTYPES
+        or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
+        or not _small_target(target, shape, dtype, ignore_index)
+        or not (weight is None or _small_weight(weight, shape[1], dtype))
+        or not (reduction == "mean" or reduction == "sum" or reduction == "none")
+        or not 0.0 <= smoothing <= 1.0
         or logits.is_neg()
         or not cpu_by_default()
         or surroundings() is not None
     ):
         return None
-    loss: Tensor = _apply_small(logits, (indices, ignore_index, reduction))  # type: ignore[no-untyped-call] # torch types it not
+    if dtype in _HALF and torch.is_autocast_enabled("cpu"):
+        return None  # it asks for another dtype
+    loss: Tensor = _apply_small(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_SMALL_DTYPES = frozenset((torch.float32, torch.float64))
+def _small_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_index: int) -> bool:
+    if target.dtype is torch.int64:
+        return target.shape == shape[:1]
+    return (
+        target.dtype is dtype
+        and target.shape == shape
+        and ignore_index < 0
+        and not (target.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _small_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
+    return (
+        weight.dtype is dtype
+        and weight.shape == (classes,)
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
 
 
 class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, given: tuple[Tensor, int, str]) -> Tensor:
-        indices, ignore_index, reduction = given
-        mean = reduction == "mean"
-        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        bad_row, total, kept = cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=mean)
+    def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
+        _, target, weight, ignore_index, reduction, smoothing = call
+        rows = logits.shape[0]
+        half = logits.dtype in _HALF
+        saved = torch.empty((3, rows), dtype=torch.float64)
+        losses = None
+        if reduction == "none":
+            losses = torch.empty(rows, dtype=torch.float32 if half else logits.dtype)
+        if half and weight is not None:
+            weight = weight.float()
+        bad_row, loss, denominator = cpu.cross_entropy(
+            logits,
+            target,
+            saved,
+            ignore_index=ignore_index,
+            class_weight=weight,
+            smoothing=smoothing,
+            mean=reduction == "mean",
+            losses=losses,
+        )
         if bad_row >= 0:
-            raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, indices))
+            raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
         ctx.save_for_backward(logits)
-        ctx.grad, ctx.given, ctx.kept = grad, given, kept
-        return torch.scalar_tensor(reduced_sum(total, kept, reduction), dtype=logits.dtype)
+        ctx.call, ctx.kept = call, (weight, saved, denominator)
+        if losses is not None:
+            return losses.to(logits.dtype)
+        return torch.scalar_tensor(loss, dtype=logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        grad, plain = ctx.grad, needs_plain_backward(grad_output)
-        if grad is not None and not plain:
-            ctx.grad = None  # given away: another backward through the same graph makes it anew
-            return grad.mul_(grad_output), None
         (logits,) = ctx.saved_tensors
-        indices, ignore_index, reduction = ctx.given
-        if not plain:
-            grad = torch.empty_like(logits)
-            cpu.sum_cross_entropy(logits, indices, ignore_index, grad, mean=reduction == "mean")
-            return grad.mul_(grad_output), None
-        target = checked_values("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, indices))
-        divisor = max(ctx.kept, 1) if reduction == "mean" else 1
+        definition, target, weight, ignore_index, reduction, smoothing = ctx.call
+        if needs_plain_backward(grad_output):
 
-        def definition(z: Tensor) -> Sequence[Tensor]:
-            return (reference.cross_entropy(z, target, None, 0.0).loss.sum() / divisor,)
+            def plain(z: Tensor) -> Sequence[Tensor]:
+                options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+                return (definition(z, target, weight, **options, backend="reference"),)
 
-        return plain_backward(definition, [logits], [grad_output])[0], None
+            return plain_backward(plain, [logits], [grad_output])[0], None
+        weight, saved, denominator = ctx.kept
+        per_row = reduction == "none"
+        grad = cpu.cross_entropy_grad(
+            logits,
+            target,
+            saved,
+            ignore_index=ignore_index,
+            class_weight=weight,
+            smoothing=smoothing,
+            scale=1.0 if per_row else grad_output.item(),
+            denominator=denominator,
+            upstream=(grad_output.float() if logits.dtype in _HALF else grad_output).contiguous() if per_row else None,
+        )
+        return grad, None
 
 
 # Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.

@@ -27,7 +27,7 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        if isinstance(tensor, FakeTensor) or tensor.is_meta:
             return "the tensors hold no data"
         if torch._C._functorch.is_legacy_batchedtensor(tensor):
             return "upstream gradients come in a batch"

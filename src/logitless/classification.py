@@ -81,17 +81,14 @@ def cross_entropy(
     tensor(0.2395)
     """
     if (
-        (reduction == "mean" or reduction == "sum")
-        and weight is None
-        and label_smoothing == 0.0
+        normalizer is None
         and empty == "nan"
         and size_average is None
         and reduce is None
         and class_dim is None
-        and normalizer is None
         and backend is None
     ):
-        small = _ops.small_cross_entropy(input, target, ignore_index, reduction)
+        small = _ops.small_cross_entropy(cross_entropy, input, target, weight, ignore_index, reduction, label_smoothing)
         if small is not None:
             return small
     reduction = resolve_reduction(reduction, size_average, reduce)

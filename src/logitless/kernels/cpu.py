@@ -17,6 +17,8 @@ from logitless.kernels.layout import Layout, laid_out, layout_of
 __all__ = [
     "PairRowStats",
     "RowStats",
+    "cross_entropy",
+    "cross_entropy_grad",
     "empty_like_pooled",
     "empty_pooled",
     "native_info",
@@ -252,24 +254,74 @@ def row_grad(
     return grad
 
 
-def sum_cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int, grad: Tensor | None, *, mean: bool
-) -> tuple[int, float, int]:
-    """The sum over contiguous rows [rows, classes], in one call for little work: (bad_row, sum, rows not ignored).
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    *,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    smoothing: float,
+    mean: bool,
+    losses: Tensor | None,
+) -> tuple[int, float, float]:
+    """The reduced loss of contiguous rows [rows, classes], in one call for little work: (bad_row, loss, denominator).
 
-    `grad`, of the logits' shape and dtype, gets the gradient of the sum, or of the mean over the rows not ignored.
+    The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in the
+    compute dtype. `saved`, float64 [3, rows], gets what `cross_entropy_grad` needs, and `losses`, in the compute
+    dtype, each row's own. The denominator is torch's with `mean`, else 1.
     """
     rows, classes = logits.shape
-    return _native.sum_cross_entropy(
+    index = target.dtype is torch.int64
+    return _native.cross_entropy(
         DTYPES[logits.dtype],
         logits.data_ptr(),
         rows,
         classes,
-        target.data_ptr(),
+        target.data_ptr() if index else 0,
         ignore_index,
-        0 if grad is None else grad.data_ptr(),
+        0 if class_weight is None else class_weight.data_ptr(),
+        0 if index else target.data_ptr(),
+        smoothing,
         mean,
+        saved.data_ptr(),
+        0 if losses is None else losses.data_ptr(),
     )
+
+
+def cross_entropy_grad(
+    logits: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    *,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    smoothing: float,
+    scale: float,
+    denominator: float,
+    upstream: Tensor | None,
+) -> Tensor:
+    """The gradient of `cross_entropy` with the same arguments, times `scale` and, where given, the row's `upstream`."""
+    rows, classes = logits.shape
+    index = target.dtype is torch.int64
+    grad = torch.empty_like(logits)
+    _native.cross_entropy_grad(
+        DTYPES[logits.dtype],
+        logits.data_ptr(),
+        rows,
+        classes,
+        target.data_ptr() if index else 0,
+        ignore_index,
+        0 if class_weight is None else class_weight.data_ptr(),
+        0 if index else target.data_ptr(),
+        smoothing,
+        saved.data_ptr(),
+        scale,
+        denominator,
+        0 if upstream is None else upstream.data_ptr(),
+        grad.data_ptr(),
+    )
+    return grad
 
 
 class PairRowStats(NamedTuple):
