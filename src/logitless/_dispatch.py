@@ -22,11 +22,24 @@ else:
     _CPU_MISSING = None
 
 
+class Forecast(NamedTuple):
+    """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes."""
+
+    tile: tuple[int, int]
+    peak_bytes: int
+
+
 class Choice(NamedTuple):
-    """The backend a call takes, and the reason."""
+    """The backend a call takes, and the reason.
+
+    Of logits that are not built, also the tile (rows, classes) and the peak bytes beyond inputs and gradients; None
+    where the call holds a few numbers a row, or where the reference serves it.
+    """
 
     backend: str
     reason: str
+    tile: tuple[int, int] | None = None
+    peak_bytes: int | None = None
 
 
 class BackendStatus(NamedTuple):
@@ -82,11 +95,17 @@ def cpu_by_default() -> bool:
 
 
 def pick(
-    operation: str, tensors: Sequence[Tensor | None], backend: str | None = None, *, obstacle: str | None = None
+    operation: str,
+    tensors: Sequence[Tensor | None],
+    backend: str | None = None,
+    *,
+    obstacle: str | None = None,
+    forecast: Callable[[], Forecast] | None = None,
 ) -> str:
     """Return the name of the backend for an operation on these tensors; raise if the one asked for cannot serve it.
 
-    `obstacle` is the caller's own reason why the kernels cannot, where there is one.
+    `obstacle` is the caller's own reason why the kernels cannot, where there is one; `forecast` says what they will
+    hold if they can.
     """
     if torch.compiler.is_compiling() and backend is None:
         return "reference"  # before anything that a compiler could not trace
@@ -95,6 +114,8 @@ def pick(
         return "reference" if _cpu_obstacle(tensors, obstacle) else "cpu"
     choice = _choose(operation, tensors, asked, "backend=" if backend is not None else "LOGITLESS_BACKEND", obstacle)
     if _explaining.get():
+        if choice.backend == "cpu" and forecast is not None:
+            choice = Choice(choice.backend, choice.reason, *forecast())
         raise _Explained(choice)
     return choice.backend
 
@@ -135,11 +156,13 @@ def _cpu_obstacle(tensors: Sequence[Tensor | None], obstacle: str | None) -> str
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Return the backend that `call(*args, **kwargs)` would take and why, without running it.
 
-    Equals the choice the call itself makes: the call is begun, its arguments checked, and stopped at that choice.
+    Equals the choice the call itself makes: the call is begun, its arguments checked, and stopped at that choice. Of
+    LazyLogits it also forecasts the tile and the peak memory, the backward pass included where there will be one.
 
     >>> import torch, logitless as ll
-    >>> ll.explain(ll.functional.cross_entropy, torch.zeros(1, 2), torch.tensor([0]), backend="reference")
-    Choice(backend='reference', reason='backend= asks for it')
+    >>> choice = ll.explain(ll.functional.cross_entropy, torch.zeros(1, 2), torch.tensor([0]), backend="reference")
+    >>> choice.backend, choice.reason
+    ('reference', 'backend= asks for it')
     """
     token = _explaining.set(True)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from logitless._head_ops import Reduction, head_call, reduced
+from logitless._head_ops import HeadCall, Reduction, head_call, reduced
 from logitless._ops_elementwise import Reduction as ElementReduction
 from logitless._precision import no_autocast
 from logitless._row_work import BinaryWork, ClassLists
@@ -15,15 +15,10 @@ from logitless.kernels import reference
 from logitless.lazy import LazyLogits
 
 
-def binary_cross_entropy(
-    logits: LazyLogits,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: ElementReduction,
-    compute: torch.dtype,
-) -> Tensor:
-    """Return the reduced loss; the target is of the logits' shape, or sparse and [rows, classes]."""
+def binary_call(
+    logits: LazyLogits, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, compute: torch.dtype
+) -> HeadCall:
+    """Plan the sum over all elements; the target is of the logits' shape, or sparse and [rows, classes]."""
     source = logits.rows()
     flat = target.reshape(-1, source.classes) if target.layout == torch.strided else ClassLists.of(target)
     by_class, positive = _by_rows(weight, logits.shape), _by_rows(pos_weight, logits.shape)
@@ -39,7 +34,11 @@ def binary_cross_entropy(
             return (loss,)
 
     work = BinaryWork(flat, by_class, positive)
-    call = head_call([source], work, definition, outputs=(True,), least_dtype=compute, max_bytes=None)
+    return head_call([source], work, definition, outputs=(True,), least_dtype=compute, max_bytes=None)
+
+
+def binary_cross_entropy(call: HeadCall, reduction: ElementReduction) -> Tensor:
+    """Return the reduced loss."""
     return reduced(call, Reduction(reduction.denominator, reduction.of))
 
 

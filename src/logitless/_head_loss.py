@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
-from logitless._head_ops import HeadCall, Reduction, head_call, per_row, reduced
+from logitless._head_ops import HeadCall, Reduction, forecast, head_call, per_row, reduced
 from logitless._precision import no_autocast, precision_of
 from logitless._reduce import Empty, Normalizer, reduce_rows, upstream_divisor
 from logitless._row_work import CrossEntropyWork
@@ -138,7 +138,9 @@ def _native_call(rows: _Rows, logits: LazyLogits, asked: HeadLoss) -> HeadCall |
             max_bytes=asked.max_bytes,
         )
 
-    picked = _dispatch.pick("cross_entropy", tensors, asked.backend, obstacle=obstacle)
+    picked = _dispatch.pick(
+        "cross_entropy", tensors, asked.backend, obstacle=obstacle, forecast=lambda: forecast(plan())
+    )
     return None if picked == "reference" else plan()
 
 

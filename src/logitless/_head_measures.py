@@ -19,8 +19,8 @@ from logitless.lazy import LazyLogits
 PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], Sequence[Tensor | None]]
 
 
-def token_stats(logits: LazyLogits, target: ClassTarget) -> tuple[Tensor, ...]:
-    """Return nll, lse, entropy, argmax and rank of each row; the target's values are checked."""
+def token_call(logits: LazyLogits, target: ClassTarget) -> tuple[HeadCall, Tensor | None]:
+    """Plan nll, lse, entropy, argmax and rank of the rows that are not ignored, and say where those are (None: all)."""
     assert target.indices is not None
     ignored = None if target.ignored is None else target.ignored.reshape(-1)
     source, kept = logits.rows().without(ignored, selectable=True)
@@ -34,26 +34,29 @@ def token_stats(logits: LazyLogits, target: ClassTarget) -> tuple[Tensor, ...]:
         return [value.to(wide) if value.is_floating_point() else value for value in stats]
 
     outputs = (True, True, True, False, False)
-    call = head_call([source], TokenWork(indices), definition, outputs=outputs, least_dtype=wide, max_bytes=None)
-    shape = logits.shape[:-1]
+    work = TokenWork(indices)
+    return head_call([source], work, definition, outputs=outputs, least_dtype=wide, max_bytes=None), kept
+
+
+def token_stats(call: HeadCall, kept: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return the planned statistics; 0 and -1 for ignored rows."""
     return tuple(
         at_positions(value, kept, shape.numel(), fill).view(shape)
         for value, fill in zip(per_row(call), (0, 0, 0, -1, -1), strict=True)
     )
 
 
-def entropy(logits: LazyLogits, reduction: str) -> Tensor:
-    """Return the entropy of each row, or their mean or sum."""
+def entropy_call(logits: LazyLogits) -> HeadCall:
+    """Plan the entropy of each row."""
     source, wide = logits.rows(), _wide(logits)
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
         return (reference.entropy(_all(source, tensors), -1).to(wide),)
 
-    call = head_call([source], TokenWork(None), definition, outputs=(True,), least_dtype=wide, max_bytes=None)
-    return _result(call, logits.shape[:-1], reduction)
+    return head_call([source], TokenWork(None), definition, outputs=(True,), least_dtype=wide, max_bytes=None)
 
 
-def pair(
+def pair_call(
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits,
     names: tuple[str, ...],
@@ -82,23 +85,19 @@ def pair(
     return head_call(sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None)
 
 
-def pair_rows(call: HeadCall, shape: torch.Size) -> tuple[Tensor, ...]:
+def rows(call: HeadCall, shape: torch.Size) -> tuple[Tensor, ...]:
     """Return planned measures, one value a row."""
     return tuple(value.view(shape) for value in per_row(call))
 
 
-def pair_result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
-    """Return one planned measure, reduced."""
-    return _result(call, shape, reduction)
-
-
-def _result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
+def result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
+    """Return the one planned measure, reduced."""
     if reduction == "none":
-        return per_row(call)[0].view(shape)
+        return rows(call, shape)[0]
     count = float(shape.numel()) if reduction == "mean" else 1.0
 
-    def value(rows: Tensor) -> Tensor:
-        return reduce_rows(rows, reduction, denominator=count, dtype=rows.dtype)
+    def value(each: Tensor) -> Tensor:
+        return reduce_rows(each, reduction, denominator=count, dtype=each.dtype)
 
     return reduced(call, Reduction(count, value))
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from logitless._dispatch import Forecast
 from logitless._head_tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._ops import needs_plain_backward, plain_backward
 from logitless._precision import no_autocast
@@ -80,6 +81,7 @@ class HeadCall:
     tiles: Tiling
     definition: Definition
     differentiable: tuple[bool, ...]  # of the outputs
+    gradient: bool  # whether anything needs one
 
     def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """Return what belongs to each source."""
@@ -123,7 +125,7 @@ def head_call(
         gradient=needed,
         cut_classes=work.cut_classes,
     )
-    return HeadCall(tuple(sources), work, dtype, tiles, definition, tuple(outputs))
+    return HeadCall(tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
 
 
 def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
@@ -138,6 +140,18 @@ def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
         if kind == least or (half and plain and least in (kind, torch.float32)):
             return kind
     return least
+
+
+def forecast(call: HeadCall) -> Forecast:
+    """Return the tile of a call, and its peak memory beyond inputs and gradients, the backward pass included."""
+    tiles, peak = call.tiles, call.tiles.buffer_bytes
+    rows = call.sources[0].rows
+    one_tile = tiles.rows >= rows and tiles.classes >= call.classes
+    for source in call.sources:
+        if isinstance(source, HeadRows) and call.gradient:
+            peak += HeadTiles.accumulator_bytes(source, tiles, one_tile)
+    row_bytes = sum(8 + call.dtype.itemsize for _ in call.differentiable)  # outputs, and what the gradient needs
+    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes)
 
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:

@@ -108,6 +108,21 @@ class HeadTiles:
             bytes_each += dtype.itemsize
         return rows.classes * bytes_each
 
+    @staticmethod
+    def accumulator_bytes(rows: HeadRows, shape: Tiling, one_tile: bool) -> int:
+        """Return what the gradients take that is not theirs to keep: the products of a tile, and wider sums."""
+        hidden, weight, *_ = rows.tensors
+        assert hidden is not None
+        assert weight is not None
+        bytes_held = 0
+        if hidden.requires_grad:
+            bytes_held += 2 * shape.rows * hidden.shape[1] * _wide(hidden.dtype).itemsize
+            if hidden.dtype in _HALF:
+                bytes_held += hidden.numel() * 4
+        if weight.requires_grad and weight.dtype in _HALF and not one_tile:
+            bytes_held += weight.numel() * 4 + min(_SLAB_CLASSES, shape.classes) * weight.shape[1] * weight.itemsize
+        return bytes_held
+
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the logits of some rows and classes."""
         hidden, weight = self._hidden[start:stop], self._weight[first:last]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch, _head_binary
+from logitless._head_ops import HeadCall, forecast
 from logitless._ops_elementwise import (
     ElementwiseCall,
     Kernel,
@@ -207,10 +208,15 @@ def _lazy_binary_cross_entropy(
     dense = target.layout == torch.strided
     tensors = [*rows.tensors, weight, pos_weight, target if dense else None]
     obstacle = kernel_obstacle(input, **constants)
+
+    def call() -> HeadCall:
+        return _head_binary.binary_call(input, target, weight, pos_weight, precision.compute)
+
     name = "binary_cross_entropy_with_logits"
-    if _dispatch.pick(name, tensors, backend, obstacle=obstacle) == "cpu":
+    picked = _dispatch.pick(name, tensors, backend, obstacle=obstacle, forecast=lambda: forecast(call()))
+    if picked == "cpu":
         kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
-        return _head_binary.binary_cross_entropy(input, target, weight, pos_weight, kept, precision.compute)
+        return _head_binary.binary_cross_entropy(call(), kept)
     target = target if dense else target.to_dense()
     per_row: list[Tensor | None] = [target.reshape(-1, input.num_classes)]
     shared: list[Tensor | None] = []

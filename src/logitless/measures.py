@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch, _head_measures, _ops_measures, sparse
+from logitless._head_ops import HeadCall, forecast
 from logitless._precision import check_input
 from logitless._proxy import TensorProxy
 from logitless._reduce import reduce_rows, resolve_reduction
@@ -84,9 +86,10 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     if isinstance(logits, LazyLogits):
         meaning = checked_values("token_stats", meaning)
         tensors = (*logits.rows().tensors, target)
-        if _dispatch.pick("token_stats", tensors, obstacle=_kernel_obstacle(logits)) == "reference":
+        plan = functools.partial(_head_measures.token_call, logits, meaning)
+        if _picked("token_stats", tensors, _kernel_obstacle(logits), lambda: plan()[0]) == "reference":
             return TokenStats(*_token_rows(logits, meaning))
-        return TokenStats(*_head_measures.token_stats(logits, meaning))
+        return TokenStats(*_head_measures.token_stats(*plan(), logits.shape[:-1]))
 
     def definition(z: Tensor) -> tuple[Tensor, ...]:
         return _token_rows(z, checked_values("token_stats", meaning))
@@ -162,13 +165,15 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
     reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    if _dispatch.pick("entropy", _parts(logits), obstacle=_kernel_obstacle(logits)) == "reference":
-        rows = _entropy_rows(logits)[0]
-    elif isinstance(logits, LazyLogits):
-        return _head_measures.entropy(logits, reduction)
-    else:
-        rows = _ops_measures.entropy(logits, _entropy_rows)
-    return _reduced(rows, reduction)
+    obstacle = _kernel_obstacle(logits)
+    if isinstance(logits, LazyLogits):
+        plan = functools.partial(_head_measures.entropy_call, logits)
+        if _picked("entropy", _parts(logits), obstacle, plan) == "cpu":
+            return _head_measures.result(plan(), logits.shape[:-1], reduction)
+        return _reduced(_entropy_rows(logits)[0], reduction)
+    if _picked("entropy", _parts(logits), obstacle) == "cpu":
+        return _reduced(_ops_measures.entropy(logits, _entropy_rows), reduction)
+    return _reduced(_entropy_rows(logits)[0], reduction)
 
 
 def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
@@ -268,23 +273,23 @@ def _pair(
         checked = None if target is None else checked_values(name, target)
         return _folded_pair(function, p, q, checked)
 
-    lazy = isinstance(p, LazyLogits) or isinstance(q, LazyLogits)
     tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
     if target is not None:
         tensors.append(target.indices)
-    obstacle = _kernel_obstacle(p) if lazy else _kernel_obstacle(p, q)
     rows: Sequence[Tensor]
-    if _dispatch.pick(name, tensors, obstacle=obstacle) == "reference":
+    if isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
+        plan = functools.partial(_head_measures.pair_call, p, q, outputs, function, target)
+        if _picked(name, tensors, _kernel_obstacle(p), plan) == "cpu":
+            if target is not None:
+                checked_values(name, target)
+            if reduction != "none":
+                return [_head_measures.result(plan(), p.shape[:-1], reduction)]
+            return _head_measures.rows(plan(), p.shape[:-1])
         rows = definition(p, q)
-    elif isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
-        if target is not None:
-            checked_values(name, target)
-        call = _head_measures.pair(p, q, outputs, function, target)
-        if reduction != "none":
-            return [_head_measures.pair_result(call, p.shape[:-1], reduction)]
-        return _head_measures.pair_rows(call, p.shape[:-1])
-    else:
+    elif _picked(name, tensors, _kernel_obstacle(p, q)) == "cpu":
         rows = _ops_measures.pair_stats(p, q, _ops_measures.PairCall(name, outputs, target, definition))
+    else:
+        rows = definition(p, q)
     return rows if reduction == "none" else [_reduced(rows[0], reduction)]
 
 
@@ -350,6 +355,17 @@ def _computed(logits: Tensor | LazyLogits) -> Tensor | LazyLogits:
     if isinstance(logits, TensorProxy) and not isinstance(logits, LazyLogits):
         return logits._dense("a measure")
     return logits
+
+
+def _picked(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    obstacle: str | None,
+    plan: Callable[[], HeadCall] | None = None,
+) -> str:
+    """Return the backend; `plan` is what a call on logits that are not built will do."""
+    foreseen = None if plan is None else lambda: forecast(plan())
+    return _dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen)
 
 
 def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
