@@ -21,6 +21,9 @@ from logitless._precision import no_autocast
 from logitless._tiles import LogitRows
 from logitless.lazy import HeadRows
 
+# What a thread's share of a product packs its operands into, measured.
+_WORKSPACE_BYTES = 3 * 10**6
+
 Saved = Any
 Definition = Callable[..., Sequence[Tensor]]
 
@@ -144,7 +147,7 @@ def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
 
 def forecast(call: HeadCall) -> Forecast:
     """Return the tile of a call, and its peak memory beyond inputs and gradients, the backward pass included."""
-    tiles, peak = call.tiles, call.tiles.buffer_bytes
+    tiles, peak = call.tiles, call.tiles.buffer_bytes + _WORKSPACE_BYTES * torch.get_num_threads()
     rows = call.sources[0].rows
     one_tile = tiles.rows >= rows and tiles.classes >= call.classes
     for source in call.sources:

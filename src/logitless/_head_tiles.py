@@ -25,6 +25,8 @@ from logitless.lazy import HeadRows
 
 # Of the default bytes, with a gradient and without: rows of 49152 classes enough for products at full speed.
 _GRADIENT_SHARE, _VALUE_SHARE = 0.7, 0.4
+# Of the bytes a caller allows; the rest is for what the products need and for a few numbers a row.
+_BUFFER_SHARE = 15 / 16
 # Products of fewer rows run at a fraction of their speed: the classes are cut before the rows get fewer ...
 _LEAST_ROWS = 64
 _CUT_ROWS = 256  # ... to tiles of this many rows, as long as so many classes fit beside them
@@ -47,9 +49,10 @@ def tiling(
     rows: int, classes: int, row_bytes: int, *, max_bytes: int | None, gradient: bool, cut_classes: bool
 ) -> Tiling:
     """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
-    budget = max_bytes
-    if budget is None:
+    if max_bytes is None:
         budget = int(_tiles.DEFAULT_MAX_BYTES * (_GRADIENT_SHARE if gradient else _VALUE_SHARE))
+    else:
+        budget = int(max_bytes * _BUFFER_SHARE)
     fit = budget // max(1, row_bytes)
     if fit >= min(rows, _LEAST_ROWS) or not cut_classes:
         fit = max(1, min(fit, rows))

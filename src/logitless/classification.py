@@ -223,7 +223,8 @@ def linear_cross_entropy(
         options: accepted for torch's sake: its `acc_dtype` is what the matrix products are computed in; there is no
             unchunked path to choose, so the rest changes nothing.
         scale, softcap: as in `logitless.linear`.
-        max_bytes: the most that may be held beyond inputs and gradients; None is a default of the order of a cache.
+        max_bytes: the most that may be held beyond inputs and gradients (a half-precision weight's gradient is summed
+            in float32); None is a default of the order of a cache. `logitless.explain` forecasts the peak.
 
     Returns:
         A scalar, or with "none" (N, d1, ..., dk); in the input's dtype.

@@ -60,7 +60,7 @@ def _distillation_case(shape: tuple[int, int, int], teacher_features: int) -> Ca
         return hidden, weight, _hidden(rows, teacher_weight, target), teacher_weight
 
     def lazy(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-        return measures.kl(linear(teacher_hidden, teacher_weight), linear(hidden, weight)).mean()
+        return measures.kl(linear(teacher_hidden, teacher_weight), linear(hidden, weight), reduction="mean")
 
     def dense(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         log_q = torch_functional.linear(hidden, weight).log_softmax(1)
