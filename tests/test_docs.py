@@ -55,6 +55,28 @@ def test_links_lead_somewhere() -> None:
             assert (DOCS / link).is_file(), link
 
 
+README = DOCS.parent / "README.md"
+
+
+def test_the_example_of_the_readme_runs_as_it_says() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), namespace := {})
+    assert printed.getvalue() == "torch.Size([256]) (256, 50000)\n"
+    hidden, head, target = (namespace[name] for name in ("hidden", "head", "target"))
+    dense = torch.nn.functional.cross_entropy(head(hidden), target)
+    torch.testing.assert_close(namespace["loss"], dense)
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(dense, hidden)[0])
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert len(links) > 5
+    for link in links:
+        assert (README.parent / link).is_file(), link
+
+
 # A row of four classes, a second one, and what the formulas are made of, in plain float64 arithmetic.
 Z = [1.2, -0.7, 0.4, 2.0]
 Y = [0.1, 0.9, -1.0, 1.5]

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from logitless._transforms import transform_reason
-
-try:
-    from logitless import _native
-except ImportError as error:
-    _CPU_MISSING: str | None = (
-        f"this installation has no compiled kernels ({error}); reinstall with a C++ compiler present"
-    )
-else:
-    _CPU_MISSING = None
+from logitless.kernels.native import MISSING, extension
 
 
 class Forecast(NamedTuple):
@@ -86,12 +78,12 @@ def backends() -> dict[str, BackendStatus]:
 
 def cpu_missing() -> str | None:
     """Return why the compiled kernels are not there, or None if they are."""
-    return _CPU_MISSING
+    return MISSING
 
 
 def cpu_by_default() -> bool:
     """Say whether the kernels are there and nobody asks for, or about, a backend."""
-    return cpu_missing() is None and not _native.backend_is_forced() and not _explaining.get()
+    return cpu_missing() is None and not extension.backend_is_forced() and not _explaining.get()
 
 
 def pick(

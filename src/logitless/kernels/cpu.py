@@ -5,14 +5,16 @@ take and give plain data. `float32` is the compute type of float16 and bfloat16 
 """
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from logitless import _native
-from logitless._native import native_info, pool_clear
 from logitless.kernels.layout import Layout, laid_out, layout_of
+from logitless.kernels.native import extension as _native
+
+if TYPE_CHECKING:
+    from logitless._native import NativeInfo
 
 __all__ = [
     "PairRowStats",
@@ -35,6 +37,16 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # A smaller gradient comes from the allocator's own free lists, without page faults.
 POOLED_BYTES = 1 << 20
 POOL_IN_USE = os.environ.get("LOGITLESS_POOL", "1") != "0"
+
+
+def native_info() -> "NativeInfo":
+    """What the extension was built with and found here, and the size of its pool."""
+    return _native.native_info()
+
+
+def pool_clear() -> None:
+    """Give the pool's free blocks back to the system."""
+    _native.pool_clear()
 
 
 def supports(*tensors: Tensor) -> bool:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless import _native
 from logitless.kernels.cpu import empty_like_pooled
+from logitless.kernels.native import extension as _native
 
 __all__ = [
     "STORAGE",
