@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._transforms import transform_reason
+from logitless._transforms import TRACED, compile_reason, transform_reason
 from logitless.kernels.native import MISSING, extension
 
 
@@ -93,19 +93,23 @@ def pick(
     *,
     obstacle: str | None = None,
     forecast: Callable[[], Forecast] | None = None,
+    compiles: bool = False,
 ) -> str:
     """Return the name of the backend for an operation on these tensors; raise if the one asked for cannot serve it.
 
     `obstacle` is the caller's own reason why the kernels cannot, where there is one; `forecast` says what they will
-    hold if they can.
+    hold if they can; `compiles` says that the operation reaches them by an operator of `_library` in a graph that is
+    being compiled.
     """
-    if torch.compiler.is_compiling() and backend is None:
-        return "reference"  # before anything that a compiler could not trace
+    compiling = torch.compiler.is_compiling()
+    if compiling and not compiles:
+        obstacle = TRACED
+    explaining = not compiling and _explaining.get()
     asked = backend if backend is not None else os.environ.get("LOGITLESS_BACKEND") or None
-    if asked is None and not _explaining.get():
+    if asked is None and not explaining:
         return "reference" if _cpu_obstacle(tensors, obstacle) else "cpu"
     choice = _choose(operation, tensors, asked, "backend=" if backend is not None else "LOGITLESS_BACKEND", obstacle)
-    if _explaining.get():
+    if explaining:
         if choice.backend == "cpu" and forecast is not None:
             choice = Choice(choice.backend, choice.reason, *forecast())
         raise _Explained(choice)
@@ -140,9 +144,9 @@ def _cpu_obstacle(tensors: Sequence[Tensor | None], obstacle: str | None) -> str
             return f"a tensor is on {tensor.device}"
         if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in _CPU_DTYPES):
             return f"no kernel for {tensor.dtype} in layout {tensor.layout}"
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # an operator gets such a tensor written out
             return "a tensor's memory holds its negative; resolve_neg() writes it out"
-    return transform_reason(*tensors)
+    return compile_reason() if torch.compiler.is_compiling() else transform_reason(*tensors)
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

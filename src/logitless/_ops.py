@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logitless import _library
 from logitless._dispatch import cpu_by_default
 from logitless._precision import _HALF
 from logitless._targets import ClassTarget, index_error
@@ -61,8 +62,25 @@ class CrossEntropyCall(NamedTuple):
 
 def cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
     """Return the reduced cross-entropy of dense logits on the CPU."""
+    if torch.compiler.is_compiling():
+        return _compiled_cross_entropy(logits, call)
     result: Tensor = _CrossEntropy.apply(logits, call)  # type: ignore[no-untyped-call] # torch types it not
     return result
+
+
+def _compiled_cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
+    target = call.target
+    stats = _library.row_stats(
+        logits,
+        target.indices,
+        caller=call.name,
+        class_dim=target.class_dim,
+        ignore_index=target.ignore_index,
+        class_weight=call.weight,
+        dense_target=target.probabilities,
+        smooth=call.label_smoothing > 0,
+    )
+    return call.reduce(_cross_entropy_rows(stats, target, call.weight, call.label_smoothing)).loss
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -7,16 +7,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+TRACED = "torch.compile traces plain operations"
+
 
 def surroundings() -> str | None:
     """Return what surrounds a call that only plain differentiable operations serve, if anything does."""
-    if torch.compiler.is_compiling():
-        return "torch.compile traces plain operations"
+    return TRACED if torch.compiler.is_compiling() else _transform()
+
+
+def _transform() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return None
+
+
+def compile_reason() -> str | None:
+    """Return why only plain operations serve this call inside a compiled graph, or None if an operator may."""
+    if torch.compiler.is_exporting():
+        return "an exported program runs where logitless is not installed"
+    return _transform()
 
 
 def transform_reason(*tensors: Tensor | None) -> str | None:

@@ -117,7 +117,8 @@ def cross_entropy(
             rows = reference.cross_entropy(logits.to(precision.compute), checked, weight, label_smoothing)
         return _reduced(rows, checked, reduction, precision, normalizer, empty)
 
-    if _dispatch.pick("cross_entropy", (input, target, weight), backend, obstacle=obstacle) == "reference":
+    tensors = (input, target, weight)
+    if _dispatch.pick("cross_entropy", tensors, backend, obstacle=obstacle, compiles=True) == "reference":
         return definition(input)
 
     def reduced(rows: reference.ClassRows) -> _ops.Reduced:
