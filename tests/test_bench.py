@@ -21,7 +21,7 @@ from logitless._bench import heads, losses, memory, protocol, providers, suite
 from logitless._bench.limits import limit_case
 from logitless._bench.protocol import Case, GateError, Row, gate, geometric_mean, measure, ratios, shares
 from logitless._bench.providers import BOTH, FORWARD, Inputs, Provider, bare, eager, optax, ours
-from logitless.cli.bench import run_bench
+from logitless.cli import bench as cli_bench
 from test_cli_compare import Loads, command, refused
 
 MEGABYTE = 2**20
@@ -145,6 +145,17 @@ def test_a_slow_case_takes_fewer_rounds_and_a_fast_call_is_repeated(monkeypatch:
     assert [row.median_ms for row in rows] == [250.0, 125.0]
     assert recorder.log.count("logitless") == 2 + 2 * 4
     assert recorder.log.count("peer") == 2 + 2 * 8
+
+
+def test_what_others_take_of_the_processors_is_told_apart_from_our_own() -> None:
+    share = protocol._busy_elsewhere((10.0, 100.0, 200.0), (12.0, 103.0, 204.0))
+    assert share == pytest.approx(0.25)  # of 4 seconds 3 were busy, of which 2 were ours
+    assert protocol._busy_elsewhere((10.0, 100.0, 200.0), (12.1, 102.0, 204.0)) == 0.0
+    assert protocol._busy_elsewhere((0.0, 0.0, 0.0), (0.1, 0.1, 0.1)) is None
+    assert protocol._busy_elsewhere(None, None) is None
+    rows = [replace(row("logitless", "ours", 1.0), busy_elsewhere=share) for share in (None, 0.01, 0.3)]
+    assert cli_bench._disturbance(rows[:2]) == []
+    assert "1 of 2 rows were timed while other processes took more than 5%" in cli_bench._disturbance(rows)[0]
 
 
 def test_each_call_asks_for_its_gradient_anew() -> None:
@@ -369,7 +380,7 @@ def test_a_wrong_result_ends_it_before_anything_is_timed_or_written(tmp_path, mo
     monkeypatch.setattr(suite, "cases", lambda *, quick: iter([right, wrong]))
     out = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as stop:
-        run_bench(out, None, rounds=1, quick=False, only=None, threads=None)
+        cli_bench.run_bench(out, None, rounds=1, quick=False, only=None, threads=None)
     assert stop.value.code == 1
     assert "the gradient of logitless is off by" in capsys.readouterr().err
     assert recorder.log == []

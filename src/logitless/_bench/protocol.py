@@ -29,6 +29,7 @@ _SLOW_SECONDS = 3.0
 # Providers of one case compute the same thing; how exactly each does is not what is asked here.
 _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _GATE_ELEMENTS = 2**24
+_LEAST_SECONDS_TO_JUDGE = 0.5  # the system counts in hundredths
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Case:
 class Row:
     """One median, with all that is needed to rerun it and to doubt it.
 
-    `gradient_error` is the distance of the gradients from float64's, on some of the rows, over the norm of those;
-    `extra_bytes` the peak of memory beyond inputs and gradients. None: not measured.
+    `busy_elsewhere` is the share of the machine's processor time that others took meanwhile; `gradient_error` the
+    distance of the gradients from float64's, on some of the rows, over the norm of those; `extra_bytes` the peak of
+    memory beyond inputs and gradients. None: not measured.
     """
 
     section: str
@@ -80,6 +82,7 @@ class Row:
     threads: int
     machine: Mapping[str, str]
     versions: Mapping[str, str]
+    busy_elsewhere: float | None = None
     gradient_error: float | None = None
     extra_bytes: int | None = None
 
@@ -178,10 +181,12 @@ def measure(
     rounds = min(rounds, max(_LEAST_ROUNDS, int(_SECONDS_A_CASE / max(a_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    before = _processor_seconds()
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(_seconds(calls[name], repeats[name]) * 1e3)
+    elsewhere = _busy_elsewhere(before, _processor_seconds())
     kinds = {provider.name: provider.kind for provider in case.providers}
     common = (torch.get_num_threads(), machine(), versions())
     return [
@@ -198,6 +203,7 @@ def measure(
             max(spent),
             rounds,
             *common,
+            busy_elsewhere=elsewhere,
             gradient_error=None if errors is None or mode != BOTH else errors.get(name),
         )
         for name, spent in times.items()
@@ -338,6 +344,27 @@ def _distance(gradients: Sequence[Tensor], true: Sequence[Tensor]) -> float:
         return math.sqrt(error / norm) if norm else math.sqrt(error)
 
     return max((one(a, b) for a, b in zip(gradients, true, strict=True)), default=0.0)
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Return what this process, all processes, and all processors with their idle time have used (Linux)."""
+    if not os.path.exists("/proc/stat"):
+        return None
+    with open("/proc/stat", encoding="ascii") as lines:
+        user, nice, system, idle, waiting, *rest = (int(ticks) for ticks in next(lines).split()[1:9])
+    busy = user + nice + system + sum(rest)
+    tick = os.sysconf("SC_CLK_TCK")
+    return time.process_time(), busy / tick, (busy + idle + waiting) / tick
+
+
+def _busy_elsewhere(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    """Return the share of the processors that went to others, or None where too few clock ticks have passed to say."""
+    if before is None or after is None or after[2] - before[2] < _LEAST_SECONDS_TO_JUDGE:
+        return None
+    own, busy, total = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, busy - own) / total
 
 
 def _peers(case: Case, measured: Mapping[str, float]) -> list[Provider]:

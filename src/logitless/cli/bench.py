@@ -23,6 +23,7 @@ from logitless.cli.progress import Steps
 
 SCHEMA = 1
 _PIPED_WIDTH = 150
+_QUIET = 0.05
 
 
 def run_bench(
@@ -134,8 +135,20 @@ def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    for note in notes:
+    for note in [*notes, *_disturbance(rows)]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _disturbance(rows: Sequence[Row]) -> list[str]:
+    """Say how many rows were timed while others used the machine: threads that wait for one another suffer most."""
+    shares = [row.busy_elsewhere for row in rows if row.busy_elsewhere is not None]
+    disturbed = [share for share in shares if share > _QUIET]
+    if not disturbed:
+        return []
+    return [
+        f"{len(disturbed)} of {len(shares)} rows were timed while other processes took more than {_QUIET:.0%} of the "
+        f"processors (at most {max(disturbed):.0%}): run it again on a quiet machine"
+    ]
 
 
 def _timing_table(title: str, rows: Sequence[Row]) -> Table:
