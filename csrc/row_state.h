@@ -15,6 +15,7 @@ enum StatFlags { kToken = 1, kSmooth = 2, kDense = 4 };  // entropy and rank; su
 
 inline constexpr double kHeadroom = 40.0;  // nats the maximum may rise before the sums are rescaled
 inline constexpr int kLift = 32;  // bits between exp(max) and the sums' unit: exp(z) below the normal range is 0, and may not count
+template <class Real> inline constexpr Real kMostGap = Real(1e20);  // e is 0 long before, and 2^kLift e times this is finite
 inline constexpr double kLog2e = 1.4426950408889634;
 
 // A sum of weights * (max - z), and the sum of the weights.
@@ -80,7 +81,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
     for (int k = 0; k < K; ++k) {
       const Exponential<Real> x = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), loser[k]));
       e[k] = scale_by_power(x.fraction, x.power - power);
-      if constexpr ((Flags & kToken) != 0) gap[k] = e[k] * minimum<Real>(splat<Real>(Real(1e30)), above - loser[k]);
+      if constexpr ((Flags & kToken) != 0) gap[k] = e[k] * minimum<Real>(splat<Real>(kMostGap<Real>), above - loser[k]);
     }
     rest.add(tree_sum<K>(e));
     if constexpr ((Flags & kToken) != 0) spread.add(tree_sum<K>(gap));
@@ -117,7 +118,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
       limit = clamped + static_cast<Real>(kHeadroom);
     }
     if constexpr ((Flags & kToken) != 0) {
-      const V step = minimum<Real>(splat<Real>(Real(1e30)), rise);
+      const V step = minimum<Real>(splat<Real>(kMostGap<Real>), rise);
       spread.add(rest.high * step);
       spread.add(rest.low * step);
     }

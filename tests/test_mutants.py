@@ -250,7 +250,11 @@ MUTANTS: dict[str, Mutant] = {
     "kl_div without the target's entropy": Mutant(wrapped(reference, "kl_div", without_the_target), on("kl_div")),
     "KL's arguments swapped": Mutant(
         lambda: [
-            (measures, "_divergence", lambda name, measure, p, q, real=measures._divergence: real(name, measure, q, p))
+            (
+                measures,
+                "_divergence",
+                lambda name, measure, p, q, reduction, real=measures._divergence: real(name, measure, q, p, reduction),
+            )
         ],
         on("kl"),
     ),

@@ -21,17 +21,31 @@ class Forecast(NamedTuple):
     peak_bytes: int
 
 
-class Choice(NamedTuple):
-    """The backend a call takes, and the reason.
+class _Answer(NamedTuple):
+    backend: str
+    reason: str
 
-    Of logits that are not built, also the tile (rows, classes) and the peak bytes beyond inputs and gradients; None
+
+class Choice(_Answer):
+    """The backend a call takes, and the reason: `backend, reason = explain(...)`.
+
+    Of logits that are not built, also the `tile` (rows, classes) and the `peak_bytes` beyond inputs and gradients; None
     where the call holds a few numbers a row, or where the reference serves it.
     """
 
-    backend: str
-    reason: str
-    tile: tuple[int, int] | None = None
-    peak_bytes: int | None = None
+    tile: tuple[int, int] | None
+    peak_bytes: int | None
+
+    def __new__(cls, backend: str, reason: str, forecast: Forecast | None = None) -> Choice:
+        """Return the pair, with what was forecast beside it."""
+        choice = super().__new__(cls, backend, reason)
+        choice.tile, choice.peak_bytes = (None, None) if forecast is None else forecast
+        return choice
+
+    def __repr__(self) -> str:
+        """Say all of it."""
+        tile = "" if self.tile is None else f", tile={self.tile}, peak_bytes={self.peak_bytes}"
+        return f"Choice(backend={self.backend!r}, reason={self.reason!r}{tile})"
 
 
 class BackendStatus(NamedTuple):
@@ -111,7 +125,7 @@ def pick(
     choice = _choose(operation, tensors, asked, "backend=" if backend is not None else "LOGITLESS_BACKEND", obstacle)
     if explaining:
         if choice.backend == "cpu" and forecast is not None:
-            choice = Choice(choice.backend, choice.reason, *forecast())
+            choice = Choice(choice.backend, choice.reason, forecast())
         raise _Explained(choice)
     return choice.backend
 

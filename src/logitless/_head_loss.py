@@ -165,10 +165,10 @@ def _weights_alone(rows: _Rows, asked: HeadLoss) -> reference.ClassRows:
     indices = rows.target.indices
     if indices is None:
         nothing = torch.empty(0).expand(0)
-        return reference.ClassRows(torch.empty(1).expand(rows.shape), nothing)
+        return reference.ClassRows(torch.empty(()).expand(rows.shape), nothing)
     weight = torch.ones(indices.shape) if asked.weight is None else asked.weight[indices]
     wide = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-    return reference.ClassRows(torch.empty(1).expand(rows.shape), rows.everywhere(weight.to(wide)))
+    return reference.ClassRows(torch.empty(()).expand(rows.shape), rows.everywhere(weight.to(wide)))
 
 
 def _reference_rows(rows: _Rows, logits: LazyLogits, asked: HeadLoss) -> reference.ClassRows:
