@@ -91,7 +91,7 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     def definition(z: Tensor) -> tuple[Tensor, ...]:
         return _token_rows(z, checked_values("token_stats", meaning))
 
-    if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits)) == "cpu":
+    if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits), compiles=True) == "cpu":
         return TokenStats(*_ops_measures.token_stats(logits, meaning, definition))
     return TokenStats(*definition(logits))
 
@@ -162,7 +162,8 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
     reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    if _dispatch.pick("entropy", _parts(logits), obstacle=_kernel_obstacle(logits)) == "reference":
+    obstacle, dense = _kernel_obstacle(logits), not isinstance(logits, LazyLogits)
+    if _dispatch.pick("entropy", _parts(logits), obstacle=obstacle, compiles=dense) == "reference":
         rows = _entropy_rows(logits)[0]
     elif isinstance(logits, LazyLogits):
         return _head_measures.entropy(logits, reduction)
@@ -274,7 +275,7 @@ def _pair(
         tensors.append(target.indices)
     obstacle = _kernel_obstacle(p) if lazy else _kernel_obstacle(p, q)
     rows: Sequence[Tensor]
-    if _dispatch.pick(name, tensors, obstacle=obstacle) == "reference":
+    if _dispatch.pick(name, tensors, obstacle=obstacle, compiles=not lazy) == "reference":
         rows = definition(p, q)
     elif isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
         if target is not None:
