@@ -43,7 +43,7 @@ def step(network: Any, ids: torch.Tensor) -> float:
     network.zero_grad()
     loss = network(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def of_the_head(

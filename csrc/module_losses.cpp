@@ -33,13 +33,20 @@ struct Problem {
   Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
 };
 
-// What the gradient needs of the forward pass: three values a row, each in the room of a double.
+// What the gradient needs of the forward pass: three values a row, each in the room of a double. Python holds it as
+// bytes, which cost a fraction of a tensor to make.
 struct Saved {
   void* row_max;
   double* log_sum;
   void* dense_mass;
 
-  Saved(Address address, std::int64_t rows) : row_max(at<void>(address)), log_sum(at<double>(address) + rows), dense_mass(log_sum + rows) {}
+  static nb::bytes room(std::int64_t rows) {
+    return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, 3 * rows * static_cast<Py_ssize_t>(sizeof(double))));
+  }
+  Saved(const nb::bytes& bytes, std::int64_t rows) {
+    double* const data = reinterpret_cast<double*>(PyBytes_AS_STRING(bytes.ptr()));
+    row_max = data, log_sum = data + rows, dense_mass = data + 2 * rows;
+  }
 };
 
 struct Sum {
@@ -72,13 +79,14 @@ template <class Real> double weight_sum(const Problem& p) {
 }
 
 // Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
-// row's loss. Into `saved` goes what cross_entropy_grad needs. Returns (bad_row, loss, denominator).
-template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address saved_address, Address losses) {
+// row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad.
+template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address losses) {
   thread_local std::vector<Real> scratch;  // nll or dense_sum, and smooth_sum: one each a row
   scratch.resize(static_cast<std::size_t>(2 * p.rows));
   Real* const loss = scratch.data();
   Real* const smooth_sum = loss + p.rows;
-  const Saved saved(saved_address, p.rows);
+  const nb::bytes bytes = Saved::room(p.rows);
+  const Saved saved(bytes, p.rows);
   std::int64_t bad_row = -1;
 
   RowStatsArgs args{};
@@ -102,11 +110,11 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address sav
   if (p.smoothing > 0) args.smooth_sum = smooth_sum;
   args.bad_row = &bad_row;
   kernels().row_stats(args);
-  if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0);
+  if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0, bytes);
   const Sum sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
   const double denominator = mean ? sum.denominator : 1.0;
   // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
-  return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator);
+  return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator, bytes);
 }
 
 Problem problem(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index, Address weight,
@@ -116,17 +124,17 @@ Problem problem(int dtype, Address logits, std::int64_t rows, std::int64_t class
 }
 
 nb::tuple cross_entropy(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                        Address weight, Address dense_target, double smoothing, bool mean, Address saved, Address losses) {
+                        Address weight, Address dense_target, double smoothing, bool mean, Address losses) {
   const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, saved, losses) : reduced<float>(p, mean, saved, losses);
+  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses) : reduced<float>(p, mean, losses);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
 void cross_entropy_grad(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                        Address weight, Address dense_target, double smoothing, Address saved_address, double scale, double denominator,
+                        Address weight, Address dense_target, double smoothing, const nb::bytes& bytes, double scale, double denominator,
                         Address upstream, Address grad) {
   const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  const Saved saved(saved_address, rows);
+  const Saved saved(bytes, rows);
   scale /= denominator;
   const double kept = scale * (1 - smoothing), spread = scale * p.spread();
   RowGradArgs args{};

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class _Explained(Exception):  # noqa: N818 # it carries an answer, not an error
 _NAMES = ("cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_explaining: ContextVar[bool] = ContextVar("_explaining", default=False)
+_explaining: ContextVar[Literal["eager", "compiled"] | None] = ContextVar("_explaining", default=None)
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -116,9 +117,9 @@ def pick(
     being compiled.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and not compiles:
+    explaining = None if compiling else _explaining.get()
+    if (compiling or explaining == "compiled") and not compiles:
         obstacle = TRACED
-    explaining = not compiling and _explaining.get()
     asked = backend if backend is not None else os.environ.get("LOGITLESS_BACKEND") or None
     if asked is None and not explaining:
         return "reference" if _cpu_obstacle(tensors, obstacle) else "cpu"
@@ -166,19 +167,29 @@ def _cpu_obstacle(tensors: Sequence[Tensor | None], obstacle: str | None) -> str
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Return the backend that `call(*args, **kwargs)` would take and why, without running it.
 
-    Equals the choice the call itself makes: the call is begun, its arguments checked, and stopped at that choice. Of
-    LazyLogits it also forecasts the tile and the peak memory, the backward pass included where there will be one.
+    Equals the choice the call itself makes: the call is begun, its arguments checked, and stopped at that choice. Of a
+    function or module that `torch.compile` made it is the choice inside the compiled graph. Of LazyLogits it also
+    forecasts the tile and the peak memory, the backward pass included where there will be one.
 
     >>> import torch, logitless as ll
     >>> choice = ll.explain(ll.functional.cross_entropy, torch.zeros(1, 2), torch.tensor([0]), backend="reference")
     >>> choice.backend, choice.reason
     ('reference', 'backend= asks for it')
     """
-    token = _explaining.set(True)
+    if torch.compiler.is_compiling():
+        raise RuntimeError("explain cannot be compiled: call it on the compiled function, from outside")
+    compiled = _is_compiled(call)
+    token = _explaining.set("compiled" if compiled else "eager")
     try:
-        call(*args, **kwargs)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            call(*args, **kwargs)
     except _Explained as answer:
         return answer.choice
     finally:
         _explaining.reset(token)
     raise ValueError(f"{getattr(call, '__name__', call)!r} makes no choice of a backend: it is not a logitless call")
+
+
+def _is_compiled(call: object) -> bool:
+    marks = ("_torchdynamo_orig_callable", "_orig_mod", "_compiled_call_impl")
+    return any(getattr(call, mark, None) is not None for mark in marks)

@@ -1,7 +1,7 @@
 """The row kernels as torch operators, so that a compiled graph holds them: shapes, gradients, batching.
 
-`logitless::row_stats` and `logitless::pair_row_stats` are differentiable; `row_grad` and `pair_row_grad` are their
-gradients. An output that is not asked for is an empty tensor. Outside compiled graphs the kernels are reached by
+`logitless::row_stats` is differentiable, and `logitless::row_grad` is its gradient; `_library_pairs` has those of two
+rows. An output that is not asked for is an empty tensor. Outside compiled graphs the kernels are reached by
 `autograd.Function` (see `_ops`), which costs less a call.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from logitless._targets import ClassTarget, index_error
 from logitless.kernels import cpu
-from logitless.kernels.native import extension
 
 Outputs = tuple[Tensor, ...]
+Operator = Callable[..., Any]
 
 
 def row_stats(
@@ -44,80 +44,87 @@ def row_stats(
     outputs = _row_stats(
         logits, target, class_weight, dense_target, class_dim, ignore_index, caller, lse, entropy, argmax, rank, smooth
     )
-    return cpu.RowStats._make([*_without_placeholders(outputs, wanted), -1])
+    return cpu.RowStats._make([*asked_for(outputs, wanted), -1])
 
 
-def pair_row_stats(
-    first: Tensor,
-    second: Tensor,
-    target: Tensor | None = None,
-    *,
-    caller: str,
-    class_dim: int = -1,
-    ignore_index: int = -100,
-    kl: bool = True,
-    reverse_kl: bool = False,
-    js: bool = False,
-    cross_entropy: bool = False,
-    entropy: bool = False,
-) -> cpu.PairRowStats:
-    """Return `kernels.cpu.pair_row_stats` as an operator, differentiable in both by all its outputs but same_top."""
-    wanted = _pair_wanted(target, kl, reverse_kl, js, cross_entropy, entropy)
-    outputs = _pair_row_stats(
-        first, second, target, class_dim, ignore_index, caller, kl, reverse_kl, js, cross_entropy, entropy
-    )
-    return cpu.PairRowStats._make([*_without_placeholders(outputs, wanted), -1])
-
-
-def _without_placeholders(outputs: Outputs, wanted: Sequence[bool]) -> list[Any]:
+def asked_for(outputs: Outputs, wanted: Sequence[bool]) -> list[Any]:
     return [value if want else None for value, want in zip(outputs, wanted, strict=True)]
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
+def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _row_shape(logits: Tensor, class_dim: int) -> list[int]:
+def row_shape(logits: Tensor, class_dim: int) -> list[int]:
     shape = list(logits.shape)
     del shape[class_dim]
     return shape
 
 
-def _fake(
+def fake_outputs(
     logits: Tensor, class_dim: int, fields: Sequence[str], wanted: Sequence[bool], dtypes: dict[str, torch.dtype]
 ) -> list[Tensor]:
     """Return outputs without data: one value a row in the compute dtype, or in the one named here."""
-    shape, real = _row_shape(logits, class_dim), _compute_dtype(logits)
+    shape, real = row_shape(logits, class_dim), compute_dtype(logits)
     return [
         logits.new_empty(shape if want else [0], dtype=dtypes.get(name, real))
         for name, want in zip(fields, wanted, strict=True)
     ]
 
 
-def _placeholders(
+def with_placeholders(
     logits: Tensor, values: Sequence[Tensor | None], fields: Sequence[str], dtypes: dict[str, torch.dtype]
 ) -> Outputs:
-    real = _compute_dtype(logits)
+    real = compute_dtype(logits)
     return tuple(
         torch.empty(0, dtype=dtypes.get(name, real)) if value is None else value
         for name, value in zip(fields, values, strict=True)
     )
 
 
-def _raise_if_bad(
+def raise_if_bad(
     bad_row: int, caller: str, logits: Tensor, target: Tensor | None, class_dim: int, ignore_index: int
 ) -> None:
     if bad_row >= 0:
         raise index_error(caller, ClassTarget(class_dim, logits.shape[class_dim], ignore_index, target))
 
 
-def _with_layout_of(grad: Tensor, logits: Tensor) -> Tensor:
+def with_layout_of(grad: Tensor, logits: Tensor) -> Tensor:
     """Return the gradient with the strides that a compiler has been told: those of `empty_like`."""
     strides = torch.empty_like(logits, device="meta").stride()
     return grad if grad.stride() == strides else torch.empty_like(logits).copy_(grad)
 
 
-# --- one row of logits
+def batching(operator: Operator, class_dim_at: int, weight_at: int | None) -> Operator:
+    """Return a vmap rule. Of the arguments, the first is the logits; a batch of class weights is gone through."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if weight_at is not None and in_dims[weight_at] is not None:
+            runs = [
+                operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+                for i in range(size)
+            ]
+            if isinstance(runs[0], Tensor):
+                return torch.stack(runs), 0
+            return tuple(torch.stack(values) for values in zip(*runs, strict=True)), (0,) * len(runs[0])
+        batched = [
+            arg
+            if not isinstance(arg, Tensor) or position == weight_at
+            else arg.expand(size, *arg.shape)
+            if dim is None
+            else arg.movedim(dim, 0)
+            for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+        ]
+        dims = batched[0].dim() - 1
+        batched[class_dim_at] = batched[class_dim_at] % dims + 1
+        outputs = operator(*batched)
+        if isinstance(outputs, Tensor):
+            return outputs, 0
+        return outputs, tuple(0 if value.dim() > 1 or value.numel() else None for value in outputs)
+
+    return rule
+
 
 _ROW_FIELDS = cpu.RowStats._fields[:-1]
 _ROW_DIFFERENTIABLE = ("nll", "lse", "entropy", "smooth_sum", "dense_sum")
@@ -166,8 +173,8 @@ def _row_stats(
         rank=rank,
         smooth=smooth,
     )
-    _raise_if_bad(stats.bad_row, caller, logits, target, class_dim, ignore_index)
-    return _placeholders(logits, stats[:-1], _ROW_FIELDS, _ROW_DTYPES)
+    raise_if_bad(stats.bad_row, caller, logits, target, class_dim, ignore_index)
+    return with_placeholders(logits, stats[:-1], _ROW_FIELDS, _ROW_DTYPES)
 
 
 @_row_stats.register_fake
@@ -181,7 +188,7 @@ def _(
     caller: str,
     *asked: bool,
 ) -> Outputs:
-    return tuple(_fake(logits, class_dim, _ROW_FIELDS, _row_wanted(target, dense_target, *asked), _ROW_DTYPES))
+    return tuple(fake_outputs(logits, class_dim, _ROW_FIELDS, _row_wanted(target, dense_target, *asked), _ROW_DTYPES))
 
 
 @torch.library.custom_op(
@@ -228,7 +235,7 @@ def _row_grad(
         e=e,
         f=f,
     )
-    return _with_layout_of(grad, logits)
+    return with_layout_of(grad, logits)
 
 
 @_row_grad.register_fake
@@ -237,11 +244,13 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _row_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    logits, target, class_weight, dense_target, class_dim, ignore_index = inputs[:6]
+    logits, target, class_weight, dense_target, class_dim, ignore_index, _, *asked = inputs
     if any(ctx.needs_input_grad[1:4]):
         raise NotImplementedError("logitless::row_stats has a gradient for the logits alone")
     stats = dict(zip(_ROW_FIELDS, output, strict=True))
-    ctx.mark_non_differentiable(*(stats[name] for name in _ROW_FIELDS if name not in _ROW_DIFFERENTIABLE))
+    wanted = zip(_ROW_FIELDS, _row_wanted(target, dense_target, *asked), strict=True)
+    differentiable = {name for name, want in wanted if want and name in _ROW_DIFFERENTIABLE}
+    ctx.mark_non_differentiable(*(value for name, value in stats.items() if name not in differentiable))
     ctx.set_materialize_grads(False)
     saved = (stats[name] for name in ("row_max", "log_sum", "entropy", "dense_mass"))
     ctx.save_for_backward(logits, *saved, target, class_weight, dense_target)
@@ -284,192 +293,5 @@ def _row_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _row_stats.register_autograd(_row_backward, setup_context=_row_setup)
-
-
-# --- two rows of logits
-
-_PAIR_FIELDS = cpu.PairRowStats._fields[:-1]
-_PAIR_MEASURES = _PAIR_FIELDS[:8]  # those with a gradient
-_PAIR_DTYPES = {"same_top": torch.bool, "saved": torch.float64}
-
-
-def _pair_wanted(
-    target: Tensor | None, kl: bool, reverse_kl: bool, js: bool, cross_entropy: bool, entropy: bool
-) -> list[bool]:
-    aimed = target is not None
-    return [kl, reverse_kl, js, cross_entropy, entropy, entropy, aimed, aimed, True, True]
-
-
-@torch.library.custom_op(
-    "logitless::pair_row_stats",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor first, Tensor second, Tensor? target, int class_dim, int ignore_index, str caller, bool kl, "
-    "bool reverse_kl, bool js, bool cross_entropy, bool entropy) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _pair_row_stats(
-    first: Tensor,
-    second: Tensor,
-    target: Tensor | None,
-    class_dim: int,
-    ignore_index: int,
-    caller: str,
-    kl: bool,
-    reverse_kl: bool,
-    js: bool,
-    cross_entropy: bool,
-    entropy: bool,
-) -> Outputs:
-    stats = cpu.pair_row_stats(
-        first,
-        second,
-        target,
-        class_dim=class_dim,
-        ignore_index=ignore_index,
-        kl=kl,
-        reverse_kl=reverse_kl,
-        js=js,
-        cross_entropy=cross_entropy,
-        entropy=entropy,
-    )
-    _raise_if_bad(stats.bad_row, caller, first, target, class_dim, ignore_index)
-    return _placeholders(first, stats[:-1], _PAIR_FIELDS, _PAIR_DTYPES)
-
-
-@_pair_row_stats.register_fake
-def _(
-    first: Tensor,
-    second: Tensor,
-    target: Tensor | None,
-    class_dim: int,
-    ignore_index: int,
-    caller: str,
-    *asked: bool,
-) -> Outputs:
-    outputs = _fake(first, class_dim, _PAIR_FIELDS, _pair_wanted(target, *asked), _PAIR_DTYPES)
-    outputs[-1] = first.new_empty([*_row_shape(first, class_dim), extension.PAIR_SAVED], dtype=torch.float64)
-    return tuple(outputs)
-
-
-@torch.library.custom_op(
-    "logitless::pair_row_grad",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor first, Tensor second, Tensor saved, Tensor? target, Tensor? kl, Tensor? reverse_kl, Tensor? js, "
-    "Tensor? cross_entropy, Tensor? entropy_p, Tensor? entropy_q, Tensor? nll_p, Tensor? nll_q, int class_dim, "
-    "int ignore_index, bool need_first, bool need_second) -> (Tensor, Tensor)",
-)
-def _pair_row_grad(
-    first: Tensor,
-    second: Tensor,
-    saved: Tensor,
-    target: Tensor | None,
-    kl: Tensor | None,
-    reverse_kl: Tensor | None,
-    js: Tensor | None,
-    cross_entropy: Tensor | None,
-    entropy_p: Tensor | None,
-    entropy_q: Tensor | None,
-    nll_p: Tensor | None,
-    nll_q: Tensor | None,
-    class_dim: int,
-    ignore_index: int,
-    need_first: bool,
-    need_second: bool,
-) -> tuple[Tensor, Tensor]:
-    grads = cpu.pair_row_grad(
-        first,
-        second,
-        saved.contiguous(),
-        target,
-        class_dim=class_dim,
-        ignore_index=ignore_index,
-        kl=kl,
-        reverse_kl=reverse_kl,
-        js=js,
-        cross_entropy=cross_entropy,
-        entropy_p=entropy_p,
-        entropy_q=entropy_q,
-        nll_p=nll_p,
-        nll_q=nll_q,
-        need_first=need_first,
-        need_second=need_second,
-    )
-    grad_first, grad_second = (
-        torch.empty(0, dtype=logits.dtype) if grad is None else _with_layout_of(grad, logits)
-        for grad, logits in zip(grads, (first, second), strict=True)
-    )
-    return grad_first, grad_second
-
-
-@_pair_row_grad.register_fake
-def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_first, need_second = rest[-2:]
-    return (
-        torch.empty_like(first) if need_first else first.new_empty([0]),
-        torch.empty_like(second) if need_second else second.new_empty([0]),
-    )
-
-
-def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    first, second, target, class_dim, ignore_index = inputs[:5]
-    same_top, saved = output[-2:]
-    ctx.mark_non_differentiable(same_top, saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(first, second, saved, target)
-    ctx.class_dim, ctx.ignore_index = class_dim, ignore_index
-
-
-def _pair_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    upstream = grads[: len(_PAIR_MEASURES)]
-    if all(grad is None for grad in upstream):
-        return (None,) * 11
-    needed = ctx.needs_input_grad[:2]
-    both = _pair_row_grad(*ctx.saved_tensors, *upstream, ctx.class_dim, ctx.ignore_index, *needed)
-    return *(grad if need else None for grad, need in zip(both, needed, strict=True)), *(None,) * 9
-
-
-_pair_row_stats.register_autograd(_pair_backward, setup_context=_pair_setup)
-
-
-# --- vmap: the batch is one more dimension of rows
-
-Operator = Callable[..., Any]
-
-
-def _batching(operator: Operator, class_dim_at: int, weight_at: int | None) -> Operator:
-    """Return a vmap rule. Of the arguments, the first is the logits; a batch of class weights is gone through."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        if weight_at is not None and in_dims[weight_at] is not None:
-            runs = [
-                operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-                for i in range(size)
-            ]
-            if isinstance(runs[0], Tensor):
-                return torch.stack(runs), 0
-            return tuple(torch.stack(values) for values in zip(*runs, strict=True)), (0,) * len(runs[0])
-        batched = [
-            arg
-            if not isinstance(arg, Tensor) or position == weight_at
-            else arg.expand(size, *arg.shape)
-            if dim is None
-            else arg.movedim(dim, 0)
-            for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
-        ]
-        dims = batched[0].dim() - 1
-        batched[class_dim_at] = batched[class_dim_at] % dims + 1
-        outputs = operator(*batched)
-        if isinstance(outputs, Tensor):
-            return outputs, 0
-        return outputs, tuple(0 if value.dim() > 1 or value.numel() else None for value in outputs)
-
-    return rule
-
-
-_row_stats.register_vmap(_batching(_row_stats, 4, 2))
-_row_grad.register_vmap(_batching(_row_grad, 11, 4))
-_pair_row_stats.register_vmap(_batching(_pair_row_stats, 3, None))
-_pair_row_grad.register_vmap(_batching(_pair_row_grad, 12, None))
+_row_stats.register_vmap(batching(_row_stats, 4, 2))
+_row_grad.register_vmap(batching(_row_grad, 11, 4))

@@ -163,10 +163,9 @@ def cross_entropy(
     dense_target: int,
     smoothing: float,
     mean: bool,
-    saved: int,
     losses: int,
     /,
-) -> tuple[int, float, float]: ...
+) -> tuple[int, float, float, bytes]: ...
 def cross_entropy_grad(
     dtype: int,
     logits: int,
@@ -177,7 +176,7 @@ def cross_entropy_grad(
     weight: int,
     dense_target: int,
     smoothing: float,
-    saved: int,
+    saved: bytes,
     scale: float,
     denominator: float,
     upstream: int,

@@ -241,55 +241,40 @@ class _SmallCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
         _, target, weight, ignore_index, reduction, smoothing = call
-        rows = logits.shape[0]
-        half = logits.dtype in _HALF
-        saved = torch.empty((3, rows), dtype=torch.float64)
+        dtype = logits.dtype
         losses = None
         if reduction == "none":
-            losses = torch.empty(rows, dtype=torch.float32 if half else logits.dtype)
-        if half and weight is not None:
+            losses = torch.empty(len(logits), dtype=torch.float32 if dtype in _HALF else dtype)
+        if weight is not None and dtype in _HALF:
             weight = weight.float()
-        bad_row, loss, denominator = cpu.cross_entropy(
-            logits,
-            target,
-            saved,
-            ignore_index=ignore_index,
-            class_weight=weight,
-            smoothing=smoothing,
-            mean=reduction == "mean",
-            losses=losses,
+        bad_row, loss, denominator, saved = cpu.cross_entropy(
+            logits, target, weight, ignore_index, smoothing, reduction == "mean", losses
         )
         if bad_row >= 0:
             raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
         ctx.save_for_backward(logits)
-        ctx.call, ctx.kept = call, (weight, saved, denominator)
-        if losses is not None:
-            return losses.to(logits.dtype)
-        return torch.scalar_tensor(loss, dtype=logits.dtype)
+        ctx.call = call, weight, saved, denominator
+        return torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
         (logits,) = ctx.saved_tensors
-        definition, target, weight, ignore_index, reduction, smoothing = ctx.call
+        call, weight, saved, denominator = ctx.call
+        definition, target, given_weight, ignore_index, reduction, smoothing = call
         if needs_plain_backward(grad_output):
 
             def plain(z: Tensor) -> Sequence[Tensor]:
                 options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-                return (definition(z, target, weight, **options, backend="reference"),)
+                return (definition(z, target, given_weight, **options, backend="reference"),)
 
             return plain_backward(plain, [logits], [grad_output])[0], None
-        weight, saved, denominator = ctx.kept
-        per_row = reduction == "none"
+        scale, upstream = 1.0, None
+        if reduction != "none":
+            scale = grad_output.item()
+        else:
+            upstream = (grad_output.float() if logits.dtype in _HALF else grad_output).contiguous()
         grad = cpu.cross_entropy_grad(
-            logits,
-            target,
-            saved,
-            ignore_index=ignore_index,
-            class_weight=weight,
-            smoothing=smoothing,
-            scale=1.0 if per_row else grad_output.item(),
-            denominator=denominator,
-            upstream=(grad_output.float() if logits.dtype in _HALF else grad_output).contiguous() if per_row else None,
+            logits, target, weight, ignore_index, smoothing, saved, scale, denominator, upstream
         )
         return grad, None
 

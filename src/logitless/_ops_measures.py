@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logitless import _library, _library_pairs
 from logitless._ops import needs_plain_backward, plain_backward
 from logitless._targets import ClassTarget, index_error
 from logitless.kernels import cpu
@@ -21,6 +22,18 @@ Definition = Callable[..., Sequence[Tensor]]
 
 def token_stats(logits: Tensor, target: ClassTarget, definition: Definition) -> tuple[Tensor, ...]:
     """Return nll, lse, entropy, argmax and rank of each row of logits whose classes come last."""
+    if torch.compiler.is_compiling():
+        rows = _library.row_stats(
+            logits,
+            target.indices,
+            caller="token_stats",
+            ignore_index=target.ignore_index,
+            lse=True,
+            entropy=True,
+            argmax=True,
+            rank=True,
+        )
+        return tuple(getattr(rows, name) for name in ("nll", "lse", "entropy", "argmax", "rank"))
     stats: tuple[Tensor, ...] = _TokenStats.apply(logits, target, definition)  # type: ignore[no-untyped-call] # torch types it not
     return stats
 
@@ -74,6 +87,10 @@ class _TokenStats(torch.autograd.Function):
 
 def entropy(logits: Tensor, definition: Definition) -> Tensor:
     """Return the entropy of each row of logits whose classes come last."""
+    if torch.compiler.is_compiling():
+        rows = _library.row_stats(logits, caller="entropy", entropy=True).entropy
+        assert rows is not None
+        return rows
     value: Tensor = _Entropy.apply(logits, definition)  # type: ignore[no-untyped-call] # torch types it not
     return value
 
@@ -108,25 +125,28 @@ class PairCall(NamedTuple):
 
 def pair_stats(p: Tensor, q: Tensor, call: PairCall) -> tuple[Tensor, ...]:
     """Return the measures that a call asks for of rows whose classes come last; p and q have one dtype."""
+    if torch.compiler.is_compiling():
+        rows = _library_pairs.pair_row_stats(p, q, **_kernel_arguments(call), caller=call.name)
+        return tuple(getattr(rows, name) for name in call.outputs)
     stats: tuple[Tensor, ...] = _PairStats.apply(p, q, call)  # type: ignore[no-untyped-call] # torch types it not
     return stats
+
+
+def _kernel_arguments(call: PairCall) -> dict[str, Any]:
+    target, outputs = call.target, call.outputs
+    return {
+        "target": None if target is None else target.indices,
+        "ignore_index": -100 if target is None else target.ignore_index,
+        **{name: name in outputs for name in ("kl", "reverse_kl", "js", "cross_entropy")},
+        "entropy": "entropy_p" in outputs,
+    }
 
 
 class _PairStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, call: PairCall) -> tuple[Tensor, ...]:
         target = call.target
-        stats = cpu.pair_row_stats(
-            p,
-            q,
-            None if target is None else target.indices,
-            ignore_index=-100 if target is None else target.ignore_index,
-            kl="kl" in call.outputs,
-            reverse_kl="reverse_kl" in call.outputs,
-            js="js" in call.outputs,
-            cross_entropy="cross_entropy" in call.outputs,
-            entropy="entropy_p" in call.outputs,
-        )
+        stats = cpu.pair_row_stats(p, q, **_kernel_arguments(call))
         if target is not None and stats.bad_row >= 0:
             raise index_error(call.name, target)
         ctx.save_for_backward(p, q)

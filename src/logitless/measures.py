@@ -94,7 +94,7 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     def definition(z: Tensor) -> tuple[Tensor, ...]:
         return _token_rows(z, checked_values("token_stats", meaning))
 
-    if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits)) == "cpu":
+    if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits), compiles=True) == "cpu":
         return TokenStats(*_ops_measures.token_stats(logits, meaning, definition))
     return TokenStats(*definition(logits))
 
@@ -363,9 +363,9 @@ def _picked(
     obstacle: str | None,
     plan: Callable[[], HeadCall] | None = None,
 ) -> str:
-    """Return the backend; `plan` is what a call on logits that are not built will do."""
+    """Return the backend; `plan` is what a call on logits that are not built will do; dense ones may be compiled."""
     foreseen = None if plan is None else lambda: forecast(plan())
-    return _dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen)
+    return _dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=plan is None)
 
 
 def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:

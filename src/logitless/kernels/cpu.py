@@ -269,19 +269,17 @@ def row_grad(
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
-    saved: Tensor,
-    *,
-    ignore_index: int,
     class_weight: Tensor | None,
+    ignore_index: int,
     smoothing: float,
     mean: bool,
     losses: Tensor | None,
-) -> tuple[int, float, float]:
-    """The reduced loss of contiguous rows [rows, classes], in one call for little work: (bad_row, loss, denominator).
+) -> tuple[int, float, float, bytes]:
+    """The reduced loss of contiguous rows [rows, classes], in one call for little work.
 
     The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in the
-    compute dtype. `saved`, float64 [3, rows], gets what `cross_entropy_grad` needs, and `losses`, in the compute
-    dtype, each row's own. The denominator is torch's with `mean`, else 1.
+    compute dtype; `losses`, in it too, gets each row's own. Returns (bad_row, loss, denominator, saved): the
+    denominator is torch's with `mean`, else 1, and `saved` is for `cross_entropy_grad`.
     """
     rows, classes = logits.shape
     index = target.dtype is torch.int64
@@ -296,7 +294,6 @@ def cross_entropy(
         0 if index else target.data_ptr(),
         smoothing,
         mean,
-        saved.data_ptr(),
         0 if losses is None else losses.data_ptr(),
     )
 
@@ -304,16 +301,15 @@ def cross_entropy(
 def cross_entropy_grad(
     logits: Tensor,
     target: Tensor,
-    saved: Tensor,
-    *,
-    ignore_index: int,
     class_weight: Tensor | None,
+    ignore_index: int,
     smoothing: float,
+    saved: bytes,
     scale: float,
     denominator: float,
     upstream: Tensor | None,
 ) -> Tensor:
-    """The gradient of `cross_entropy` with the same arguments, times `scale` and, where given, the row's `upstream`."""
+    """The gradient of `cross_entropy` of the same arguments, times `scale` and, where given, the row's `upstream`."""
     rows, classes = logits.shape
     index = target.dtype is torch.int64
     grad = torch.empty_like(logits)
@@ -327,7 +323,7 @@ def cross_entropy_grad(
         0 if class_weight is None else class_weight.data_ptr(),
         0 if index else target.data_ptr(),
         smoothing,
-        saved.data_ptr(),
+        saved,
         scale,
         denominator,
         0 if upstream is None else upstream.data_ptr(),

@@ -1,0 +1,205 @@
+"""Cross-entropy of few logits, which takes one kernel call each way: what it serves, and the same answers as elsewhere.
+
+The truth is torch's own function in float64; what a call costs is measured by `logitless bench`, not here.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import logitless as ll
+import logitless.functional as LF
+import logitless.nn as LN
+from logitless import _ops
+
+pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOGITLESS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each call that took the short way."""
+    calls: list[bool] = []
+    apply = _ops._apply_small
+
+    def counted(*args: Any) -> Any:
+        calls.append(True)
+        return apply(*args)
+
+    monkeypatch.setattr(_ops, "_apply_small", counted)
+    return calls
+
+
+def drawn(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, indices of which every third is ignored, probabilities, and class weights with a zero."""
+    logits = (3 * torch.randn(rows, classes)).to(dtype).requires_grad_()
+    indices = torch.randint(0, classes, (rows,))
+    indices[1::3] = -100
+    weight = torch.rand(classes) + 0.5
+    weight[-1] = 0
+    probabilities = torch.rand(rows, classes).softmax(1)
+    return logits, indices, probabilities.to(dtype), weight.to(dtype)
+
+
+def assert_near(got: Tensor, true: Tensor, size: float) -> None:
+    """Within a few roundings: of the result's dtype, and of numbers of that size in the dtype that computes."""
+    compute = torch.float64 if got.dtype == torch.float64 else torch.float32
+    assert got.isfinite().all()
+    error = (got.double() - true).abs()
+    eps, tiny = torch.finfo(got.dtype).eps, torch.finfo(got.dtype).smallest_normal
+    allowed = eps * true.abs() + 16 * torch.finfo(compute).eps * size + tiny
+    assert (error <= allowed).all(), (error.max(), allowed.min())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (8, 10), (65, 7), (7, 1000), (1, 49153)])
+def test_value_and_gradient(
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    reduction: str,
+    kind: str,
+    weighted: bool,
+    smoothing: float,
+    served: list[bool],
+) -> None:
+    logits, indices, probabilities, weight = drawn(rows, classes, dtype)
+    if classes == 1:
+        weight = torch.ones_like(weight)
+    target = indices if kind == "indices" else probabilities
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    loss = LF.cross_entropy(logits, target, weight if weighted else None, **options)
+    assert served == [True]
+    assert loss.dtype == dtype
+
+    true_logits = logits.detach().double().requires_grad_()
+    true_target = target if kind == "indices" else target.double()
+    true = F.cross_entropy(true_logits, true_target, weight.double() if weighted else None, **options)
+    assert_near(loss.detach(), true.detach(), size=20.0 * (rows if reduction == "sum" else 1))
+
+    upstream = torch.randn_like(loss)
+    (grad,) = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
+    (true_grad,) = torch.autograd.grad(true, true_logits, upstream.double())
+    assert_near(grad, true_grad, size=2.0 * float(upstream.abs().max()))
+    (again,) = torch.autograd.grad(loss, logits, upstream)
+    assert torch.equal(grad, again)
+    if kind == "indices":
+        assert not grad[1::3].any()  # exactly 0 in the ignored rows
+
+
+def test_modules_take_it(served: list[bool]) -> None:
+    logits, indices, _, weight = drawn(8, 10, torch.float32)
+    for module in (LN.CrossEntropyLoss(), LN.CrossEntropyLoss(weight, label_smoothing=0.1)):
+        module(logits, indices).backward()
+    assert served == [True, True]
+
+
+def test_everything_else_goes_the_long_way_to_the_same_answer(served: list[bool]) -> None:
+    logits, indices, probabilities, weight = drawn(8, 10, torch.float32)
+    plain = LF.cross_entropy(logits, indices)
+    assert served.pop()
+    nearest = logits.detach().T.contiguous().T
+    for got in (
+        LF.cross_entropy(logits, indices, backend="cpu"),
+        LF.cross_entropy(logits, indices, normalizer="weights"),
+        LF.cross_entropy(logits, indices, empty="zero"),
+        LF.cross_entropy(logits, indices, class_dim=1),
+        LF.cross_entropy(logits, indices.int()),
+        LF.cross_entropy(nearest, indices),
+        LF.cross_entropy(logits[None].mT, indices[None]),
+        LF.cross_entropy(logits, indices, torch.ones(10, requires_grad=True)),
+        LF.cross_entropy(torch.stack([logits, logits], 2)[..., 0], indices),
+    ):
+        torch.testing.assert_close(got.detach(), plain.detach())
+    soft = probabilities.clone().requires_grad_()
+    LF.cross_entropy(logits, soft, weight).backward()
+    assert soft.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LF.cross_entropy(logits.bfloat16(), indices).dtype == torch.float32
+    many = torch.randn(70, 1000)
+    LF.cross_entropy(many, torch.zeros(70, dtype=torch.int64))
+    assert not served
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        LF.cross_entropy(logits, indices, weight.double())
+    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+        LF.cross_entropy(logits, indices, label_smoothing=1.5)
+    with pytest.raises(RuntimeError, match="weight tensor should be defined"):
+        LF.cross_entropy(logits, indices, weight[:3])
+    with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+        LF.cross_entropy(logits, probabilities, ignore_index=3)
+    with pytest.raises(ValueError, match="not a valid value for reduction"):
+        LF.cross_entropy(logits, indices, reduction="average")
+    assert not served
+
+
+def test_a_frozen_weight_or_target_in_no_grad_mode_takes_it(served: list[bool]) -> None:
+    logits, indices, probabilities, weight = drawn(8, 10, torch.float32)
+    with torch.no_grad():
+        LF.cross_entropy(logits, indices, weight.requires_grad_())
+        LF.cross_entropy(logits, probabilities.requires_grad_())
+    assert served == [True, True]
+
+
+def test_a_forced_backend_and_a_question_are_heard(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    logits, indices, _, _ = drawn(8, 10, torch.float32)
+    assert ll.explain(LF.cross_entropy, logits, indices).backend == "cpu"
+    monkeypatch.setenv("LOGITLESS_BACKEND", "reference")
+    LF.cross_entropy(logits, indices)
+    monkeypatch.setenv("LOGITLESS_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="LOGITLESS_BACKEND asks for 'abacus'"):
+        LF.cross_entropy(logits, indices)
+    assert not served
+    monkeypatch.delenv("LOGITLESS_BACKEND")
+    LF.cross_entropy(logits, indices)
+    assert served == [True]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}, {"weight": torch.rand(10)}])
+def test_a_second_derivative_is_that_of_the_definition(options: dict[str, Any], served: list[bool]) -> None:
+    logits, indices, _, _ = drawn(8, 10, torch.float32)
+    seconds = []
+    for function in (LF.cross_entropy, F.cross_entropy):
+        leaf = logits.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf, indices, **options).sum(), leaf, create_graph=True)
+        seconds.append(torch.autograd.grad((first * first.roll(1, 1)).sum(), leaf)[0])
+    assert served == [True]
+    torch.testing.assert_close(*seconds)
+
+
+def test_a_bad_class_is_named(served: list[bool]) -> None:
+    logits, indices, _, weight = drawn(8, 10, torch.float32)
+    indices[4], indices[6] = 10, -1
+    message = r"Target 10 is out of bounds at position 4 and 1 more: there are 10 classes \(0 to 9\)"
+    with pytest.raises(IndexError, match=message):
+        LF.cross_entropy(logits, indices)
+    with pytest.raises(IndexError, match=message):
+        LF.cross_entropy(logits, indices, weight, label_smoothing=0.1, reduction="none")
+    assert served == [True, True]
+
+
+def test_logits_changed_before_the_backward_pass_are_noticed() -> None:
+    logits = drawn(8, 10, torch.float32)[0].detach() * 1
+    source = logits.requires_grad_() * 1
+    loss = LF.cross_entropy(source, torch.arange(8))
+    with torch.no_grad():
+        source.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_sum_beyond_the_dtype_is_infinite() -> None:
+    for dtype, large in ((torch.float16, 6e4), (torch.float32, 3e38)):
+        logits = torch.tensor([[large, 0.0]] * 4).to(dtype)
+        assert LF.cross_entropy(logits, torch.ones(4, dtype=torch.int64), reduction="sum") == torch.inf
