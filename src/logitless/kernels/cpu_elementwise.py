@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logitless import _native
-from logitless.kernels.cpu import empty_like_pooled
+from logitless.kernels.cpu import DTYPES, empty_like_pooled
 
 __all__ = [
     "STORAGE",
@@ -256,7 +256,7 @@ def _cosine(
     saved = torch.empty((3, *rows), dtype=torch.float64) if save else None
     labels = _labels(target)
     _native.cosine(
-        STORAGE[x1.dtype],
+        DTYPES[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,
@@ -300,7 +300,7 @@ def _cosine_grad(
         upstream = upstream.to(torch.float64 if x1.dtype is torch.float64 else torch.float32)
     labels = _labels(target)
     _native.cosine_grad(
-        STORAGE[x1.dtype],
+        DTYPES[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,
