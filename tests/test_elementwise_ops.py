@@ -341,6 +341,27 @@ def test_cosine_embedding_loss(dtype: torch.dtype, reduction: str, shapes: tuple
     assert_close(own, expected, dtype, least=1.0)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.int8, torch.int8),
+        (torch.int64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bool, torch.float16),
+    ],
+)
+def test_vectors_of_other_dtypes(first: torch.dtype, second: torch.dtype) -> None:
+    """Whole numbers compute in the default dtype."""
+    a, b = torch.randint(0, 2, (6, 7)), torch.randint(0, 2, (6, 7)) + 1
+    target = torch.tensor([1, -1, 1, -1, 1, -1])
+    for x, y in ((a.to(first), b.to(second)), (b.to(second), a.to(first))):
+        own, expected = (LF.cosine_embedding_loss(x, y, target, backend=backend) for backend in ("cpu", "reference"))
+        torch.testing.assert_close(own, expected)
+        if second.is_floating_point:
+            own, expected = (LF.cosine_similarity(x, y, backend=backend) for backend in ("cpu", "reference"))
+            torch.testing.assert_close(own, expected)
+
+
 def test_a_dimension_that_does_not_exist() -> None:
     for backend in ("cpu", "reference"):
         with pytest.raises(IndexError, match="Dimension out of range"):

@@ -147,7 +147,8 @@ def _obstacle(sizes: torch.Size, *tensors: Tensor) -> str | None:
 
 
 def _of_one_dtype(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    if x1.dtype == x2.dtype:
+    """Return the vectors in their promoted floating dtype, which the kernels read in place."""
+    if x1.dtype == x2.dtype and x1.is_floating_point():
         return x1, x2
-    common = torch.promote_types(x1.dtype, x2.dtype)
+    common = precision_of(x1, x2, autocast=False).result
     return x1.to(common), x2.to(common)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless.kernels.cpu import empty_like_pooled
+from logitless.kernels.cpu import DTYPES, empty_like_pooled
 from logitless.kernels.native import extension as _native
 
 __all__ = [
@@ -257,7 +257,7 @@ def _cosine(
     saved = torch.empty((3, *rows), dtype=torch.float64) if save else None
     labels = _labels(target)
     _native.cosine(
-        STORAGE[x1.dtype],
+        DTYPES[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,
@@ -301,7 +301,7 @@ def _cosine_grad(
         upstream = upstream.to(torch.float64 if x1.dtype is torch.float64 else torch.float32)
     labels = _labels(target)
     _native.cosine_grad(
-        STORAGE[x1.dtype],
+        DTYPES[x1.dtype],
         torch.get_num_threads(),
         shape,
         dim,
