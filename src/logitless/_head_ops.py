@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,27 +37,12 @@ class RowWork(Protocol):
         ...
 
     @property
-    def cut_classes(self) -> bool:
-        """Whether a tile may have some of the classes only: `part` and `combine` then stand for `forward`."""
-        ...
-
-    @property
     def extra_bytes(self) -> int:
         """What it holds beside each logit of a tile."""
         ...
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Saved]:
         """Return one value a row for each output, and what `gradient` needs of them."""
-        ...
-
-    def combine(
-        self, parts: Sequence[Saved], ranges: Sequence[tuple[int, int]], start: int, stop: int
-    ) -> tuple[tuple[Tensor, ...], Saved]:
-        """Return the same from what `part` gave for consecutive ranges of classes."""
-        ...
-
-    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Saved:
-        """Return what `combine` needs of some of the classes."""
         ...
 
     def gradient(
@@ -71,6 +56,21 @@ class RowWork(Protocol):
         first: int,
     ) -> None:
         """Write each wanted tile's gradient where the tile says; the tiles' classes begin at `first`."""
+        ...
+
+
+@runtime_checkable
+class CutWork(RowWork, Protocol):
+    """Work on tiles of some of the classes too: `part` and `combine` then stand for `forward`."""
+
+    def combine(
+        self, parts: Sequence[Saved], ranges: Sequence[tuple[int, int]], start: int, stop: int
+    ) -> tuple[tuple[Tensor, ...], Saved]:
+        """Return the same from what `part` gave for consecutive ranges of classes."""
+        ...
+
+    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Saved:
+        """Return what `combine` needs of some of the classes."""
         ...
 
 
@@ -126,7 +126,7 @@ def head_call(
         row_bytes,
         max_bytes=max_bytes,
         gradient=needed,
-        cut_classes=work.cut_classes,
+        cut_classes=isinstance(work, CutWork),
     )
     return HeadCall(tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
 
@@ -296,13 +296,14 @@ def _sweep(
                 outputs.append(values)
             _back(call, makers, tiles, known, upstream, wanted, start, stop, 0, call.classes)
         else:
-            (maker,) = makers
+            (maker,), work = makers, call.work
+            assert isinstance(work, CutWork)
             if known is None:
                 parts = [
-                    call.work.part(maker.logits(start, stop, first, last), start, stop, first, last)
+                    work.part(maker.logits(start, stop, first, last), start, stop, first, last)
                     for first, last in ranges
                 ]
-                values, known = call.work.combine(parts, ranges, start, stop)
+                values, known = work.combine(parts, ranges, start, stop)
                 outputs.append(values)
             for first, last in ranges if any(wanted) else ():
                 tile = maker.logits(start, stop, first, last)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from logitless import _tiles
+from logitless._precision import HALF
 from logitless.kernels import cpu
 from logitless.lazy import HeadRows
 
@@ -32,7 +33,6 @@ _LEAST_ROWS = 64
 _CUT_ROWS = 256  # ... to tiles of this many rows, as long as so many classes fit beside them
 _LEAST_CLASSES = 64
 _ROUND_ROWS = 16  # a vector of rows, so that no tile but the last has a part of one
-_HALF = (torch.float16, torch.bfloat16)
 _SLAB_CLASSES = 8192  # of a half-precision weight gradient, widened while it is in the cache
 
 
@@ -120,9 +120,9 @@ class HeadTiles:
         bytes_held = 0
         if hidden.requires_grad:
             bytes_held += 2 * shape.rows * hidden.shape[1] * _wide(hidden.dtype).itemsize
-            if hidden.dtype in _HALF:
+            if hidden.dtype in HALF:
                 bytes_held += hidden.numel() * 4
-        if weight.requires_grad and weight.dtype in _HALF and not one_tile:
+        if weight.requires_grad and weight.dtype in HALF and not one_tile:
             bytes_held += weight.numel() * 4 + min(_SLAB_CLASSES, shape.classes) * weight.shape[1] * weight.itemsize
         return bytes_held
 
@@ -199,7 +199,7 @@ class _Gradients:
     ) -> None:
         part = hidden[start:stop]
         if self._needed[0] or self._needed[3]:
-            if gradient.dtype in _HALF:
+            if gradient.dtype in HALF:
                 to_hidden = gradient.T @ weight[first:last]
             else:
                 to_hidden = (weight[first:last].T @ gradient).T
@@ -286,4 +286,4 @@ def view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in HALF else dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logitless import _library
 from logitless._dispatch import cpu_by_default
-from logitless._precision import _HALF
+from logitless._precision import HALF
 from logitless._targets import ClassTarget, index_error
 from logitless._transforms import surroundings, transform_reason
 from logitless.kernels import cpu, reference
@@ -210,7 +210,7 @@ def small_cross_entropy(
         or surroundings() is not None
     ):
         return None
-    if dtype in _HALF and torch.is_autocast_enabled("cpu"):
+    if dtype in HALF and torch.is_autocast_enabled("cpu"):
         return None  # it asks for another dtype
     loss: Tensor = _apply_small(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
     return loss
@@ -244,8 +244,8 @@ class _SmallCrossEntropy(torch.autograd.Function):
         dtype = logits.dtype
         losses = None
         if reduction == "none":
-            losses = torch.empty(len(logits), dtype=torch.float32 if dtype in _HALF else dtype)
-        if weight is not None and dtype in _HALF:
+            losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
+        if weight is not None and dtype in HALF:
             weight = weight.float()
         bad_row, loss, denominator, saved = cpu.cross_entropy(
             logits, target, weight, ignore_index, smoothing, reduction == "mean", losses
@@ -272,7 +272,7 @@ class _SmallCrossEntropy(torch.autograd.Function):
         if reduction != "none":
             scale = grad_output.item()
         else:
-            upstream = (grad_output.float() if logits.dtype in _HALF else grad_output).contiguous()
+            upstream = (grad_output.float() if logits.dtype in HALF else grad_output).contiguous()
         grad = cpu.cross_entropy_grad(
             logits, target, weight, ignore_index, smoothing, saved, scale, denominator, upstream
         )

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
     present = [tensor for tensor in tensors if tensor is not None]
     floating = [tensor.dtype for tensor in present if tensor.dtype.is_floating_point]
     result = functools.reduce(torch.promote_types, floating) if floating else torch.get_default_dtype()
-    compute = torch.float32 if result in _HALF else result
-    if autocast and result in _HALF and under_autocast(present[0].device):
+    compute = torch.float32 if result in HALF else result
+    if autocast and result in HALF and under_autocast(present[0].device):
         result = torch.float32
     return Precision(compute, result)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ class CrossEntropyWork:
         """Probabilities lie as the user gave them."""
         return self.probabilities is None
 
-    cut_classes: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
@@ -175,11 +174,13 @@ class CrossEntropyWork:
 
 @dataclass(frozen=True, slots=True)
 class TokenWork:
-    """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without."""
+    """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without.
+
+    Of whole rows: an entropy's digits are lost in parts.
+    """
 
     indices: Tensor | None
     class_major: ClassVar[bool] = True
-    cut_classes: ClassVar[bool] = False
     extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], cpu.RowStats]:
@@ -198,16 +199,6 @@ class TokenWork:
         )
         names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
         return tuple(getattr(stats, name) for name in names), stats._replace(argmax=None, rank=None)
-
-    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Any:
-        """Refuse: an entropy's digits are lost in parts."""
-        raise NotImplementedError
-
-    def combine(
-        self, parts: Sequence[Any], ranges: Sequence[tuple[int, int]], start: int, stop: int
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        """Refuse, as `part`."""
-        raise NotImplementedError
 
     def gradient(
         self,
@@ -246,13 +237,15 @@ class TokenWork:
 
 @dataclass(frozen=True, slots=True)
 class PairWork:
-    """Measures of pairs of rows by the names of `cpu.PairRowStats`, with class indices where one is an nll."""
+    """Measures of pairs of rows by the names of `cpu.PairRowStats`, with class indices where one is an nll.
+
+    Of whole rows: their mixture is not known of parts.
+    """
 
     names: tuple[str, ...]
     indices: Tensor | None
     ignore_index: int
     class_major: ClassVar[bool] = False
-    cut_classes: ClassVar[bool] = False
     extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -269,16 +262,6 @@ class PairWork:
             entropy="entropy_p" in self.names or "entropy_q" in self.names,
         )
         return tuple(getattr(stats, name) for name in self.names), stats.saved
-
-    def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> Any:
-        """Refuse: the mixture of two rows is known of whole rows only."""
-        raise NotImplementedError
-
-    def combine(
-        self, parts: Sequence[Any], ranges: Sequence[tuple[int, int]], start: int, stop: int
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        """Refuse, as `part`."""
-        raise NotImplementedError
 
     def gradient(
         self,
@@ -355,7 +338,6 @@ class BinaryWork:
     weight: Tensor | None
     pos_weight: Tensor | None
     class_major: ClassVar[bool] = False
-    cut_classes: ClassVar[bool] = True
 
     @property
     def extra_bytes(self) -> int:
