@@ -145,19 +145,24 @@ def _cross_entropy_rows(
 ) -> reference.ClassRows:
     """Return per-row losses, and what a weighted mean counts each row as (a number where that is the same for all)."""
     if target.probabilities is not None:
-        assert stats.dense_sum is not None
         assert stats.dense_mass is not None
-        loss, row_weight = stats.dense_sum, stats.dense_mass
-    else:
-        assert stats.nll is not None
-        loss = stats.nll
-        row_weight = _row_weight(target, weight, loss)
-        if weight is not None:
-            loss = reference.times_zero_safe(row_weight, loss)
+        return reference.ClassRows(row_losses(stats, None, smoothing, target.classes), stats.dense_mass)
+    assert stats.nll is not None
+    row_weight = _row_weight(target, weight, stats.nll)
+    losses = row_losses(stats, None if weight is None else row_weight, smoothing, target.classes)
+    return reference.ClassRows(losses, row_weight)
+
+
+def row_losses(stats: cpu.RowStats, row_weight: Tensor | None, smoothing: float, classes: int) -> Tensor:
+    """Return the cross-entropy of each row: of its probabilities, or of its index times `row_weight`."""
+    loss = stats.nll if stats.dense_sum is None else stats.dense_sum
+    assert loss is not None
+    if row_weight is not None:
+        loss = reference.times_zero_safe(row_weight, loss)
     if smoothing > 0:
         assert stats.smooth_sum is not None
-        loss = (1 - smoothing) * loss + smoothing / target.classes * stats.smooth_sum
-    return reference.ClassRows(loss, row_weight)
+        loss = (1 - smoothing) * loss + smoothing / classes * stats.smooth_sum
+    return loss
 
 
 def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Tensor:

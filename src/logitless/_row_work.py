@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._head_tiles import Tile
+from logitless._ops import row_losses
 from logitless.kernels import cpu, cpu_elementwise, reference
 
 # No row of a tile is ignored: those were left out before the tile was made.
@@ -156,20 +157,11 @@ class CrossEntropyWork:
         return self.probabilities[start:stop, first:last].to(tile.logits.dtype)
 
     def _outputs(self, stats: cpu.RowStats, start: int, stop: int) -> tuple[Tensor, ...]:
-        if self.probabilities is not None:
-            assert stats.dense_sum is not None
-            assert stats.dense_mass is not None
-            loss, row_weight = stats.dense_sum, stats.dense_mass
-        else:
-            assert stats.nll is not None
-            loss, row_weight = stats.nll, torch.ones_like(stats.nll)
-            if self.row_weight is not None:
-                row_weight = self.row_weight[start:stop]
-                loss = reference.times_zero_safe(row_weight, loss)
-        if self.smoothing > 0:
-            assert stats.smooth_sum is not None
-            loss = (1 - self.smoothing) * loss + self.smoothing / self.classes * stats.smooth_sum
-        return loss, row_weight
+        weight = None if self.row_weight is None else self.row_weight[start:stop]
+        losses = row_losses(stats, weight, self.smoothing, self.classes)
+        if stats.dense_mass is not None:
+            return losses, stats.dense_mass
+        return losses, torch.ones_like(losses) if weight is None else weight
 
 
 @dataclass(frozen=True, slots=True)
