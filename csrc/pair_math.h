@@ -38,20 +38,22 @@ LL_POLYNOMIAL(shannon_over_square, kShannon)
 LL_POLYNOMIAL(log1p_over_x, kLog1p)
 #undef LL_POLYNOMIAL
 
-// How to read one of the two rows: p = exp(z - base) * unit * 2^-power = exp(z - lse).
+// How to read one of the two rows: p = exp(z - base) * (unit + unit_low) * 2^-power = exp(z - lse). The rounding of
+// `unit` alone would be an error that all terms share.
 template <class Real> struct RowScale {
-  Real unit, power, base, top;
+  Real unit, unit_low, power, base, top;
 
   static RowScale from(double max, double log_sum) {
     const bool huge = !(__builtin_fabs(max) <= kHuge);
     const double power = huge ? 0.0 : __builtin_rint(max * 1.4426950408889634);
     const double rest = huge ? 0.0 : (max - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33;
     const double unit = exp<double>(splat<double>(-(rest + log_sum)))[0];
-    return {static_cast<Real>(unit), static_cast<Real>(power), static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max)};
+    const Real rounded = static_cast<Real>(unit);
+    return {rounded, static_cast<Real>(unit - static_cast<double>(rounded)), static_cast<Real>(power), static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max)};
   }
   LL_INLINE Vec<Real> probability(Vec<Real> z) const {
     const Exponential<Real> e = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), z - base));
-    return scale_by_power(e.fraction * unit, e.power - power);
+    return scale_by_power(e.fraction * unit + e.fraction * unit_low, e.power - power);
   }
 };
 

@@ -27,7 +27,7 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   const auto step = [&](auto count, auto first, int64_t i, int64_t valid) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
     Vec<Real> zs[K], ws[K], ts[K];
-    for (int k = 0; k < K; ++k) {
+    LL_UNROLL for (int k = 0; k < K; ++k) {
       const bool whole = K > 1 || valid == L;
       zs[k] = whole ? load(z + i + k * L) : load_partial(z + i, valid, -kInf<Real>);
       if constexpr (kWeighted) {
@@ -46,9 +46,169 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   for (; i < n; i += L) step(Constant<1>{}, Constant<false>{}, i, whole_or(i));
 }
 
+// ---- the fold of contiguous rows without weights: what cross-entropy and entropy spend their time in ---------------------
+//
+// A RowState compares each logit with the largest of its lane. Here a logit is compared with the largest of the row, and
+// four vectors at a time: only a block that reaches it is looked at more closely. Of NaN, exp is NaN, and of -inf it may
+// be: the block's sum tells. Huge logits and NaN are left to a RowState.
+
+inline constexpr int64_t kScout = 512;  // the largest of as many logits is looked for first: few later ones exceed it
+inline constexpr int64_t kRowsAhead = 24;  // of short rows: memory is waited for while exp is computed
+inline constexpr int kShortVectors = 16;  // rows of no more vectors are folded without a branch that depends on a logit
+
+template <class Real> LL_INLINE Vec<Real> nothing() { return splat<Real>(static_cast<Real>(-2 * kHuge)); }  // its exp does not count
+template <class Real> LL_INLINE Vec<Real> exp_in_unit(Vec<Real> z, Vec<Real> power) {
+  const Exponential<Real> x = split_exp_drifting(z);
+  return scale_by_power(x.fraction, x.power - power);
+}
+template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kLift); }
+// A sum of exp_in_unit, without the drift of a term as large as the sum; of one smaller by 2^-m it leaves m kDrift.
+template <class Real> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
+  const Vec<double> drift = kDrift<Real> * (power + exponent_of(sum));
+  return sum * (1 + drift + drift * drift * 0.5);
+}
+template <class Real> LL_INLINE bool is_tame(Real max) { return __builtin_fabs(static_cast<double>(max)) <= kHuge; }
+
+template <class T> LL_INLINE Compute<T> max_of(const T* z, int64_t n) {
+  using Real = Compute<T>;
+  using V = Vec<Real>;
+  constexpr int L = kLanes<Real>;
+  V top[4] = {splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>)}, x[4];
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    load_unordered<4>(z + i, x);
+    LL_UNROLL for (int k = 0; k < 4; ++k) top[k] = maximum<Real>(x[k], top[k]);
+  }
+  for (; i < n; i += L) top[0] = maximum<Real>(n - i >= L ? load(z + i) : load_partial(z + i, n - i, -kInf<Real>), top[0]);
+  return max_of_lanes<Real>(maximum<Real>(maximum<Real>(top[0], top[1]), maximum<Real>(top[2], top[3])));
+}
+
+// K vectors from the i-th logit on; of one vector, those beyond n are -inf.
+template <int K, class T> LL_INLINE void load_block(const T* z, int64_t i, int64_t n, Vec<Compute<T>> (&x)[K]) {
+  if constexpr (K > 1) load_unordered<K>(z + i, x);
+  else x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
+}
+
+// Sums of exp over the n logits but one that equals `max`, in units of 2^power; NaN where one of them is.
+template <class T> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
+  const Vec<Real> top = splat<Real>(max);
+  Vec<Real> rest{};
+  int at_max = 0;
+  const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    Vec<Real> x[K], e[K];
+    LL_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(z + i + k * L + kRowsAhead * n);
+    load_block<K>(z, i, n, x);
+    LL_UNROLL for (int k = 0; k < K; ++k) {
+      e[k] = x[k] == top ? Vec<Real>{} : exp_in_unit<Real>(maximum<Real>(nothing<Real>(), x[k]), power);
+      at_max += __builtin_popcount(equal_bits(x[k], top));
+    }
+    rest += tree_sum<K>(e);
+  };
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) add(Constant<4>{}, i);
+  if (i + 2 * L <= n) add(Constant<2>{}, i), i += 2 * L;
+  for (; i < n; i += L) add(Constant<1>{}, i);
+  if (__builtin_expect(at_max > 1, 0)) rest += (lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Real>(top, power) : Vec<Real>{});
+  return rest;
+}
+
+// Flags: 0 or kToken. False: not such a row.
+template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> target_logit, RowSums& sums) {
+  using Real = Compute<T>;
+  using V = Vec<Real>;
+  constexpr int L = kLanes<Real>;
+  constexpr Real kMost = Real(1e30);  // any sum of a block is smaller
+  Real max = max_of(z, n < kScout ? n : kScout);
+  if (!is_tame(max)) return false;
+  V top = splat<Real>(max), power = power_of_unit(max);
+  Real limit = max + static_cast<Real>(kHeadroom);
+  bool met = false;  // whether one logit that equals `top` is held out of the sum
+  int64_t arg = 0;
+  PairSum<Real> rest, spread;  // sum of e, sum of e * (top - z)
+  IntVec<Real> rank{};
+  // One logit of x is the largest so far: it gives its place to the one that was.
+  const auto meet = [&](auto count, V* x, Real best, int64_t first_class) __attribute__((always_inline)) {
+    const V old = met ? top : nothing<Real>();
+    bool placed = false;
+    LL_UNROLL for (int k = 0; k < decltype(count)::value; ++k) {
+      const uint32_t bits = placed ? 0 : equal_bits(x[k], splat<Real>(best));
+      if (bits) x[k] = lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(bits)) ? old : x[k], placed = true;
+    }
+    if constexpr ((Flags & kToken) != 0) {
+      spread.add(rest.high * (best - max));
+      spread.add(rest.low * (best - max));
+    }
+    met = true, max = best, top = splat<Real>(best), arg = first_class;
+    if (best > limit) {
+      const V raised = power_of_unit(best), drop = power - raised;
+      rest.scale(drop);
+      if constexpr ((Flags & kToken) != 0) spread.scale(drop);
+      power = raised, limit = best + static_cast<Real>(kHeadroom);
+    }
+  };
+  const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
+    constexpr int K = decltype(count)::value;
+    V x[K], e[K];
+    load_block<K>(z, i, n, x);
+    if constexpr ((Flags & kToken) != 0)
+      LL_UNROLL for (int k = 0; k < K; ++k) rank -= x[k] > target_logit;
+    if constexpr (K == 1) x[0] = maximum<Real>(nothing<Real>(), x[0]);
+    V block_top = x[0];
+    LL_UNROLL for (int k = 1; k < K; ++k) block_top = maximum<Real>(block_top, x[k]);
+    if (__builtin_expect(reaching_bits(block_top, top) != 0, 0) && (!met || greater_bits(block_top, top))) {
+      const Real best = max_of_lanes<Real>(block_top);
+      if (!is_tame(best)) return false;
+      meet(count, x, best, i);
+    }
+    LL_UNROLL for (int k = 0; k < K; ++k) e[k] = exp_in_unit<Real>(x[k], power);
+    V sum = tree_sum<K>(e);
+    if (__builtin_expect(reaching_bits(splat<Real>(kMost), magnitude<Real>(sum)) != kAllBits<Real>, 0)) {
+      LL_UNROLL for (int k = 0; k < K; ++k) {
+        if (equal_bits(x[k], x[k]) != kAllBits<Real>) return false;
+        x[k] = maximum<Real>(nothing<Real>(), x[k]);
+        e[k] = exp_in_unit<Real>(x[k], power);
+      }
+      sum = tree_sum<K>(e);
+    }
+    rest.add(sum);
+    if constexpr ((Flags & kToken) != 0) {
+      LL_UNROLL for (int k = 0; k < K; ++k) e[k] = e[k] * minimum<Real>(splat<Real>(kMostGap<Real>), top - x[k]);
+      spread.add(tree_sum<K>(e));
+    }
+    return true;
+  };
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+    if (!add(Constant<4>{}, i)) return false;
+  if (i + 2 * L <= n) {
+    if (!add(Constant<2>{}, i)) return false;
+    i += 2 * L;
+  }
+  for (; i < n; i += L)
+    if (!add(Constant<1>{}, i)) return false;
+  const double unit = static_cast<double>(power[0]);
+  const auto total = [unit](const PairSum<Real>& sum) { return without_drift<Real>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
+  sums = {max, 0, unit, total(rest), 0, 0, 0, 0, 0, arg, 0};
+  if constexpr ((Flags & kToken) != 0) {
+    sums.spread = total(spread);
+    for (int lane = 0; lane < L; ++lane) sums.rank += rank[lane];
+  }
+  return true;
+}
+
 // Classes [begin, end) of a row that lies in memory one after another.
 template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const RowView<T>& row, int64_t begin, int64_t end) {
   using Real = Compute<T>;
+  if constexpr (Flags == 0 || Flags == kToken) {
+    RowSums sums;
+    if (fold_long<T, Flags>(row.logits + begin, end - begin, row.target_logit, sums)) {
+      sums.arg += begin;
+      return sums;
+    }
+  }
   RowState<Real, Flags, false> state;
   if constexpr ((Flags & kToken) != 0) state.target_logit = splat<Real>(row.target_logit);
   const Real* w = row.weight ? row.weight + begin : nullptr;

@@ -4,6 +4,8 @@
 // ulp (of double logits: within an ulp for each e-fold of 1/p, which log_sum's own rounding costs); p * a + e t + f w is
 // formed before any rounding to the storage type. At the target, a p_t + c is computed in double, and where c is about
 // -a as a expm1(z_t - lse) + (a + c), so that nothing cancels.
+#include <cstdlib>
+
 #include "parallel.h"
 #include "vmath.h"
 
@@ -17,15 +19,18 @@ inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel i
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
 inline constexpr int64_t kLaneClasses = 8192;        // rows in lanes of more classes are cut ...
 inline constexpr int64_t kLanePartRows = 4096;       // ... when they are no more than this
-inline constexpr int64_t kStreamBytes = 64 << 20;    // a larger float32 or float64 gradient bypasses the caches ...
-inline constexpr int64_t kStreamRow = 4096;          // ... where its rows have this many bytes; for 16-bit types it is slower, measured
+inline constexpr int64_t kShortClasses = 512;        // rows of no more classes are short ...
+inline constexpr int64_t kStreamBytes = 64 << 20;    // ... and a larger gradient of longer rows bypasses the caches,
+inline constexpr int64_t kBufferBytes = 8192;        // of 16-bit types by way of a buffer of whole cache lines
+inline constexpr int64_t kCacheLine = 64;
 
+// What the gradients of up to kMaxRows consecutive rows are made of.
 template <class Real> struct RowCoefficients {
-  double a, c, max, log_sum;
-  Real unit;   // a exp(-(lse - base - power ln2)), or that without `a` when b is not 0
-  Real power, base, top, log_sum_real, plain_a, b, e, f;
-  Real at_target;  // a p_t + c + b p_t (z_t - lse)
-  bool read;
+  alignas(LL_BYTES) Real unit[kMaxRows];  // a exp(-(lse - base - power ln2)), or that without `a` when b is not 0
+  Real power[kMaxRows], base[kMaxRows], at_target[kMaxRows];               // at_target: a p_t + c + b p_t (z_t - lse)
+  Real top[kMaxRows], log_sum[kMaxRows], a[kMaxRows], b[kMaxRows];         // with kGap alone
+  Real e[kMaxRows], f[kMaxRows];                                           // with kTargets, kConstant alone
+  bool read[kMaxRows], plain[kMaxRows];                                    // plain: base is 0, and unit is no NaN
 };
 
 template <class T, int Flags> struct Job {
@@ -48,61 +53,75 @@ template <class T, int Flags> struct Job {
   bool ignored(int64_t r) const { return args.target && args.target[r] == args.ignore_index; }
   bool has_target(int64_t r) const { return args.target && args.target[r] >= 0 && args.target[r] < args.tile.classes; }
 
+  static LL_INLINE double one_or(const void* p, int64_t k) { return p ? static_cast<double>(static_cast<const Real*>(p)[k]) : 1.0; }
+
+  // What RowGradArgs calls a and c (in double), b, e and f, of rows [first, first + count).
+  void scales(int64_t first, int64_t count, double* a, double* c, RowCoefficients<Real>& rows) const {
+    const bool same = args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i, from = same ? first : r;
+      const double g = one_or(args.upstream, from * args.upstream_stride);
+      const double weight = args.index_weight && has_target(r) ? one_or(args.class_weight, args.target[r]) : 1.0;
+      a[i] = g * (args.a_scale * one_or(args.a, from) * weight + args.a_extra);
+      c[i] = g * args.c_scale * one_or(args.c, from) * weight;
+      if constexpr ((Flags & kGap) != 0) rows.b[i] = static_cast<Real>(g * args.b_scale * one_or(args.b, from));
+      if constexpr ((Flags & kTargets) != 0) rows.e[i] = static_cast<Real>(g * args.e_scale * one_or(args.e, from));
+      if constexpr ((Flags & kConstant) != 0) rows.f[i] = static_cast<Real>(g * args.f_scale * one_or(args.f, from));
+    }
+  }
+
   // Rows [first, first + count).
-  void prepare(int64_t first, int64_t count, RowCoefficients<Real>* rows) const {
+  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows) const {
     constexpr int D = kLanes<double>;
-    alignas(LL_BYTES) double exponent[kMaxRows], gap[kMaxRows], unit[kMaxRows], shrink[kMaxRows], at_target[kMaxRows];
+    alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows], target_logit[kMaxRows];
+    scales(first, count, a, c, rows);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
-      RowCoefficients<Real>& row_i = rows[i];
-      row_i.read = !ignored(r);
-      if (!row_i.read) { exponent[i] = gap[i] = 0; continue; }
-      const auto real = [](const void* p, int64_t k) { return p ? static_cast<double>(static_cast<const Real*>(p)[k]) : 1.0; };
-      const bool aimed = has_target(r);
-      const double g = real(args.upstream, r * args.upstream_stride);
-      const double weight = args.index_weight && aimed ? real(args.class_weight, args.target[r]) : 1.0;
-      row_i.a = g * (args.a_scale * real(args.a, r) * weight + args.a_extra);
-      row_i.c = g * args.c_scale * real(args.c, r) * weight;
-      row_i.b = static_cast<Real>(g * args.b_scale * real(args.b, r));
-      row_i.e = static_cast<Real>(g * args.e_scale * real(args.e, r));
-      row_i.f = static_cast<Real>(g * args.f_scale * real(args.f, r));
-      row_i.max = static_cast<const Real*>(args.row_max)[r];
-      row_i.log_sum = args.log_sum[r];
-      const bool huge = !(__builtin_fabs(row_i.max) <= kHuge);
-      row_i.base = static_cast<Real>(huge ? row_i.max : 0.0);
-      const double power = huge ? 0.0 : __builtin_rint(row_i.max * 1.4426950408889634);
-      row_i.power = static_cast<Real>(power);
-      row_i.top = static_cast<Real>(row_i.max);
-      row_i.log_sum_real = static_cast<Real>(row_i.log_sum);
-      row_i.plain_a = static_cast<Real>(row_i.a);
-      exponent[i] = ((huge ? 0.0 : row_i.max - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + row_i.log_sum;
-      gap[i] = aimed ? (static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride])) - row_i.max) - row_i.log_sum : 0.0;
+      const bool read = rows.read[i] = !ignored(r);
+      max[i] = read ? static_cast<double>(static_cast<const Real*>(args.row_max)[r]) : 0.0;
+      log_sum[i] = read ? args.log_sum[r] : 0.0;
+      target_logit[i] = read && has_target(r) ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride])) : 0.0;
     }
     for (int64_t i = 0; i < count; i += D) {
-      store(unit + i, exp<double>(-load(exponent + i)));
-      store(shrink + i, expm1(load(gap + i)));
-      store(at_target + i, exp<double>(load(gap + i)));
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      if (!rows[i].read) continue;
-      rows[i].unit = static_cast<Real>((Flags & kGap) ? unit[i] : unit[i] * rows[i].a);
-      const double a = rows[i].a, c = rows[i].c, sum = a + c, p = at_target[i];
+      const Vec<double> top = load(max + i), sum = load(log_sum + i), scale = load(a + i), constant = load(c + i);
+      const auto huge = !(magnitude<double>(top) <= kHuge);
+      const Vec<double> power = huge ? Vec<double>{} : whole_power<double>(top);
+      const Vec<double> exponent = ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
+      const Vec<double> unit = exp<double>(-exponent);
+      const Vec<double> gap = (load(target_logit + i) - top) - sum, p = exp<double>(gap), both = scale + constant;
       // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
-      const double aimed = __builtin_fabs(sum) < 0.5 * __builtin_fabs(a) ? a * shrink[i] + sum : a * p + c;
-      const double bent = gap[i] == -__builtin_inf() ? 0.0 : p * static_cast<double>(rows[i].b) * gap[i];
-      rows[i].at_target = static_cast<Real>(aimed + ((Flags & kGap) ? bent : 0.0));
+      Vec<double> aimed = magnitude<double>(both) < 0.5 * magnitude<double>(scale) ? scale * expm1(gap) + both : scale * p + constant;
+      if constexpr ((Flags & kGap) != 0) {
+        Vec<double> bend;
+        for (int k = 0; k < D; ++k) bend[k] = static_cast<double>(rows.b[i + k]);
+        aimed += gap == -__builtin_inf() ? Vec<double>{} : p * bend * gap;
+        store_narrow(rows.top + i, top);
+        store_narrow(rows.log_sum + i, sum);
+        store_narrow(rows.a + i, scale);
+      }
+      store_narrow(rows.unit + i, (Flags & kGap) ? unit : unit * scale);
+      store_narrow(rows.power + i, power);
+      store_narrow(rows.base + i, huge ? top : Vec<double>{});
+      store_narrow(rows.at_target + i, aimed);
     }
+    for (int64_t i = 0; i < count; ++i) rows.plain[i] = rows.base[i] == 0 && rows.unit[i] == rows.unit[i];
   }
 
   // Coefficients in lanes: all of one row, or one row a lane.
   struct Lanes { V unit, power, base, top, log_sum, a, b, e, f; };
-  static LL_INLINE Lanes same(const RowCoefficients<Real>& r) {
-    return {splat<Real>(r.unit), splat<Real>(r.power), splat<Real>(r.base), splat<Real>(r.top), splat<Real>(r.log_sum_real),
-            splat<Real>(r.plain_a), splat<Real>(r.b), splat<Real>(r.e), splat<Real>(r.f)};
+  // get(array) gives a vector of an array of the coefficients.
+  template <class Get> static LL_INLINE Lanes lanes_of(const RowCoefficients<Real>& rows, const Get& get) {
+    Lanes c;
+    c.unit = get(rows.unit), c.power = get(rows.power), c.base = get(rows.base);
+    if constexpr ((Flags & kGap) != 0) c.top = get(rows.top), c.log_sum = get(rows.log_sum), c.a = get(rows.a), c.b = get(rows.b);
+    if constexpr ((Flags & kTargets) != 0) c.e = get(rows.e);
+    if constexpr ((Flags & kConstant) != 0) c.f = get(rows.f);
+    return c;
   }
   template <bool kHugeRow> static LL_INLINE V value(const Lanes& c, V z, V w, V t) {
-    const V lowest = splat<Real>(static_cast<Real>(-2 * kHuge));
-    const Exponential<Real> x = split_exp(maximum<Real>(lowest, kHugeRow ? z - c.base : z));
+    const V least = maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), kHugeRow ? z - c.base : z);
+    Exponential<Real> x;
+    if constexpr (sizeof(T) == 2) x = split_exp_rough(least); else x = split_exp(least);
     V out = scale_by_power(x.fraction * c.unit, x.power - c.power);
     if constexpr ((Flags & kGap) != 0) out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
     if constexpr ((Flags & kTargets) != 0) out = out + c.e * (t * w);
@@ -110,9 +129,10 @@ template <class T, int Flags> struct Job {
     return out;
   }
 
-  // n contiguous elements of one row. `streamed` output is aligned from `head` elements on.
-  template <bool kHugeRow> void row_values(const RowCoefficients<Real>& row_c, const T* z, const Real* w, const T* t, T* out, int64_t n, bool streamed) const {
-    const Lanes c = same(row_c);
+  // n contiguous elements of one row. `streamed` output, not of 16-bit types, bypasses the caches.
+  template <bool kPlainRow>
+  LL_INLINE void row_values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t, T* out, int64_t n, bool streamed) const {
+    const Lanes c = lanes_of(rows, [of](const Real* array) { return splat<Real>(array[of]); });
     const auto at = [&](int64_t i, int64_t valid) __attribute__((always_inline)) {
       const bool whole = valid >= L;
       const V zs = whole ? load(z + i) : load_partial(z + i, valid, Real(0));
@@ -120,7 +140,7 @@ template <class T, int Flags> struct Job {
       if constexpr ((Flags & (kConstant | kTargets)) != 0)
         if (w) ws = whole ? load(w + i) : load_partial(w + i, valid, Real(0));
       if constexpr ((Flags & kTargets) != 0) ts = whole ? load(t + i) : load_partial(t + i, valid, Real(0));
-      return value<kHugeRow>(c, zs, ws, ts);
+      return value<!kPlainRow>(c, zs, ws, ts);
     };
     int64_t i = 0;
     if (sizeof(T) >= 4 && streamed) {
@@ -130,44 +150,64 @@ template <class T, int Flags> struct Job {
       if (i < head) store_partial(out + i, at(i, head - i), head - i), i = head;
       for (; i + L <= n; i += L) stream(out + i, at(i, L));
     } else {
+      if constexpr (kPlainRow && (Flags & (kConstant | kTargets)) == 0) {
+        for (; i + 4 * L <= n; i += 4 * L) {
+          V v[4];
+          load_unordered<4>(z + i, v);
+          LL_UNROLL for (int k = 0; k < 4; ++k) v[k] = value<false>(c, v[k], V{}, V{});
+          store_unordered<4, (Flags & kGap) != 0>(out + i, v);
+        }
+      }
       for (; i + L <= n; i += L) store(out + i, at(i, L));
     }
     if (i < n) store_partial(out + i, at(i, n - i), n - i);
   }
 
-  // Classes [begin, end) of row r into `out`, which stands for class `begin`.
-  void contiguous(int64_t r, const RowCoefficients<Real>& c, int64_t begin, int64_t end, T* out, bool streamed) const {
+  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`.
+  LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
     const int64_t n = end - begin;
-    if (!c.read) { memset(out, 0, static_cast<size_t>(n) * sizeof(T)); return; }
+    if (!rows.read[i]) { memset(out, 0, static_cast<size_t>(n) * sizeof(T)); return; }
     const Real* w = class_weight() ? class_weight() + begin : nullptr;
     const T* t = (Flags & kTargets) ? dense_row(r) + begin : nullptr;
-    if (c.base == 0) row_values<false>(c, row(r) + begin, w, t, out, n, streamed);
-    else row_values<true>(c, row(r) + begin, w, t, out, n, streamed);
-    if (has_target(r) && args.target[r] >= begin && args.target[r] < end) out[args.target[r] - begin] = target_value(r, c);
+    if (rows.plain[i]) row_values<true>(rows, i, row(r) + begin, w, t, out, n, streamed);
+    else row_values<false>(rows, i, row(r) + begin, w, t, out, n, streamed);
+    if (has_target(r) && args.target[r] >= begin && args.target[r] < end) out[args.target[r] - begin] = target_value(r, rows, i);
+  }
+  // The same of many classes; `streamed`: past the caches.
+  __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
+    alignas(LL_BYTES) T buffer[kBufferBytes / sizeof(T)];
+    const int64_t part = streamed && sizeof(T) == 2 ? kBufferBytes / static_cast<int64_t>(sizeof(T)) : end - begin;
+    for (int64_t first = begin; first < end; first += part) {
+      const int64_t last = first + part < end ? first + part : end;
+      T* const to = out + (first - begin);
+      const bool buffered = streamed && sizeof(T) == 2;
+      contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && sizeof(T) != 2);
+      if (buffered) stream_copy(to, buffer, last - first);
+    }
   }
 
-  T target_value(int64_t r, const RowCoefficients<Real>& c) const {
-    double v = c.at_target;
+  T target_value(int64_t r, const RowCoefficients<Real>& rows, int64_t i) const {
+    double v = rows.at_target[i];
     const int64_t j = args.target[r];
     const double w = class_weight() ? static_cast<double>(class_weight()[j]) : 1.0;
-    if constexpr ((Flags & kTargets) != 0) v += static_cast<double>(c.e) * static_cast<double>(widen(dense_row(r)[j * args.dense_strides.classes])) * w;
-    if constexpr ((Flags & kConstant) != 0) v += static_cast<double>(c.f) * w;
+    if constexpr ((Flags & kTargets) != 0) v += static_cast<double>(rows.e[i]) * static_cast<double>(widen(dense_row(r)[j * args.dense_strides.classes])) * w;
+    if constexpr ((Flags & kConstant) != 0) v += static_cast<double>(rows.f[i]) * w;
     return narrow<T>(v);
   }
 
-  void gathered(int64_t r, const RowCoefficients<Real>& c, int64_t begin, int64_t end) const {
+  __attribute__((noinline)) void gathered(int64_t r, const RowCoefficients<Real>& rows, int64_t of, int64_t begin, int64_t end) const {
     alignas(LL_BYTES) T zs[kGather], out[kGather], ts[(Flags & kTargets) ? kGather : 1];
     T* grad = grad_row(r);
     for (int64_t i = begin; i < end; i += kGather) {
       const int64_t n = end - i < kGather ? end - i : kGather;
-      if (c.read) {
+      if (rows.read[of]) {
         for (int64_t j = 0; j < n; ++j) zs[j] = row(r)[(i + j) * args.tile.class_stride];
         if constexpr ((Flags & kTargets) != 0)
           for (int64_t j = 0; j < n; ++j) ts[j] = dense_row(r)[(i + j) * args.dense_strides.classes];
         const Real* w = class_weight() ? class_weight() + i : nullptr;
-        if (c.base == 0) row_values<false>(c, zs, w, ts, out, n, false);
-        else row_values<true>(c, zs, w, ts, out, n, false);
-        if (has_target(r) && args.target[r] >= i && args.target[r] < i + n) out[args.target[r] - i] = target_value(r, c);
+        if (rows.plain[of]) row_values<true>(rows, of, zs, w, ts, out, n, false);
+        else row_values<false>(rows, of, zs, w, ts, out, n, false);
+        if (has_target(r) && args.target[r] >= i && args.target[r] < i + n) out[args.target[r] - i] = target_value(r, rows, of);
       } else {
         memset(out, 0, sizeof out);
       }
@@ -183,10 +223,10 @@ template <class T, int Flags> struct Job {
     const int64_t part = kItemBytes / sizeof(T), parts = (args.tile.classes + part - 1) / part, rows = args.tile.outer * args.tile.inner;
     parallel_for(rows * parts, args.threads, bytes(), [&](int64_t item) {
       const int64_t r = item / parts, begin = item % parts * part, end = begin + part < args.tile.classes ? begin + part : args.tile.classes;
-      RowCoefficients<Real> c;
-      prepare(r, 1, &c);
-      if (is_contiguous()) contiguous(r, c, begin, end, grad_row(r) + begin, streaming);
-      else gathered(r, c, begin, end);
+      RowCoefficients<Real> rows;
+      prepare(r, 1, rows);
+      if (is_contiguous()) long_part(r, rows, 0, begin, end, grad_row(r) + begin, streaming);
+      else gathered(r, rows, 0, begin, end);
       if (streaming) fence();
     });
   }
@@ -195,15 +235,23 @@ template <class T, int Flags> struct Job {
     const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
     int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
     per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
+    const int64_t classes = args.tile.classes;
     parallel_for((rows + per_item - 1) / per_item, args.threads, bytes(), [&](int64_t item) {
       const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
-      RowCoefficients<Real> c[kMaxRows];
+      RowCoefficients<Real> c;
       for (int64_t first = item * per_item; first < end; first += kMaxRows) {
         const int64_t count = end - first < kMaxRows ? end - first : kMaxRows;
         prepare(first, count, c);
-        for (int64_t i = 0; i < count; ++i) {
-          if (is_contiguous()) contiguous(first + i, c[i], 0, args.tile.classes, grad_row(first + i), streaming);
-          else gathered(first + i, c[i], 0, args.tile.classes);
+        if (!is_contiguous()) {
+          for (int64_t i = 0; i < count; ++i) gathered(first + i, c, i, 0, classes);
+        } else if (classes > kShortClasses) {
+          for (int64_t i = 0; i < count; ++i) long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            // The rows of the next `prepare`, which reads one logit of each.
+            for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row(first + i) + kMaxRows * classes + j);
+            contiguous(first + i, c, i, 0, classes, grad_row(first + i), false);
+          }
         }
       }
       if (streaming) fence();
@@ -219,9 +267,9 @@ template <class T, int Flags> struct Job {
     parallel_for(args.tile.outer * tiles, args.threads, bytes(), [&](int64_t item) {
       const int64_t inner = item % tiles * kWidth, first = item / tiles * args.tile.inner + inner;
       const int64_t width = args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth;
-      RowCoefficients<Real> rows[kMaxRows];
+      RowCoefficients<Real> rows;
       prepare(first, width, rows);
-      lane_tile(first, width, rows, 0, args.tile.classes);
+      lane_tile(first, width, rows, 0, 0, args.tile.classes);
     });
   }
 
@@ -230,33 +278,35 @@ template <class T, int Flags> struct Job {
   void by_lane_parts() const {
     const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
     const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = (args.tile.classes + per_item - 1) / per_item;
-    auto* const all = static_cast<RowCoefficients<Real>*>(__builtin_malloc(static_cast<size_t>(rows) * sizeof(RowCoefficients<Real>)));
+    // Blocks of kMaxRows rows of one outer index each.
+    const int64_t blocks = (args.tile.inner + kMaxRows - 1) / kMaxRows, size = args.tile.outer * blocks * static_cast<int64_t>(sizeof(RowCoefficients<Real>));
+    auto* const all = static_cast<RowCoefficients<Real>*>(aligned_alloc(LL_BYTES, static_cast<size_t>(size)));
     if (!all) return by_lanes();
-    for (int64_t first = 0; first < rows; first += kMaxRows) prepare(first, rows - first < kMaxRows ? rows - first : kMaxRows, all + first);
+    for (int64_t block = 0; block < args.tile.outer * blocks; ++block) {
+      const int64_t inner = block % blocks * kMaxRows, left = args.tile.inner - inner;
+      prepare(block / blocks * args.tile.inner + inner, left < kMaxRows ? left : kMaxRows, all[block]);
+    }
     parallel_for(args.tile.outer * parts, args.threads, bytes(), [&](int64_t item) {
       const int64_t outer = item / parts, begin = item % parts * per_item;
       const int64_t end = begin + per_item < args.tile.classes ? begin + per_item : args.tile.classes;
       for (int64_t inner = 0; inner < args.tile.inner; inner += kWidth) {
         const int64_t first = outer * args.tile.inner + inner;
-        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth, all + first, begin, end);
+        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth, all[outer * blocks + inner / kMaxRows], inner % kMaxRows, begin, end);
       }
     });
     __builtin_free(all);
   }
 
-  // Classes [begin, end) of the `width` rows from `first` on.
-  void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>* rows, int64_t begin, int64_t end) const {
-    Lanes lanes[kTileVectors] = {};
+  // Classes [begin, end) of the `width` rows from `first` on, which `rows` has from `at` on.
+  void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>& rows, int64_t at, int64_t begin, int64_t end) const {
+    Lanes lanes[kTileVectors];
     IntVec<Real> keep[kTileVectors] = {};
     bool huge = false;
+    for (int64_t i = 0; i < width; i += L) lanes[i / L] = lanes_of(rows, [&](const Real* array) { return load(array + at + i); });
     for (int64_t i = 0; i < width; ++i) {
-      const RowCoefficients<Real>& c = rows[i];
-      if (!c.read) continue;
-      Lanes& to = lanes[i / L];
-      const int64_t k = i % L;
-      to.unit[k] = c.unit, to.power[k] = c.power, to.base[k] = c.base, to.top[k] = c.top, to.log_sum[k] = c.log_sum_real;
-      to.a[k] = c.plain_a, to.b[k] = c.b, to.e[k] = c.e, to.f[k] = c.f, keep[i / L][k] = -1;
-      huge = huge || c.base != 0;
+      if (!rows.read[at + i]) continue;
+      keep[i / L][i % L] = -1;
+      huge = huge || rows.base[at + i] != 0;
     }
     const T* z = row(first);
     const T* t = dense_row(first);
@@ -271,13 +321,13 @@ template <class T, int Flags> struct Job {
         const Lanes c = lanes[i / L];
         const IntVec<Real> kept = keep[i / L];
         V v[K];
-        for (int k = 0; k < K; ++k) {
+        LL_UNROLL for (int k = 0; k < K; ++k) {
           const V ws = splat<Real>(w ? w[j + k] : Real(1));
           V ts{};
           if constexpr ((Flags & kTargets) != 0) ts = get(t + (j + k) * args.dense_strides.classes + i);
           v[k] = kept ? value<decltype(is_huge)::value>(c, get(z + (j + k) * args.tile.class_stride + i), ws, ts) : V{};
         }
-        for (int k = 0; k < K; ++k) {
+        LL_UNROLL for (int k = 0; k < K; ++k) {
           T* p = out + (j + k) * args.grad_strides.classes + i;
           if (valid >= L) store(p, v[k]); else store_partial(p, v[k], valid);
         }
@@ -291,8 +341,8 @@ template <class T, int Flags> struct Job {
     if (huge) all(Constant<true>{}); else all(Constant<false>{});
     for (int64_t i = 0; i < width; ++i) {
       const int64_t r = first + i;
-      if (rows[i].read && has_target(r) && args.target[r] >= begin && args.target[r] < end)
-        out[args.target[r] * args.grad_strides.classes + i] = target_value(r, rows[i]);
+      if (rows.read[at + i] && has_target(r) && args.target[r] >= begin && args.target[r] < end)
+        out[args.target[r] * args.grad_strides.classes + i] = target_value(r, rows, at + i);
     }
   }
 
@@ -311,8 +361,7 @@ template <class T, int Flags> struct Job {
 
 template <class T, int Flags> void run(const RowGradArgs& a) {
   Job<T, Flags> job{a, false};
-  const bool large = job.bytes() >= kStreamBytes && a.tile.classes * static_cast<int64_t>(sizeof(T)) >= kStreamRow;
-  job.streaming = large && sizeof(T) >= 4 && a.grad != a.logits;
+  job.streaming = job.bytes() >= kStreamBytes && a.grad != a.logits;
   job.run();
 }
 

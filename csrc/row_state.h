@@ -45,17 +45,17 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
   // z: K vectors of logits of classes from `first_class` on; w, t: the class weights and dense targets beside them.
   template <int K, bool kFirst> LL_INLINE void step(const V* z, const V* w, const V* t, int64_t first_class) {
     V loser[K];
-    for (int k = 0; k < K; ++k) {
+    LL_UNROLL for (int k = 0; k < K; ++k) {
       loser[k] = minimum<Real>(top, z[k]);
       top = kFirst ? z[k] : maximum<Real>(z[k], top);
     }
     if (__builtin_expect(greater_bits(top, kLazyRef ? limit : ref) != 0, 0)) raise<K>(z, first_class);
     if constexpr (!kFirst) lose<K>(loser);
     if constexpr ((Flags & kToken) != 0)
-      for (int k = 0; k < K; ++k) rank -= z[k] > target_logit;
+      LL_UNROLL for (int k = 0; k < K; ++k) rank -= z[k] > target_logit;
     if constexpr ((Flags & (kSmooth | kDense)) != 0) {
       V smooth_gap[K], dense_gap[K], weight[K];
-      for (int k = 0; k < K; ++k) {
+      LL_UNROLL for (int k = 0; k < K; ++k) {
         const V gap = z[k] == -kInf<Real> ? splat<Real>(kInf<Real>) : ref - z[k];
         smooth_gap[k] = w[k] == 0 ? V{} : w[k] * gap;
         if constexpr ((Flags & kDense) != 0) {
@@ -78,7 +78,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
   template <int K> LL_INLINE void lose(const V* loser) {
     V e[K], gap[K];
     const V above = maximum<Real>(splat<Real>(Real(-1e30)), ref);  // finite while every logit so far is -inf
-    for (int k = 0; k < K; ++k) {
+    LL_UNROLL for (int k = 0; k < K; ++k) {
       const Exponential<Real> x = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), loser[k]));
       e[k] = scale_by_power(x.fraction, x.power - power);
       if constexpr ((Flags & kToken) != 0) gap[k] = e[k] * minimum<Real>(splat<Real>(kMostGap<Real>), above - loser[k]);
@@ -93,7 +93,7 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
       best = top;
     } else if constexpr (kPerLane) {
       best = ref;
-      for (int k = 0; k < K; ++k) {
+      LL_UNROLL for (int k = 0; k < K; ++k) {
         arg = z[k] > best ? IntVec<Real>{} + static_cast<IntOf<Real>>(first_class + k) : arg;
         best = maximum<Real>(z[k], best);
       }
@@ -106,14 +106,10 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
     if (greater_bits(best, limit)) {
       const V huge = splat<Real>(static_cast<Real>(2 * kHuge));
       const V clamped = maximum<Real>(-huge, minimum<Real>(huge, best));
-      const V raised = split_exp(clamped).power - Real(kLift);
+      const V raised = whole_power<Real>(clamped) - Real(kLift);
       const V drop = power - raised;
-      rest.high = scale_by_power(rest.high, drop);
-      rest.low = scale_by_power(rest.low, drop);
-      if constexpr ((Flags & kToken) != 0) {
-        spread.high = scale_by_power(spread.high, drop);
-        spread.low = scale_by_power(spread.low, drop);
-      }
+      rest.scale(drop);
+      if constexpr ((Flags & kToken) != 0) spread.scale(drop);
       power = raised;
       limit = clamped + static_cast<Real>(kHeadroom);
     }
@@ -134,13 +130,13 @@ struct RowSums {
 };
 
 template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, false>& s) {
-  const uint32_t at_max = equal_bits(s.top, s.ref), all = kLanes<Real> == 32 ? ~0u : (1u << kLanes<Real>) - 1;
+  const uint32_t at_max = equal_bits(s.top, s.ref);
   Vec<Real> others = s.top;
   // One lane that holds the maximum stays out. None does when every logit is -inf or NaN came first: the row is NaN.
   if (at_max) others = lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(at_max)) ? splat<Real>(-kInf<Real>) : others;
   s.template lose<1>(&others);
   double rest = s.rest.total();
-  if (equal_bits(s.top, s.top) != all) rest = __builtin_nan("");
+  if (equal_bits(s.top, s.top) != kAllBits<Real>) rest = __builtin_nan("");
   RowSums sums{s.ref[0], 0, s.power[0], rest, 0, 0, 0, 0, 0, s.arg_block, 0};
   if constexpr ((Flags & kToken) != 0) {
     sums.spread = s.spread.total();

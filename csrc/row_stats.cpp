@@ -7,6 +7,7 @@ namespace {
 
 inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item
+inline constexpr int64_t kShortRows = 16;          // short rows taken together, whose logits stay in the first cache
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
 inline constexpr int64_t kLaneClasses = 8192;      // rows in lanes are cut here ...
 inline constexpr int64_t kLanePartRows = 4096;     // ... when they are no more than this
@@ -39,6 +40,8 @@ template <class T> struct Job {
   }
 };
 
+inline constexpr RowSums kUnread{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+
 // ---- finished rows to outputs ------------------------------------------------------------------------------------
 
 // Consecutive rows whose logits are folded, finished a vector of rows at a time.
@@ -57,6 +60,11 @@ template <class T> struct Batch {
   template <int Flags> LL_INLINE void push(int64_t r, Fate f, const RowSums& sums) {
     const int64_t i = count++;
     if (i == 0) first_row = r;
+    place<Flags>(i, f, sums);
+    if (count == kMaxRows) flush();
+  }
+  template <int Flags> LL_INLINE void place(int64_t i, Fate f, const RowSums& sums) {
+    const int64_t r = first_row + i;
     fate[i] = f;
     all_read = all_read && f == Fate::kRead;
     above[i] = f == Fate::kRead ? sums.max - static_cast<double>(job.target_logit(r)) : 0;
@@ -67,7 +75,35 @@ template <class T> struct Batch {
     } else {
       set<Flags>(i, sums);
     }
-    if (count == kMaxRows) flush();
+  }
+  // Rows [first, first + n) of few contiguous classes, n <= kShortRows: each step for all of them, since a row alone would
+  // wait for its own sums.
+  LL_INLINE void push_short(int64_t first, int64_t n) {
+    const int64_t classes = job.args.tile.classes;
+    Real tops[kShortRows];
+    Vec<Real> sums[kShortRows];
+    if (count == 0) first_row = first;
+    const int64_t at = count;
+    for (int64_t i = 0; i < n; ++i) {
+      const Fate f = job.fate(first + i);
+      const bool read = f == Fate::kRead;
+      fate[at + i] = f;
+      all_read = all_read && read;
+      tops[i] = read ? max_of(job.row(first + i), classes) : Real(0);
+      above[at + i] = read ? static_cast<double>(tops[i]) - static_cast<double>(job.target_logit(first + i)) : 0;
+      max[at + i] = tops[i], base[at + i] = 0, arg[at + i] = 0;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<Real> unit = power_of_unit(tops[i]);
+      power[at + i] = unit[0];
+      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
+    }
+    for (int64_t i = 0; i < n; i += kLanes<double>) store(rest + at + i, without_drift<Real>(sums_of_lanes(sums + i), load(power + at + i)));
+    for (int64_t i = 0; i < n; ++i)  // NaN, or beyond what these steps take
+      if (__builtin_expect(!(is_tame(tops[i]) && rest[at + i] == rest[at + i]), 0))
+        place<0>(at + i, fate[at + i], fold_contiguous<T, 0>(job.template view<0>(first + i), 0, classes));
+    count += n;
+    if (count > kMaxRows - kShortRows) flush();
   }
   template <int Flags> LL_INLINE void set(int64_t i, const RowSums& sums) {
     arg[i] = sums.arg, max[i] = sums.max, base[i] = sums.base, power[i] = sums.power, rest[i] = sums.rest;
@@ -123,8 +159,6 @@ template <class T> struct Batch {
   }
 };
 
-inline constexpr RowSums kUnread{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
-
 template <class T, int Flags> void by_rows(const Job<T>& job) {
   const RowStatsArgs& a = job.args;
   const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
@@ -134,6 +168,13 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
     Batch<T> batch(job);
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
+    if constexpr (Flags == 0) {
+      if (a.tile.class_stride == 1 && a.tile.classes <= kShortVectors * kLanes<Compute<T>>) {
+        for (int64_t r = item * per_item; r < end; r += kShortRows) batch.push_short(r, end - r < kShortRows ? end - r : kShortRows);
+        batch.flush();
+        return;
+      }
+    }
     for (int64_t r = item * per_item; r < end; ++r) {
       const Fate fate = job.fate(r);
       batch.template push<Flags>(r, fate, fate == Fate::kRead ? fold_part<T, Flags>(job.template view<Flags>(r), 0, a.tile.classes) : kUnread);
@@ -188,7 +229,7 @@ LL_INLINE void fold_lanes(const Job<T>& job, int64_t first_row, int64_t width, i
       const int64_t valid = width - v * L;
       const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
       Vec<Real> zs[K], ws[K], ts[K];
-      for (int k = 0; k < K; ++k) {
+      LL_UNROLL for (int k = 0; k < K; ++k) {
         zs[k] = get(z + (c + k) * a.tile.class_stride + v * L);
         if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(w ? w[c + k] : Real(1));
         if constexpr ((Flags & kDense) != 0) ts[k] = get(t + (c + k) * a.dense_strides.classes + v * L);

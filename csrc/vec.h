@@ -27,6 +27,8 @@
 #endif
 
 #define LL_INLINE inline __attribute__((always_inline))
+// Before a loop over a few vectors, which are then registers: at -O2 it would stay a loop over a stack.
+#define LL_UNROLL _Pragma("GCC unroll 16")
 
 namespace logitless::LL_ISA {
 
@@ -70,6 +72,11 @@ template <class Real> LL_INLINE IntVec<Real> as_int(Vec<Real> v) { return reinte
 template <class Real> LL_INLINE Vec<Real> as_real(IntVec<Real> v) { return reinterpret_cast<Vec<Real>>(v); }
 template <class Real> LL_INLINE Vec<Real> to_real(IntVec<Real> v) { return __builtin_convertvector(v, Vec<Real>); }
 
+template <class Real> LL_INLINE Vec<Real> magnitude(Vec<Real> v) {
+  constexpr IntOf<Real> kSign = sizeof(Real) == 4 ? INT32_MIN : INT64_MIN;
+  return as_real<Real>(as_int<Real>(v) & ~kSign);
+}
+
 // Both return the SECOND argument when either is NaN, as the x86 instructions do: the kernels rely on it to keep NaNs
 // in a sum and out of a running maximum.
 template <class Real> LL_INLINE Vec<Real> minimum(Vec<Real> a, Vec<Real> b) { return a < b ? a : b; }
@@ -86,7 +93,7 @@ template <> LL_INLINE Vec<double> minimum<double>(Vec<double> a, Vec<double> b) 
 template <> LL_INLINE Vec<double> maximum<double>(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
 #endif
 
-// Bit i is lane i of `a > b` (or `a == b`); false where either is NaN.
+// Bit i is lane i of `a > b` (or `a == b`, `a >= b`); false where either is NaN.
 template <class Real> LL_INLINE uint32_t bits_of(IntVec<Real> mask) {
   uint32_t bits = 0;
   for (int i = 0; i < kLanes<Real>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
@@ -97,17 +104,25 @@ LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) { return _mm512_cmp_
 LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 LL_INLINE uint32_t equal_bits(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }
 #elif defined(__AVX2__)
 LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)); }
 LL_INLINE uint32_t equal_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ)); }
+LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ)); }
 #else
 LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) { return bits_of<float>(a > b); }
 LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a > b); }
 LL_INLINE uint32_t equal_bits(Vec<float> a, Vec<float> b) { return bits_of<float>(a == b); }
 LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a == b); }
+LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return bits_of<float>(a >= b); }
+LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a >= b); }
 #endif
+
+template <class Real> inline constexpr uint32_t kAllBits = kLanes<Real> == 32 ? ~0u : (1u << kLanes<Real>) - 1;
 
 template <class Real> LL_INLINE Real max_of_lanes(Vec<Real> v) {
   Real top = v[0];
@@ -142,6 +157,43 @@ LL_INLINE double sum_of_lanes(Vec<float> v) {
 #endif
 }
 
+// Sum of the lanes of both.
+LL_INLINE double sum_of_lanes(Vec<double> a, Vec<double> b) { return sum_of_lanes(a + b); }
+LL_INLINE double sum_of_lanes(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  const auto half = [](Vec<float> v, auto h) { return Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, decltype(h)::value))); };
+  return sum_of_lanes((half(a, Constant<0>{}) + half(a, Constant<1>{})) + (half(b, Constant<0>{}) + half(b, Constant<1>{})));
+#else
+  return sum_of_lanes(a) + sum_of_lanes(b);
+#endif
+}
+
+// Of as many vectors as there are lanes of double, the sum of the lanes of each.
+LL_INLINE Vec<double> sums_of_lanes(const Vec<double>* v) {
+#if defined(__AVX512F__)
+  Vec<double> pairs[4], fours[2];
+  LL_UNROLL for (int i = 0; i < 4; ++i) pairs[i] = _mm512_unpacklo_pd(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_pd(v[2 * i], v[2 * i + 1]);
+  const auto join = [](Vec<double> a, Vec<double> b) { return Vec<double>(_mm512_shuffle_f64x2(a, b, 0x88) + _mm512_shuffle_f64x2(a, b, 0xdd)); };
+  LL_UNROLL for (int i = 0; i < 2; ++i) fours[i] = join(pairs[2 * i], pairs[2 * i + 1]);
+  return join(fours[0], fours[1]);
+#else
+  Vec<double> sums;
+  for (int i = 0; i < kLanes<double>; ++i) sums[i] = sum_of_lanes(v[i]);
+  return sums;
+#endif
+}
+LL_INLINE Vec<double> sums_of_lanes(const Vec<float>* v) {
+#if defined(__AVX512F__)
+  Vec<double> wide[8];
+  LL_UNROLL for (int i = 0; i < 8; ++i) wide[i] = _mm512_cvtps_pd(_mm512_castps512_ps256(v[i])) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(v[i], 1));
+  return sums_of_lanes(wide);
+#else
+  Vec<double> sums;
+  for (int i = 0; i < kLanes<double>; ++i) sums[i] = sum_of_lanes(v[i]);
+  return sums;
+#endif
+}
+
 // ---- loads and stores: storage type <-> compute lanes -------------------------------------------------------------
 
 template <class T> LL_INLINE Vec<Compute<T>> load(const T* p);
@@ -154,13 +206,14 @@ LL_INLINE HalfVec load_bits(const void* p) { HalfVec v; memcpy(&v, p, LL_BYTES /
 LL_INLINE Vec<float> widen_bfloat16(HalfVec h) {
   return as_real<float>(__builtin_convertvector(h, IntVec<float>) << 16);
 }
-// Round to nearest even; a NaN keeps its upper payload and is made quiet.
-LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) {
+// Rounded to nearest even, in the upper 16 bits of each lane; a NaN keeps its upper payload and is made quiet.
+template <bool kMayBeNaN> LL_INLINE IntVec<float> rounded_to_bfloat16(Vec<float> v) {
   const IntVec<float> bits = as_int<float>(v);
   const IntVec<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const IntVec<float> kept = v == v ? rounded : (bits | 0x400000);
-  return __builtin_convertvector(kept >> 16, HalfVec);
+  if constexpr (kMayBeNaN) return v == v ? rounded : (bits | 0x400000);
+  else return rounded;
 }
+LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) { return __builtin_convertvector(rounded_to_bfloat16<true>(v) >> 16, HalfVec); }
 LL_INLINE Vec<float> widen_float16(HalfVec h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
@@ -204,6 +257,33 @@ LL_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, LL_BYTES); }
 LL_INLINE void store(BFloat16* p, Vec<float> v) { const HalfVec h = narrow_bfloat16(v); memcpy(p, &h, LL_BYTES / 2); }
 LL_INLINE void store(Float16* p, Vec<float> v) { const HalfVec h = narrow_float16(v); memcpy(p, &h, LL_BYTES / 2); }
 
+// K vectors of consecutive elements, in whatever order of lanes costs least.
+template <int K, class T> LL_INLINE void load_unordered(const T* p, Vec<Compute<T>> (&v)[K]) {
+  if constexpr (__is_same(T, BFloat16) && K % 2 == 0) {
+    for (int k = 0; k < K; k += 2) {  // the two halves of each 32 bits
+      IntVec<float> bits;
+      memcpy(&bits, p + k * kLanes<float>, LL_BYTES);
+      v[k] = as_real<float>(bits << 16);
+      v[k + 1] = as_real<float>(bits & static_cast<int32_t>(0xffff0000));
+    }
+  } else {
+    LL_UNROLL for (int k = 0; k < K; ++k) v[k] = load(p + k * kLanes<Compute<T>>);
+  }
+}
+
+// What load_unordered read, back in the order of its elements.
+template <int K, bool kMayBeNaN, class T> LL_INLINE void store_unordered(T* p, const Vec<Compute<T>> (&v)[K]) {
+  if constexpr (__is_same(T, BFloat16) && K % 2 == 0) {
+    for (int k = 0; k < K; k += 2) {
+      const IntVec<float> even = rounded_to_bfloat16<kMayBeNaN>(v[k]), odd = rounded_to_bfloat16<kMayBeNaN>(v[k + 1]);
+      const IntVec<float> bits = ((even >> 16) & 0xffff) | (odd & static_cast<int32_t>(0xffff0000));
+      memcpy(p + k * kLanes<float>, &bits, LL_BYTES);
+    }
+  } else {
+    LL_UNROLL for (int k = 0; k < K; ++k) store(p + k * kLanes<Compute<T>>, v[k]);
+  }
+}
+
 // Only the first `count` elements are touched; the other lanes hold `fill`. 0 <= count < lanes.
 template <class T> LL_INLINE Vec<Compute<T>> load_partial(const T* p, int64_t count, Compute<T> fill) {
   using Real = Compute<T>;
@@ -235,6 +315,13 @@ template <class T> LL_INLINE void store_partial(T* p, Vec<Compute<T>> v, int64_t
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+LL_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
+LL_INLINE void store_narrow(float* p, Vec<double> v) {
+  typedef float Half __attribute__((vector_size(LL_BYTES / 2)));
+  const Half h = __builtin_convertvector(v, Half);
+  memcpy(p, &h, LL_BYTES / 2);
+}
+
 // A store that does not read the line first nor keep it in a cache; `p` is aligned to the stored vector's size.
 // Followed by `fence()` before another thread reads the memory.
 template <class T> LL_INLINE void stream(T* p, Vec<Compute<T>> v) {
@@ -246,6 +333,23 @@ template <class T> LL_INLINE void stream(T* p, Vec<Compute<T>> v) {
   if constexpr (sizeof(T) == 8) { _mm256_stream_pd(p, v); return; }
 #endif
   store(p, v);
+}
+// n elements to where they are not needed soon. Followed by `fence()`, as `stream`.
+template <class T> LL_INLINE void stream_copy(T* to, const T* from, int64_t n) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  constexpr int64_t kStep = LL_BYTES / sizeof(T);
+  int64_t i = static_cast<int64_t>((LL_BYTES - reinterpret_cast<uintptr_t>(to) % LL_BYTES) % LL_BYTES / sizeof(T));
+  if (i > n) i = n;
+  memcpy(to, from, static_cast<size_t>(i) * sizeof(T));
+  for (; i + kStep <= n; i += kStep) {
+    Vec<float> v;
+    memcpy(&v, from + i, LL_BYTES);
+    stream(reinterpret_cast<float*>(to + i), v);
+  }
+  memcpy(to + i, from + i, static_cast<size_t>(n - i) * sizeof(T));
+#else
+  memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+#endif
 }
 LL_INLINE void fence() {
 #if defined(__AVX2__) || defined(__AVX512F__)

@@ -1,8 +1,10 @@
 // Elementary functions on vectors, and sums that do not lose what they add.
 //
-// Precision policy: `exp` is below 1 ulp of its compute type over its whole range (degree 6 in float, 11 in double, both
-// fitted to the relative error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
-// classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes.
+// Precision policy: `exp` is below 1 ulp of its compute type over its whole range (in float a cubic beside a table of the
+// sixteenths of a power where a permutation reads it, else degree 6; in double degree 11; all fitted to the relative
+// error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
+// classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes; of at most 16 vectors
+// they are sums by halves.
 #pragma once
 
 #include "vec.h"
@@ -13,15 +15,50 @@ namespace logitless::LL_ISA {
 // as 2^n exp(r) straight from z, so that no rounding of z - max enters.
 inline constexpr double kHuge = 2e4;
 
-// exp(x) = fraction * 2^power with fraction in [0.7, 1.5]; for |x| <= 2 * kHuge. NaN gives a NaN fraction.
+// exp(x) = scale_by_power(fraction, power) with fraction in [0.7, 2.1]; for |x| <= 2 * kHuge. NaN gives a NaN fraction.
+// A whole number may be added to the power.
 template <class Real> struct Exponential { Vec<Real> fraction, power; };
 
-LL_INLINE Exponential<float> split_exp(Vec<float> x) {
+// By how much ln2 falls short of the float next to it (0: where every product with it is kept whole).
+template <class Real> inline constexpr double kDrift = 0;
+#if LL_HAS_FMA
+template <> inline constexpr double kDrift<float> = 0x1.05c61p-29;
+#endif
+
+#if defined(__AVX512F__)
+// 2^(j / 16) as high + low.
+alignas(LL_BYTES) inline constexpr float kRootHigh[] = {
+    0x1p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+alignas(LL_BYTES) inline constexpr float kRootLow[] = {
+    0x0p+0f, 0x1.9f3122p-25f, -0x1.c15742p-27f, 0x1.ceac48p-25f, 0x1.4636e2p-25f, 0x1.824684p-25f, -0x1.593abcp-25f, -0x1.5bd5ecp-27f,
+    0x1.9fcef4p-26f, -0x1.829fdp-25f, 0x1.15506ep-27f, 0x1.51f848p-27f, -0x1.a94b14p-26f, -0x1.3d56b2p-27f, -0x1.822dbcp-27f, 0x1.52486cp-27f};
+
+// The power is a multiple of 1/16, of which scale_by_power takes the floor and the table the rest.
+template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
+  constexpr float magic = 0x1.8p19f;  // adding it rounds to sixteenths, whose count stands in the low bits
+  const Vec<float> y = x * 0x1.715476p+0f + magic, n = y - magic;
+  Vec<float> r = x - n * 0x1.62e43p-1f;
+  if constexpr (!kDrifts) r = r + n * static_cast<float>(kDrift<float>);
+  const Vec<float> high = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRootHigh));
+  const Vec<float> low = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRootLow));
+  const Vec<float> q = r * r * (r * 0.16667058f + 0.5000162f) + r;  // exp(r) - 1
+  return {high + (high * q + low), n};
+}
+// To 2^-18, for results that are rounded to 16 bits.
+LL_INLINE Exponential<float> split_exp_rough(Vec<float> x) {
+  constexpr float magic = 0x1.8p19f;
+  const Vec<float> y = x * 0x1.715476p+0f + magic, n = y - magic, r = x - n * 0x1.62e43p-1f;
+  const Vec<float> high = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRootHigh));
+  return {high + high * (r * (r * 0.5f + 1.0f)), n};
+}
+#else
+template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
   constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
   const Vec<float> n = (x * 0x1.715476p+0f + magic) - magic;
 #if LL_HAS_FMA
   Vec<float> r = x - n * 0x1.62e43p-1f;
-  r = r + n * 0x1.05c61p-29f;
+  if constexpr (!kDrifts) r = r + n * static_cast<float>(kDrift<float>);
 #else
   // Each product but the last is exact for |n| < 2^15.
   Vec<float> r = x - n * 0.693359375f;
@@ -35,6 +72,20 @@ LL_INLINE Exponential<float> split_exp(Vec<float> x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return {p, n};
+}
+#endif
+
+#if !defined(__AVX512F__)
+LL_INLINE Exponential<float> split_exp_rough(Vec<float> x) { return split_exp_of_float<true>(x); }
+#endif
+LL_INLINE Exponential<float> split_exp(Vec<float> x) { return split_exp_of_float<false>(x); }
+// One operation less: exp(x) exp(-kDrift n), n the power. A sum of such terms may be corrected by the power that counts.
+LL_INLINE Exponential<float> split_exp_drifting(Vec<float> x) { return split_exp_of_float<true>(x); }
+
+// The whole number nearest to log2(exp(x)); for |x| <= 2 * kHuge.
+template <class Real> LL_INLINE Vec<Real> whole_power(Vec<Real> x) {
+  constexpr Real magic = sizeof(Real) == 4 ? Real(0x1.8p23) : Real(0x1.8p52);
+  return (x * static_cast<Real>(1.4426950408889634) + magic) - magic;
 }
 
 LL_INLINE Exponential<double> split_exp(Vec<double> x) {
@@ -55,8 +106,10 @@ LL_INLINE Exponential<double> split_exp(Vec<double> x) {
   p = p * r + 1.0;
   return {p, n};
 }
+LL_INLINE Exponential<double> split_exp_drifting(Vec<double> x) { return split_exp(x); }
 
-// v * 2^power for whole-numbered `power` at most 127 (1023); 0 where the result would be below the normal range.
+// v * 2^power for a `power` of split_exp or a whole number, at most 127 (1023); 0 where the result would be below the
+// normal range.
 LL_INLINE Vec<float> scale_by_power(Vec<float> v, Vec<float> power) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(v, power);
@@ -74,6 +127,13 @@ LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
   const Vec<double> n = maximum<double>(power, splat<double>(-1023.0)) + (magic + 1023.0);
   return v * as_real<double>(as_int<double>(n) << 52);
 #endif
+}
+
+// n of x = 2^n f with f in [1, 2), for normal x > 0.
+LL_INLINE Vec<double> exponent_of(Vec<double> x) {
+  // |n| < 2^31: through the low bits of a double, since AVX2 has no int64 -> double conversion.
+  constexpr double magic = 0x1.8p52;
+  return as_real<double>(((as_int<double>(x) >> 52) - 1023) + 0x4338000000000000LL) - magic;
 }
 
 // exp(x) where the result is in range; x is clamped to [-2 * kHuge, 709] and small results become 0. NaN stays NaN.
@@ -131,6 +191,7 @@ template <class Real> struct PairSum {
     low += (high - (sum - back)) + (x - back);
     high = sum;
   }
+  LL_INLINE void scale(Vec<Real> power) { high = scale_by_power(high, power), low = scale_by_power(low, power); }
   // An infinite term makes `low` NaN; the sum is then `high` alone.
   LL_INLINE double total() const {
     const double sum = sum_of_lanes(high);
