@@ -6,20 +6,13 @@
 #include <array>
 #include <cstdint>
 
+#include "gil.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
 using namespace logitless;
 
 namespace {
-
-constexpr std::int64_t kReleaseAt = 16384;  // elements from which releasing the GIL is worth its time
-
-template <class Work> void without_gil(std::int64_t elements, const Work& work) {
-  if (elements < kReleaseAt) return work();
-  const nb::gil_scoped_release release;
-  work();
-}
 
 int dims_of(const nb::tuple& shape) {
   if (shape.size() > kMaxDims) throw nb::value_error("more than 64 dimensions");

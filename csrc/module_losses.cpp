@@ -1,4 +1,4 @@
-// A whole loss in one call, for inputs so small that the calls cost more than the arithmetic.
+// A whole loss in one call: where rows are few, the calls around the kernels cost as much as the arithmetic.
 //
 // Precision: the row kernels' own; the sum over rows is in double.
 #include "module_losses.h"
@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "gil.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -21,6 +22,7 @@ template <class T> T* at(Address address) { return reinterpret_cast<T*>(address)
 // Contiguous rows [rows, classes], and what cross-entropy asks of them. Either a target or a dense target is given.
 struct Problem {
   DType dtype;
+  int threads;
   std::int64_t rows, classes;
   const void* logits;
   const std::int64_t* target;
@@ -91,7 +93,7 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
 
   RowStatsArgs args{};
   args.dtype = p.dtype;
-  args.threads = 1;
+  args.threads = p.threads;
   args.tile = p.tile();
   args.logits = p.logits;
   args.target = p.target;
@@ -109,7 +111,7 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   }
   if (p.smoothing > 0) args.smooth_sum = smooth_sum;
   args.bad_row = &bad_row;
-  kernels().row_stats(args);
+  without_gil(p.rows * p.classes, [&] { kernels().row_stats(args); });
   if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0, bytes);
   const Sum sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
   const double denominator = mean ? sum.denominator : 1.0;
@@ -117,29 +119,29 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator, bytes);
 }
 
-Problem problem(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index, Address weight,
+Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index, Address weight,
                 Address dense_target, double smoothing) {
-  return {static_cast<DType>(dtype), rows, classes, at<void>(logits), at<std::int64_t>(target), ignore_index, at<void>(weight),
+  return {static_cast<DType>(dtype), threads, rows, classes, at<void>(logits), at<std::int64_t>(target), ignore_index, at<void>(weight),
           at<void>(dense_target), smoothing};
 }
 
-nb::tuple cross_entropy(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
+nb::tuple cross_entropy(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
                         Address weight, Address dense_target, double smoothing, bool mean, Address losses) {
-  const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
   return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses) : reduced<float>(p, mean, losses);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
-void cross_entropy_grad(int dtype, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
+void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
                         Address weight, Address dense_target, double smoothing, const nb::bytes& bytes, double scale, double denominator,
                         Address upstream, Address grad) {
-  const Problem p = problem(dtype, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
   const Saved saved(bytes, rows);
   scale /= denominator;
   const double kept = scale * (1 - smoothing), spread = scale * p.spread();
   RowGradArgs args{};
   args.dtype = p.dtype;
-  args.threads = 1;
+  args.threads = p.threads;
   args.tile = p.tile();
   args.logits = p.logits;
   args.grad_strides = {classes, 1, 0};
@@ -165,7 +167,7 @@ void cross_entropy_grad(int dtype, Address logits, std::int64_t rows, std::int64
     args.a_extra = spread * (p.dtype == DType::kFloat64 ? weight_sum<double>(p) : weight_sum<float>(p));
     args.f_scale = -spread;
   }
-  kernels().row_grad(args);
+  without_gil(p.rows * p.classes, [&] { kernels().row_grad(args); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Cross-entropy of few logits, which takes one kernel call each way: what it serves, and the same answers as elsewhere.
+"""Cross-entropy of few rows, which takes one kernel call each way: what it serves, and the same answers as elsewhere.
 
 The truth is torch's own function in float64; what a call costs is measured by `logitless bench`, not here.
 """
@@ -28,13 +28,13 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call that took the short way."""
     calls: list[bool] = []
-    apply = _ops._apply_small
+    apply = _ops._apply_few_rows
 
     def counted(*args: Any) -> Any:
         calls.append(True)
         return apply(*args)
 
-    monkeypatch.setattr(_ops, "_apply_small", counted)
+    monkeypatch.setattr(_ops, "_apply_few_rows", counted)
     return calls
 
 
@@ -64,7 +64,7 @@ def assert_near(got: Tensor, true: Tensor, size: float) -> None:
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (8, 10), (65, 7), (7, 1000), (1, 49153)])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (8, 10), (65, 7), (7, 1000), (1, 49153), (1000, 1025)])
 def test_value_and_gradient(
     rows: int,
     classes: int,
@@ -99,6 +99,21 @@ def test_value_and_gradient(
         assert not grad[1::3].any()  # exactly 0 in the ignored rows
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(dtype: torch.dtype, served: list[bool]) -> None:
+    logits, indices, _, weight = drawn(1000, 4097, dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            loss = LF.cross_entropy(logits, indices, weight, label_smoothing=0.1)
+            found.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    finally:
+        torch.set_num_threads(before)
+    assert served == [True, True]
+    assert all(map(torch.equal, *found))
+
+
 def test_modules_take_it(served: list[bool]) -> None:
     logits, indices, _, weight = drawn(8, 10, torch.float32)
     for module in (LN.CrossEntropyLoss(), LN.CrossEntropyLoss(weight, label_smoothing=0.1)):
@@ -128,8 +143,8 @@ def test_everything_else_goes_the_long_way_to_the_same_answer(served: list[bool]
     assert soft.grad is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert LF.cross_entropy(logits.bfloat16(), indices).dtype == torch.float32
-    many = torch.randn(70, 1000)
-    LF.cross_entropy(many, torch.zeros(70, dtype=torch.int64))
+    many = torch.randn(_ops.FEW_ROWS + 1, 3)
+    LF.cross_entropy(many, torch.zeros(len(many), dtype=torch.int64))
     assert not served
     with pytest.raises(RuntimeError, match="expected scalar type"):
         LF.cross_entropy(logits, indices, weight.double())

@@ -154,6 +154,7 @@ def select_isa(name: str, /) -> None: ...
 def native_info() -> NativeInfo: ...
 def cross_entropy(
     dtype: int,
+    threads: int,
     logits: int,
     rows: int,
     classes: int,
@@ -168,6 +169,7 @@ def cross_entropy(
 ) -> tuple[int, float, float, bytes]: ...
 def cross_entropy_grad(
     dtype: int,
+    threads: int,
     logits: int,
     rows: int,
     classes: int,

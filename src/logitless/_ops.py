@@ -173,12 +173,12 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
     return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
 
-# Above this many logits the arithmetic costs more than the calls around it, and more threads pay.
-SMALL_NUMEL = 1 << 16
+# Of more rows a few bytes each are worth a tensor, and the calls around the kernels cost next to nothing.
+FEW_ROWS = 1 << 13
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
-def small_cross_entropy(
+def few_rows_cross_entropy(
     definition: Callable[..., Tensor],
     logits: object,
     target: object,
@@ -187,7 +187,7 @@ def small_cross_entropy(
     reduction: str,
     smoothing: float,
 ) -> Tensor | None:
-    """Return torch's own loss over rows [rows, classes] of few logits, or None where this is another case.
+    """Return torch's own loss over few contiguous rows [rows, classes], or None where this is another case.
 
     Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
     `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
@@ -203,11 +203,11 @@ def small_cross_entropy(
     shape, dtype = logits.shape, logits.dtype
     if (
         len(shape) != 2
-        or not 0 < shape[0] * shape[1] <= SMALL_NUMEL
+        or not (0 < shape[0] <= FEW_ROWS and shape[1])
         or dtype not in cpu.DTYPES
         or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
-        or not _small_target(target, shape, dtype, ignore_index)
-        or not (weight is None or _small_weight(weight, shape[1], dtype))
+        or not _plain_target(target, shape, dtype, ignore_index)
+        or not (weight is None or _plain_weight(weight, shape[1], dtype))
         or not (reduction == "mean" or reduction == "sum" or reduction == "none")
         or not 0.0 <= smoothing <= 1.0
         or logits.is_neg()
@@ -217,11 +217,11 @@ def small_cross_entropy(
         return None
     if dtype in HALF and torch.is_autocast_enabled("cpu"):
         return None  # it asks for another dtype
-    loss: Tensor = _apply_small(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
+    loss: Tensor = _apply_few_rows(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
-def _small_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_index: int) -> bool:
+def _plain_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_index: int) -> bool:
     if target.dtype is torch.int64:
         return target.shape == shape[:1]
     return (
@@ -232,7 +232,7 @@ def _small_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_
     )
 
 
-def _small_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
+def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
     return (
         weight.dtype is dtype
         and weight.shape == (classes,)
@@ -242,7 +242,7 @@ def _small_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
     )
 
 
-class _SmallCrossEntropy(torch.autograd.Function):
+class _FewRowsCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
         _, target, weight, ignore_index, reduction, smoothing = call
@@ -285,4 +285,4 @@ class _SmallCrossEntropy(torch.autograd.Function):
 
 
 # Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
-_apply_small = super(torch.autograd.Function, _SmallCrossEntropy).apply
+_apply_few_rows = super(torch.autograd.Function, _FewRowsCrossEntropy).apply

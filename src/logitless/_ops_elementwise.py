@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from logitless._dispatch import cpu_by_default
-from logitless._ops import SMALL_NUMEL, needs_plain_backward, plain_backward
+from logitless._ops import needs_plain_backward, plain_backward
 from logitless._reduce import reduce_rows, reduced_sum
 from logitless._transforms import surroundings
 from logitless.kernels import cpu_elementwise as kernels
-from logitless.kernels.cpu import POOLED_BYTES, empty_like_pooled
+from logitless.kernels.cpu import POOLED_BYTES, SERIAL_NUMEL, empty_like_pooled
 from logitless.lazy import LazyLogits
 
 
@@ -100,7 +100,7 @@ def few_numbers(input: object, target: object) -> TypeGuard[Tensor]:
     return (
         (type(input) is Tensor or type(input) is torch.nn.Parameter)
         and input.shape == target.shape
-        and 0 < input.numel() <= SMALL_NUMEL
+        and 0 < input.numel() <= SERIAL_NUMEL
         and (input.dtype is torch.float32 or input.dtype is torch.float64)
         and target.dtype is input.dtype
         and (input.is_cpu and target.is_cpu)

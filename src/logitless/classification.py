@@ -88,9 +88,11 @@ def cross_entropy(
         and class_dim is None
         and backend is None
     ):
-        small = _ops.small_cross_entropy(cross_entropy, input, target, weight, ignore_index, reduction, label_smoothing)
-        if small is not None:
-            return small
+        loss = _ops.few_rows_cross_entropy(
+            cross_entropy, input, target, weight, ignore_index, reduction, label_smoothing
+        )
+        if loss is not None:
+            return loss
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_empty(empty)

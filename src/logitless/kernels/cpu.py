@@ -34,6 +34,8 @@ __all__ = [
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+# Of fewer logits a thread alone is done before it could ask for another.
+SERIAL_NUMEL = 1 << 16
 # A smaller gradient comes from the allocator's own free lists, without page faults.
 POOLED_BYTES = 1 << 20
 POOL_IN_USE = os.environ.get("LOGITLESS_POOL", "1") != "0"
@@ -266,6 +268,10 @@ def row_grad(
     return grad
 
 
+def _threads(numel: int) -> int:
+    return 1 if numel <= SERIAL_NUMEL else torch.get_num_threads()
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -275,7 +281,7 @@ def cross_entropy(
     mean: bool,
     losses: Tensor | None,
 ) -> tuple[int, float, float, bytes]:
-    """The reduced loss of contiguous rows [rows, classes], in one call for little work.
+    """The reduced loss of contiguous rows [rows, classes], in one call.
 
     The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in the
     compute dtype; `losses`, in it too, gets each row's own. Returns (bad_row, loss, denominator, saved): the
@@ -285,6 +291,7 @@ def cross_entropy(
     index = target.dtype is torch.int64
     return _native.cross_entropy(
         DTYPES[logits.dtype],
+        _threads(rows * classes),
         logits.data_ptr(),
         rows,
         classes,
@@ -312,9 +319,10 @@ def cross_entropy_grad(
     """The gradient of `cross_entropy` of the same arguments, times `scale` and, where given, the row's `upstream`."""
     rows, classes = logits.shape
     index = target.dtype is torch.int64
-    grad = torch.empty_like(logits)
+    grad = empty_like_pooled(logits)
     _native.cross_entropy_grad(
         DTYPES[logits.dtype],
+        _threads(rows * classes),
         logits.data_ptr(),
         rows,
         classes,
