@@ -9,7 +9,14 @@
 namespace logitless::LL_ISA {
 
 // Below this many bytes of traffic a parallel region costs more than it gains.
-inline constexpr int64_t kSerialBytes = 128 * 1024;
+inline constexpr int64_t kSerialBytes = 64 * 1024;
+
+// Of `total` bytes, those of one item: `most` where there are many, else less, so that several threads have some.
+LL_INLINE int64_t item_bytes(int64_t total, int64_t most) {
+  constexpr int64_t kLeast = 16 * 1024, kItems = 16;
+  const int64_t share = total / kItems;
+  return share < kLeast ? kLeast : share > most ? most : share;
+}
 
 template <class F> LL_INLINE void parallel_for(int64_t items, int threads, int64_t bytes, const F& run) {
   if (threads <= 1 || items <= 1 || bytes < kSerialBytes || must_be_serial()) {

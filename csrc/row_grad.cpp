@@ -15,7 +15,7 @@ namespace {
 enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 
 inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
-inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item
+inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item, at most
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
 inline constexpr int64_t kLaneClasses = 8192;        // rows in lanes of more classes are cut ...
 inline constexpr int64_t kLanePartRows = 4096;       // ... when they are no more than this
@@ -233,7 +233,7 @@ template <class T, int Flags> struct Job {
 
   void short_rows() const {
     const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
-    int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
+    int64_t per_item = item_bytes(bytes(), kItemBytes) / (row_bytes ? row_bytes : 1);
     per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
     const int64_t classes = args.tile.classes;
     parallel_for((rows + per_item - 1) / per_item, args.threads, bytes(), [&](int64_t item) {

@@ -6,7 +6,7 @@ namespace logitless::LL_ISA {
 namespace {
 
 inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
-inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item
+inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
 inline constexpr int64_t kShortRows = 16;          // short rows taken together, whose logits stay in the first cache
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
 inline constexpr int64_t kLaneClasses = 8192;      // rows in lanes are cut here ...
@@ -162,7 +162,7 @@ template <class T> struct Batch {
 template <class T, int Flags> void by_rows(const Job<T>& job) {
   const RowStatsArgs& a = job.args;
   const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
-  int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
+  int64_t per_item = item_bytes(rows * row_bytes, kItemBytes) / (row_bytes ? row_bytes : 1);
   per_item = per_item < 1 ? 1 : per_item > 16 * kMaxRows ? 16 * kMaxRows : per_item;
   const int64_t items = (rows + per_item - 1) / per_item;
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {

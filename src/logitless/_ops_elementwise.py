@@ -19,7 +19,7 @@ from logitless._ops import needs_plain_backward, plain_backward
 from logitless._reduce import reduce_rows, reduced_sum
 from logitless._transforms import surroundings
 from logitless.kernels import cpu_elementwise as kernels
-from logitless.kernels.cpu import POOLED_BYTES, SERIAL_NUMEL, empty_like_pooled
+from logitless.kernels.cpu import POOLED_BYTES, empty_like_pooled
 from logitless.lazy import LazyLogits
 
 
@@ -89,6 +89,10 @@ def elementwise(call: ElementwiseCall, input: Tensor, *operands: Tensor | None) 
     return result
 
 
+# Of more numbers the arithmetic costs more than the checks.
+FEW_NUMBERS = 1 << 16
+
+
 def few_numbers(input: object, target: object) -> TypeGuard[Tensor]:
     """Say whether these are few numbers of one shape and dtype that the kernels take without any further check.
 
@@ -100,7 +104,7 @@ def few_numbers(input: object, target: object) -> TypeGuard[Tensor]:
     return (
         (type(input) is Tensor or type(input) is torch.nn.Parameter)
         and input.shape == target.shape
-        and 0 < input.numel() <= SERIAL_NUMEL
+        and 0 < input.numel() <= FEW_NUMBERS
         and (input.dtype is torch.float32 or input.dtype is torch.float64)
         and target.dtype is input.dtype
         and (input.is_cpu and target.is_cpu)

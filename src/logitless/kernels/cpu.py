@@ -35,7 +35,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # Of fewer logits a thread alone is done before it could ask for another.
-SERIAL_NUMEL = 1 << 16
+SERIAL_NUMEL = 1 << 14
 # A smaller gradient comes from the allocator's own free lists, without page faults.
 POOLED_BYTES = 1 << 20
 POOL_IN_USE = os.environ.get("LOGITLESS_POOL", "1") != "0"
