@@ -2,8 +2,9 @@
 //
 // Precision policy: p = exp(z) / exp(lse) with both in units of 2^power and the divisor rounded once, so p is within 2
 // ulp (of double logits: within an ulp for each e-fold of 1/p, which log_sum's own rounding costs); p * a + e t + f w is
-// formed before any rounding to the storage type. At the target, a p_t + c is computed in double, and where c is about
-// -a as a expm1(z_t - lse) + (a + c), so that nothing cancels.
+// formed before any rounding to the storage type; for 16-bit types exp is to 2^-18, which their rounding hides. At the
+// target, a p_t + c is computed in double, and where c is about -a as a expm1(z_t - lse) + (a + c), so that nothing
+// cancels.
 #include <cstdlib>
 
 #include "parallel.h"

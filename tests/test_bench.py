@@ -326,6 +326,23 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
         memory.extra_bytes_apart(replace(small, what="no such case"), small.providers[0], BOTH, quick=True)
 
 
+def test_a_peer_whose_memory_cannot_be_measured_keeps_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(case: Case, provider: Provider, mode: str, *, quick: bool) -> int:
+        if provider.kind == failing:
+            raise RuntimeError("it crashed")
+        return 5
+
+    monkeypatch.setattr(suite, "extra_bytes_apart", peak)
+    one, notes = replace(case(ours(F.cross_entropy), eager(F.cross_entropy), modes=(BOTH,)), memory=True), []
+    failing = "peer"
+    rows = suite.run(one, 1, gate(one), notes.append, quick=True)
+    assert {row.kind: row.extra_bytes for row in rows} == {"ours": 5, "peer": None}
+    assert notes == [f"{one.name}, {BOTH}: it crashed"]
+    failing = "ours"
+    with pytest.raises(RuntimeError, match="it crashed"):
+        suite.run(one, 1, gate(one), notes.append, quick=True)
+
+
 @pytest.fixture
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = replace(optax(lambda library, x, target: x), needs=("no_such_package",))

@@ -38,7 +38,7 @@ def head_cases(
     dense = eager(_dense, modes=(BOTH,), needs_bytes=4 * rows * classes * float32.itemsize)
     budgets = tuple(_head(max_bytes=megabytes * 10**6) for megabytes in (150, 320))
     yield _case(gemma, float32, (*budgets, _products(), dense), (BOTH,))
-    yield _case(long, float32, (_head(max_bytes=100 * 10**6), _products()), (BOTH,))
+    yield _case(long, float32, (_head(max_bytes=80 * 10**6), _products()), (BOTH,))
     yield _distillation_case(smollm2, teacher_features)
 
 

@@ -10,6 +10,7 @@ from logitless._bench import heads, losses
 from logitless._bench.limits import limit_case
 from logitless._bench.memory import extra_bytes_apart
 from logitless._bench.protocol import Case, Row, measure, with_memory
+from logitless._bench.providers import Provider
 
 SECTIONS = {
     "limit": "Cross-entropy against memory's limit, and where its time goes",
@@ -45,7 +46,17 @@ def run(case: Case, rounds: int, errors: dict[str, float], note: Callable[[str],
         if case.memory:
             present = {row.provider for row in measured if row.kind in ("ours", "peer")}
             wanted = [provider for provider in case.providers if provider.name in present]
-            peaks = {provider.name: extra_bytes_apart(case, provider, mode, quick=quick) for provider in wanted}
+            peaks = {provider.name: _peak(case, provider, mode, note, quick=quick) for provider in wanted}
             measured = with_memory(measured, peaks)
         rows += measured
     return rows
+
+
+def _peak(case: Case, provider: Provider, mode: str, note: Callable[[str], None], *, quick: bool) -> int | None:
+    try:
+        return extra_bytes_apart(case, provider, mode, quick=quick)
+    except RuntimeError as error:
+        if provider.kind == "ours":
+            raise
+        note(f"{case.name}, {mode}: {error}")
+        return None
