@@ -91,8 +91,7 @@ template <class Real> struct KlTerms {
   using V = Vec<Real>;
   V near, n, r, square;
   LL_INLINE explicit KlTerms(V d) : near(clamp<Real>(d, kFar<Real>)) {
-    const Real magic = sizeof(Real) == 4 ? Real(0x1.8p23) : Real(0x1.8p52);
-    n = (near * static_cast<Real>(1.4426950408889634) + magic) - magic;
+    n = whole_power<Real>(near);
     if constexpr (sizeof(Real) == 4) r = (near - n * 0.693359375f) + n * 2.1219444e-4f;
     else r = (near - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
     square = r * r;

@@ -177,12 +177,12 @@ template <class T, int Flags> struct Job {
   // The same of many classes; `streamed`: past the caches.
   __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
     alignas(LL_BYTES) T buffer[kBufferBytes / sizeof(T)];
-    const int64_t part = streamed && sizeof(T) == 2 ? kBufferBytes / static_cast<int64_t>(sizeof(T)) : end - begin;
+    const bool buffered = streamed && sizeof(T) == 2;
+    const int64_t part = buffered ? kBufferBytes / static_cast<int64_t>(sizeof(T)) : end - begin;
     for (int64_t first = begin; first < end; first += part) {
       const int64_t last = first + part < end ? first + part : end;
       T* const to = out + (first - begin);
-      const bool buffered = streamed && sizeof(T) == 2;
-      contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && sizeof(T) != 2);
+      contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && !buffered);
       if (buffered) stream_copy(to, buffer, last - first);
     }
   }
@@ -277,7 +277,7 @@ template <class T, int Flags> struct Job {
   // Few rows of many classes in lanes, as a tile of a linear head's logits is: an item is a stretch of classes that fits
   // a core's cache with all its rows.
   void by_lane_parts() const {
-    const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
     const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = (args.tile.classes + per_item - 1) / per_item;
     // Blocks of kMaxRows rows of one outer index each.
     const int64_t blocks = (args.tile.inner + kMaxRows - 1) / kMaxRows, size = args.tile.outer * blocks * static_cast<int64_t>(sizeof(RowCoefficients<Real>));

@@ -131,8 +131,7 @@ template <class T> struct Batch {
     for (int64_t i = 0; i < count; i += L) {
       // exp(-(max - base)) * 2^power turns the sums' unit into exp(max); from an exponent reduced below ln2, so that
       // its rounding does not count.
-      constexpr double magic = 0x1.8p52;
-      const Vec<double> top = load(max + i) - load(base + i), n = (top * 0x1.71547652b82fep+0 + magic) - magic;
+      const Vec<double> top = load(max + i) - load(base + i), n = whole_power<double>(top);
       const Vec<double> exponent = (top - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
       const Vec<double> unit = scale_by_power(exp<double>(-exponent), load(power + i) - n), q = load(rest + i) * unit;
       const Vec<double> log_q = log1p(q);

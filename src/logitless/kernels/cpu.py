@@ -268,8 +268,24 @@ def row_grad(
     return grad
 
 
-def _threads(numel: int) -> int:
-    return 1 if numel <= SERIAL_NUMEL else torch.get_num_threads()
+def _problem(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, smoothing: float
+) -> tuple[int, int, int, int, int, int, int, int, int, float]:
+    """What the kernels of a whole cross-entropy take first, both ways."""
+    rows, classes = logits.shape
+    index, address = target.dtype is torch.int64, target.data_ptr()
+    return (
+        DTYPES[logits.dtype],
+        1 if rows * classes <= SERIAL_NUMEL else torch.get_num_threads(),
+        logits.data_ptr(),
+        rows,
+        classes,
+        address if index else 0,
+        ignore_index,
+        0 if class_weight is None else class_weight.data_ptr(),
+        0 if index else address,
+        smoothing,
+    )
 
 
 def cross_entropy(
@@ -287,19 +303,8 @@ def cross_entropy(
     compute dtype; `losses`, in it too, gets each row's own. Returns (bad_row, loss, denominator, saved): the
     denominator is torch's with `mean`, else 1, and `saved` is for `cross_entropy_grad`.
     """
-    rows, classes = logits.shape
-    index = target.dtype is torch.int64
     return _native.cross_entropy(
-        DTYPES[logits.dtype],
-        _threads(rows * classes),
-        logits.data_ptr(),
-        rows,
-        classes,
-        target.data_ptr() if index else 0,
-        ignore_index,
-        0 if class_weight is None else class_weight.data_ptr(),
-        0 if index else target.data_ptr(),
-        smoothing,
+        *_problem(logits, target, class_weight, ignore_index, smoothing),
         mean,
         0 if losses is None else losses.data_ptr(),
     )
@@ -317,20 +322,9 @@ def cross_entropy_grad(
     upstream: Tensor | None,
 ) -> Tensor:
     """The gradient of `cross_entropy` of the same arguments, times `scale` and, where given, the row's `upstream`."""
-    rows, classes = logits.shape
-    index = target.dtype is torch.int64
     grad = empty_like_pooled(logits)
     _native.cross_entropy_grad(
-        DTYPES[logits.dtype],
-        _threads(rows * classes),
-        logits.data_ptr(),
-        rows,
-        classes,
-        target.data_ptr() if index else 0,
-        ignore_index,
-        0 if class_weight is None else class_weight.data_ptr(),
-        0 if index else target.data_ptr(),
-        smoothing,
+        *_problem(logits, target, class_weight, ignore_index, smoothing),
         saved,
         scale,
         denominator,
