@@ -8,6 +8,9 @@
 // one rounding to the storage type. The target's entry is computed in double.
 #include <math.h>
 
+#include <cstdlib>
+
+#include "lane_fold.h"
 #include "pair_math.h"
 #include "parallel.h"
 
@@ -24,10 +27,12 @@ struct Coefficients {
 };
 
 // The same for the loop, where log p is z - max: log_sum is part of the constants. These cancel against the rest at a
-// class that dominates, so they are kept as high + low.
-template <class Real> struct LoopCoefficients {
-  Real p_high, p_low, p_d, p_gap_q, p_gap_p, p_mixture, p_difference;
-  Real q_high, q_low, q_d, q_gap_q, q_mixture, q_difference;
+// class that dominates, so they are kept as high + low. Of one row (S is Real) or of a row a lane.
+template <class Real, class S = Real> struct LoopCoefficients {
+  S p_high, p_low, p_d, p_gap_q, p_gap_p, p_mixture, p_difference;
+  S q_high, q_low, q_d, q_gap_q, q_mixture, q_difference;
+
+  LoopCoefficients() = default;
 
   LoopCoefficients(const Coefficients& c, double log_sum_p, double log_sum_q)
       : p_d(static_cast<Real>(c.p_d)), p_gap_q(static_cast<Real>(c.p_log_q)), p_gap_p(static_cast<Real>(c.p_log_p)), p_mixture(static_cast<Real>(c.p_mixture)),
@@ -62,26 +67,39 @@ template <class T> struct Job {
             reverse, -hq, js, kl + cross};
   }
 
+  // What a vector of classes needs: of one row (S is Real), or of a row a lane.
+  template <class S> struct Numbers {
+    LoopCoefficients<Real, S> c;
+    RowScale<Real, S> ps, qs;
+    LogRatio<Real, S> log_ratio;
+  };
+
+  template <bool kMixed, class S> static LL_INLINE void values(const Numbers<S>& n, V a, V b, V& out_p, V& out_q) {
+    const LoopCoefficients<Real, S>& c = n.c;
+    const V p = n.ps.probability(a), q = n.qs.probability(b);
+    const V d = clamp<Real>(n.log_ratio(a, b), kBig<Real>);
+    const V gap_p = maximum<Real>(splat<Real>(-kBig<Real>), a - n.ps.top), gap_q = maximum<Real>(splat<Real>(-kBig<Real>), b - n.qs.top);
+    const V near = p * (KlTerms<Real>(d).phi() + d), difference = (d < Real(0.5)) & (d > Real(-0.5)) ? near : q - p;
+    out_p = c.p_high + c.p_d * d + c.p_gap_q * gap_q + c.p_gap_p * gap_p;
+    out_q = c.q_high + c.q_d * d + c.q_gap_q * gap_q;
+    if constexpr (kMixed) {
+      const Mixture<Real> m(d);
+      out_p += c.p_mixture * m.log_m_p;
+      out_q += c.q_mixture * m.log_q_m;
+    }
+    out_p = p * (out_p + c.p_low) - c.p_difference * difference;
+    out_q = q * (out_q + c.q_low) + c.q_difference * difference;
+  }
+
   // n contiguous classes; either output may be null.
-  template <class S, bool kMixed>
-  static __attribute__((noinline)) void classes(const LoopCoefficients<Real>& c, const RowScale<Real>& ps, const RowScale<Real>& qs, const LogRatio<Real>& log_ratio, const S* zp, const S* zq, T* gp, T* gq, int64_t n) {
+  template <class From, bool kMixed>
+  static __attribute__((noinline)) void classes(const Numbers<Real>& numbers, const From* zp, const From* zq, T* gp, T* gq, int64_t n) {
     for (int64_t i = 0; i < n; i += L) {
       const int64_t valid = n - i;
       const bool whole = valid >= L;
       const V a = whole ? load(zp + i) : load_partial(zp + i, valid, Real(0)), b = whole ? load(zq + i) : load_partial(zq + i, valid, Real(0));
-      const V p = ps.probability(a), q = qs.probability(b);
-      const V d = clamp<Real>(log_ratio(a, b), kBig<Real>);
-      const V gap_p = maximum<Real>(splat<Real>(-kBig<Real>), a - ps.top), gap_q = maximum<Real>(splat<Real>(-kBig<Real>), b - qs.top);
-      const V near = p * (KlTerms<Real>(d).phi() + d), difference = (d < Real(0.5)) & (d > Real(-0.5)) ? near : q - p;
-      V out_p = c.p_high + c.p_d * d + c.p_gap_q * gap_q + c.p_gap_p * gap_p;
-      V out_q = c.q_high + c.q_d * d + c.q_gap_q * gap_q;
-      if constexpr (kMixed) {
-        const Mixture<Real> m(d);
-        out_p += c.p_mixture * m.log_m_p;
-        out_q += c.q_mixture * m.log_q_m;
-      }
-      out_p = p * (out_p + c.p_low) - c.p_difference * difference;
-      out_q = q * (out_q + c.q_low) + c.q_difference * difference;
+      V out_p, out_q;
+      values<kMixed>(numbers, a, b, out_p, out_q);
       if (gp) whole ? store(gp + i, out_p) : store_partial(gp + i, out_p, valid);
       if (gq) whole ? store(gq + i, out_q) : store_partial(gq + i, out_q, valid);
     }
@@ -98,53 +116,158 @@ template <class T> struct Job {
     out[1] = q * (c.q_one + c.q_d * d + c.q_log_q * log_q + c.q_mixture * log_q_m) + c.q_difference * difference + nll_q * ::expm1(log_q);
   }
 
+  // One row: its numbers for the loop, and where it has a target with a gradient, the two entries there.
+  struct RowGrad {
+    const T *zp, *zq;
+    T *gp, *gq;
+    int64_t target;  // -1: none
+    Numbers<Real> numbers;
+    double fixed[2];
+  };
+
+  RowGrad prepare(int64_t outer, int64_t inner) const {
+    const Tile& t = args.tile;
+    const int64_t r = outer * t.inner + inner;
+    const double* s = args.saved + r * kPairSaved;
+    RowGrad row;
+    row.zp = static_cast<const T*>(args.logits) + outer * t.outer_stride + inner * t.inner_stride;
+    row.zq = static_cast<const T*>(args.other) + outer * args.other_strides.outer + inner * args.other_strides.inner;
+    row.gp = args.grad ? static_cast<T*>(args.grad) + outer * args.grad_strides.outer + inner * args.grad_strides.inner : nullptr;
+    row.gq = args.other_grad ? static_cast<T*>(args.other_grad) + outer * args.other_grad_strides.outer + inner * args.other_grad_strides.inner : nullptr;
+    const int64_t target = args.target && (args.nll_p || args.nll_q) ? args.target[r] : -1;
+    row.target = target != args.ignore_index && target >= 0 && target < t.classes ? target : -1;
+    Coefficients c = coefficients(r);
+    if (row.target >= 0) {
+      at_target(c, s, static_cast<double>(widen(row.zp[target * t.class_stride])), static_cast<double>(widen(row.zq[target * args.other_strides.classes])),
+                upstream(args.nll_p, r), upstream(args.nll_q, r), row.fixed);
+      c.p_one += upstream(args.nll_p, r), c.q_one += upstream(args.nll_q, r);
+    }
+    row.numbers = {LoopCoefficients<Real>(c, s[kLogSumP], s[kLogSumQ]), RowScale<Real>::from(s[kMaxP], s[kLogSumP]), RowScale<Real>::from(s[kMaxQ], s[kLogSumQ]),
+                   LogRatio<Real>(s[kMaxP], s[kMaxQ], s[kLogSumGap])};
+    return row;
+  }
+
+  void put_target(const RowGrad& row) const {
+    if (row.target < 0) return;
+    if (row.gp) row.gp[row.target * args.grad_strides.classes] = narrow<T>(row.fixed[0]);
+    if (row.gq) row.gq[row.target * args.other_grad_strides.classes] = narrow<T>(row.fixed[1]);
+  }
+
   void row(int64_t r) const {
     const Tile& t = args.tile;
-    const int64_t outer = r / t.inner, inner = r % t.inner;
-    const T* zp = static_cast<const T*>(args.logits) + outer * t.outer_stride + inner * t.inner_stride;
-    const T* zq = static_cast<const T*>(args.other) + outer * args.other_strides.outer + inner * args.other_strides.inner;
-    T* gp = args.grad ? static_cast<T*>(args.grad) + outer * args.grad_strides.outer + inner * args.grad_strides.inner : nullptr;
-    T* gq = args.other_grad ? static_cast<T*>(args.other_grad) + outer * args.other_grad_strides.outer + inner * args.other_grad_strides.inner : nullptr;
-    const int64_t target = args.target ? args.target[r] : -1;
-    const bool aimed = args.target && target != args.ignore_index && target >= 0 && target < t.classes && (args.nll_p || args.nll_q);
-    const double* s = args.saved + r * kPairSaved;
-    const Coefficients exact = coefficients(r);
-    double fixed[2];
-    if (aimed)
-      at_target(exact, s, static_cast<double>(widen(zp[target * t.class_stride])), static_cast<double>(widen(zq[target * args.other_strides.classes])),
-                upstream(args.nll_p, r), upstream(args.nll_q, r), fixed);
-
-    Coefficients whole = exact;
-    if (aimed) whole.p_one += upstream(args.nll_p, r), whole.q_one += upstream(args.nll_q, r);
-    const LoopCoefficients<Real> c(whole, s[kLogSumP], s[kLogSumQ]);
-    const auto ps = RowScale<Real>::from(s[kMaxP], s[kLogSumP]), qs = RowScale<Real>::from(s[kMaxQ], s[kLogSumQ]);
-    const LogRatio<Real> log_ratio(s[kMaxP], s[kMaxQ], s[kLogSumGap]);
-    const bool contiguous = t.class_stride == 1 && args.other_strides.classes == 1 && (!gp || args.grad_strides.classes == 1) && (!gq || args.other_grad_strides.classes == 1);
+    const RowGrad row = prepare(r / t.inner, r % t.inner);
+    const bool contiguous = t.class_stride == 1 && args.other_strides.classes == 1 && (!row.gp || args.grad_strides.classes == 1) && (!row.gq || args.other_grad_strides.classes == 1);
     if (contiguous) {
-      if (args.js) classes<T, true>(c, ps, qs, log_ratio, zp, zq, gp, gq, t.classes);
-      else classes<T, false>(c, ps, qs, log_ratio, zp, zq, gp, gq, t.classes);
+      if (args.js) classes<T, true>(row.numbers, row.zp, row.zq, row.gp, row.gq, t.classes);
+      else classes<T, false>(row.numbers, row.zp, row.zq, row.gp, row.gq, t.classes);
     } else {
       alignas(LL_BYTES) Real a[kGather], b[kGather];
       alignas(LL_BYTES) T out_p[kGather], out_q[kGather];
       for (int64_t i = 0; i < t.classes; i += kGather) {
         const int64_t n = t.classes - i < kGather ? t.classes - i : kGather;
-        for (int64_t j = 0; j < n; ++j) a[j] = widen(zp[(i + j) * t.class_stride]), b[j] = widen(zq[(i + j) * args.other_strides.classes]);
-        classes<Real, true>(c, ps, qs, log_ratio, a, b, out_p, out_q, n);
-        for (int64_t j = 0; gp && j < n; ++j) gp[(i + j) * args.grad_strides.classes] = out_p[j];
-        for (int64_t j = 0; gq && j < n; ++j) gq[(i + j) * args.other_grad_strides.classes] = out_q[j];
+        for (int64_t j = 0; j < n; ++j) a[j] = widen(row.zp[(i + j) * t.class_stride]), b[j] = widen(row.zq[(i + j) * args.other_strides.classes]);
+        classes<Real, true>(row.numbers, a, b, out_p, out_q, n);
+        for (int64_t j = 0; row.gp && j < n; ++j) row.gp[(i + j) * args.grad_strides.classes] = out_p[j];
+        for (int64_t j = 0; row.gq && j < n; ++j) row.gq[(i + j) * args.other_grad_strides.classes] = out_q[j];
       }
     }
-    if (aimed && gp) gp[target * args.grad_strides.classes] = narrow<T>(fixed[0]);
-    if (aimed && gq) gq[target * args.other_grad_strides.classes] = narrow<T>(fixed[1]);
+    put_target(row);
   }
 
-  void run() const {
-    const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = 2 * args.tile.classes * static_cast<int64_t>(sizeof(T));
+  // ---- rows in lanes ----
+
+  static constexpr int64_t kWidth = 16 * L;
+
+  // Classes [begin, end) of the `width` rows from `rows` on, whose numbers `numbers` has in lanes.
+  template <bool kMixed> __attribute__((noinline)) void lane_classes(const RowGrad& row, const Numbers<V>* numbers, int64_t width, int64_t begin, int64_t end) const {
+    constexpr int64_t kStep = 4;  // classes of one vector of rows, whose numbers stay in registers
+    for (int64_t c = begin; c < end; c += kStep) {
+      const int64_t stop = c + kStep < end ? c + kStep : end;
+      for (int64_t i = 0; i < width; i += L) {
+        const int64_t valid = width - i;
+        const bool whole = valid >= L;
+        const Numbers<V> n = numbers[i / L];
+        for (int64_t j = c; j < stop; ++j) {
+          const T *zp = row.zp + j * args.tile.class_stride + i, *zq = row.zq + j * args.other_strides.classes + i;
+          __builtin_prefetch(zp + kLaneAhead * args.tile.class_stride);
+          __builtin_prefetch(zq + kLaneAhead * args.other_strides.classes);
+          const V a = whole ? load(zp) : load_partial(zp, valid, Real(0)), b = whole ? load(zq) : load_partial(zq, valid, Real(0));
+          V out_p, out_q;
+          values<kMixed>(n, a, b, out_p, out_q);
+          if (row.gp) {
+            T* to = row.gp + j * args.grad_strides.classes + i;
+            whole ? store(to, out_p) : store_partial(to, out_p, valid);
+          }
+          if (row.gq) {
+            T* to = row.gq + j * args.other_grad_strides.classes + i;
+            whole ? store(to, out_q) : store_partial(to, out_q, valid);
+          }
+        }
+      }
+    }
+  }
+
+  // The `width` rows from `inner` on of one outer index, their classes in `parts` parts; each(n, f) calls f(0) to f(n - 1).
+  // False where there is no memory for it.
+  template <class Each> bool in_lanes(int64_t outer, int64_t inner, int64_t width, int64_t parts, const Each& each) const {
+    const int64_t tiles = (width + kWidth - 1) / kWidth, part_classes = parts == 1 ? args.tile.classes : kLaneClasses;
+    const size_t vectors = static_cast<size_t>((width + L - 1) / L);
+    auto* const rows = static_cast<RowGrad*>(__builtin_malloc(static_cast<size_t>(width) * sizeof(RowGrad)));
+    auto* const numbers = static_cast<Numbers<V>*>(aligned_alloc(LL_BYTES, vectors * sizeof(Numbers<V>)));
+    if (rows && numbers) {
+      memset(static_cast<void*>(numbers), 0, vectors * sizeof(Numbers<V>));
+      for (int64_t i = 0; i < width; ++i) {
+        rows[i] = prepare(outer, inner + i);
+        Numbers<V>& lanes = numbers[i / L];
+        put_lane(lanes.c, i % L, rows[i].numbers.c);
+        put_lane(lanes.ps, i % L, rows[i].numbers.ps);
+        put_lane(lanes.qs, i % L, rows[i].numbers.qs);
+        put_lane(lanes.log_ratio, i % L, rows[i].numbers.log_ratio);
+      }
+      each(tiles * parts, [&](int64_t item) {
+        const int64_t at = item / parts * kWidth, begin = item % parts * part_classes;
+        const int64_t count = width - at < kWidth ? width - at : kWidth, end = begin + part_classes < args.tile.classes ? begin + part_classes : args.tile.classes;
+        if (args.js) lane_classes<true>(rows[at], numbers + at / L, count, begin, end);
+        else lane_classes<false>(rows[at], numbers + at / L, count, begin, end);
+      });
+      for (int64_t i = 0; i < width; ++i) put_target(rows[i]);
+    }
+    __builtin_free(rows);
+    __builtin_free(numbers);
+    return rows && numbers;
+  }
+
+  int64_t bytes() const { return 2 * args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T)); }
+
+  void by_rows(int64_t first, int64_t rows) const {
+    const int64_t row_bytes = 2 * args.tile.classes * static_cast<int64_t>(sizeof(T));
     int64_t per_item = kItemBytes / (row_bytes ? row_bytes : 1);
     per_item = per_item < 1 ? 1 : per_item > 64 ? 64 : per_item;
     parallel_for((rows + per_item - 1) / per_item, args.threads, rows * row_bytes, [&](int64_t item) {
       const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
-      for (int64_t r = item * per_item; r < end; ++r) row(r);
+      for (int64_t r = item * per_item; r < end; ++r) row(first + r);
+    });
+  }
+
+  void run() const {
+    const Tile& t = args.tile;
+    const auto in_rows = [](const Strides& s) { return s.classes != 1 && s.inner == 1; };
+    const bool lanes = in_rows({0, t.class_stride, t.inner_stride}) && in_rows(args.other_strides) && (!args.grad || in_rows(args.grad_strides)) &&
+                       (!args.other_grad || in_rows(args.other_grad_strides)) && t.inner >= L / 2;
+    if (!lanes) return by_rows(0, t.outer * t.inner);
+    // A gradient may take the place of the logits: what could not be done in lanes is done by itself, never twice.
+    if (t.classes > kLaneClasses && t.outer * t.inner <= kLanePartRows) {
+      const auto each = [&](int64_t n, const auto& run) { parallel_for(n, args.threads, bytes(), run); };
+      for (int64_t outer = 0; outer < t.outer; ++outer)
+        if (!in_lanes(outer, 0, t.inner, (t.classes + kLaneClasses - 1) / kLaneClasses, each)) by_rows(outer * t.inner, t.inner);
+      return;
+    }
+    const int64_t tiles = (t.inner + kWidth - 1) / kWidth;
+    const auto each = [](int64_t n, const auto& run) { for (int64_t i = 0; i < n; ++i) run(i); };
+    parallel_for(t.outer * tiles, args.threads, bytes(), [&](int64_t item) {
+      const int64_t outer = item / tiles, inner = item % tiles * kWidth, width = t.inner - inner < kWidth ? t.inner - inner : kWidth;
+      if (in_lanes(outer, inner, width, 1, each)) return;
+      for (int64_t i = 0; i < width; ++i) row(outer * t.inner + inner + i);
     });
   }
 };

@@ -38,10 +38,12 @@ LL_POLYNOMIAL(shannon_over_square, kShannon)
 LL_POLYNOMIAL(log1p_over_x, kLog1p)
 #undef LL_POLYNOMIAL
 
+// The numbers of rows below are of one row (S is Real) or of a row a lane (S is a vector).
+
 // How to read one of the two rows: p = exp(z - base) * (unit + unit_low) * 2^-power = exp(z - lse). The rounding of
 // `unit` alone would be an error that all terms share.
-template <class Real> struct RowScale {
-  Real unit, unit_low, power, base, top;
+template <class Real, class S = Real> struct RowScale {
+  S unit, unit_low, power, base, top;
 
   static RowScale from(double max, double log_sum) {
     const bool huge = !(__builtin_fabs(max) <= kHuge);
@@ -67,10 +69,11 @@ template <class Real> LL_INLINE Vec<Real> clamp(Vec<Real> x, Real most) {
 
 // log q - log p = ((zq - zp) - (max_q - max_p)) - (log_sum_q - log_sum_p), each difference kept as high + low: where
 // one class dominates both rows, the first is 0 and the ratio is the second, however small.
-template <class Real> struct LogRatio {
+template <class Real, class S = Real> struct LogRatio {
   using V = Vec<Real>;
-  Real top_high, top_low, sum_high, sum_low;
+  S top_high, top_low, sum_high, sum_low;
 
+  LogRatio() = default;
   LogRatio(double max_p, double max_q, double log_sum_gap) {
     const double top = max_q - max_p, back = top - max_q, lost = (max_q - (top - back)) + (-max_p - back);
     top_high = static_cast<Real>(top);

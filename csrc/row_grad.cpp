@@ -7,8 +7,8 @@
 // cancels.
 #include <cstdlib>
 
+#include "lane_fold.h"
 #include "parallel.h"
-#include "vmath.h"
 
 namespace logitless::LL_ISA {
 namespace {
@@ -18,8 +18,6 @@ enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
 inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item, at most
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
-inline constexpr int64_t kLaneClasses = 8192;        // rows in lanes of more classes are cut ...
-inline constexpr int64_t kLanePartRows = 4096;       // ... when they are no more than this
 inline constexpr int64_t kShortClasses = 512;        // rows of no more classes are short ...
 inline constexpr int64_t kStreamBytes = 64 << 20;    // ... and a larger gradient of longer rows bypasses the caches,
 inline constexpr int64_t kBufferBytes = 8192;        // of 16-bit types by way of a buffer of whole cache lines
@@ -323,6 +321,7 @@ template <class T, int Flags> struct Job {
         const IntVec<Real> kept = keep[i / L];
         V v[K];
         LL_UNROLL for (int k = 0; k < K; ++k) {
+          __builtin_prefetch(z + (j + k + kLaneAhead) * args.tile.class_stride + i);
           const V ws = splat<Real>(w ? w[j + k] : Real(1));
           V ts{};
           if constexpr ((Flags & kTargets) != 0) ts = get(t + (j + k) * args.dense_strides.classes + i);

@@ -1,4 +1,5 @@
 // row_stats: everything the losses and measures need of each row, in one read of the logits.
+#include "lane_fold.h"
 #include "parallel.h"
 #include "row_fold.h"
 
@@ -9,8 +10,6 @@ inline constexpr int64_t kMaxRows = 64;            // rows finished together, on
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
 inline constexpr int64_t kShortRows = 16;          // short rows taken together, whose logits stay in the first cache
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
-inline constexpr int64_t kLaneClasses = 8192;      // rows in lanes are cut here ...
-inline constexpr int64_t kLanePartRows = 4096;     // ... when they are no more than this
 
 enum class Fate : uint8_t { kRead, kIgnored, kBad };
 
@@ -205,42 +204,12 @@ template <class T, int Flags> void by_parts(const Job<T>& job) {
   __builtin_free(sums);
 }
 
-// Inner stride 1: neighbouring rows in neighbouring lanes, so (N, C, d1, ...) needs no permuted copy.
-//
-// Folds classes [begin, end) of the `width` rows from `first_row` on, at most kTileVectors vectors of them, and gives
-// each row's sums to `done`.
+// Rows in lanes: classes [begin, end) of the `width` rows from `first_row` on.
 template <class T, int Flags, int kTileVectors, class Done>
-LL_INLINE void fold_lanes(const Job<T>& job, int64_t first_row, int64_t width, int64_t begin, int64_t end, const Done& done) {
-  using Real = Compute<T>;
-  constexpr int L = kLanes<Real>;
-  const RowStatsArgs& a = job.args;
-  const int vectors = static_cast<int>((width + L - 1) / L);
-  const T* z = job.row(first_row);
-  const T* t = (Flags & kDense) ? job.dense_row(first_row) : nullptr;
-  const Real* w = job.class_weight();
-  RowState<Real, Flags, true> states[kTileVectors];
-  if constexpr ((Flags & kToken) != 0)
-    for (int64_t i = 0; i < width; ++i)
-      if (job.fate(first_row + i) == Fate::kRead) states[i / L].target_logit[i % L] = job.target_logit(first_row + i);
-  const auto step = [&](auto count, auto first, int64_t c) {
-    constexpr int K = decltype(count)::value;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t valid = width - v * L;
-      const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
-      Vec<Real> zs[K], ws[K], ts[K];
-      LL_UNROLL for (int k = 0; k < K; ++k) {
-        zs[k] = get(z + (c + k) * a.tile.class_stride + v * L);
-        if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(w ? w[c + k] : Real(1));
-        if constexpr ((Flags & kDense) != 0) ts[k] = get(t + (c + k) * a.dense_strides.classes + v * L);
-      }
-      states[v].template step<K, decltype(first)::value>(zs, ws, ts, c);
-    }
-  };
-  step(Constant<1>{}, Constant<true>{}, begin);
-  int64_t c = begin + 1;
-  for (; c + 8 <= end; c += 8) step(Constant<8>{}, Constant<false>{}, c);
-  for (; c < end; ++c) step(Constant<1>{}, Constant<false>{}, c);
-  for (int64_t i = 0; i < width; ++i) done(i, finish_lane<Real, Flags>(states[i / L], static_cast<int>(i % L)));
+LL_INLINE void fold_tile(const Job<T>& job, int64_t first_row, int64_t width, int64_t begin, int64_t end, const Done& done) {
+  const LaneView<T> rows{job.row(first_row), job.args.tile.class_stride, job.class_weight(), (Flags & kDense) ? job.dense_row(first_row) : nullptr, job.args.dense_strides.classes};
+  const auto target_logit = [&](int64_t i) { return job.fate(first_row + i) == Fate::kRead ? job.target_logit(first_row + i) : kNaN<Compute<T>>; };
+  fold_lanes<T, Flags, kTileVectors>(rows, width, begin, end, target_logit, done);
 }
 
 template <class T, int Flags> void by_lanes(const Job<T>& job) {
@@ -252,7 +221,7 @@ template <class T, int Flags> void by_lanes(const Job<T>& job) {
     const int64_t inner = item % tiles * kWidth, first_row = item / tiles * a.tile.inner + inner;
     const int64_t width = a.tile.inner - inner < kWidth ? a.tile.inner - inner : kWidth;
     Batch<T> batch(job);
-    fold_lanes<T, Flags, kTileVectors>(job, first_row, width, 0, a.tile.classes, [&](int64_t i, const RowSums& sums) __attribute__((always_inline)) {
+    fold_tile<T, Flags, kTileVectors>(job, first_row, width, 0, a.tile.classes, [&](int64_t i, const RowSums& sums) __attribute__((always_inline)) {
       batch.template push<Flags>(first_row + i, job.fate(first_row + i), sums);
     });
     batch.flush();
@@ -274,7 +243,7 @@ template <class T, int Flags> void by_lane_parts(const Job<T>& job) {
     const int64_t first_row = tile / tiles * a.tile.inner + inner, begin = part * kLaneClasses;
     const int64_t width = a.tile.inner - inner < kWidth ? a.tile.inner - inner : kWidth;
     const int64_t end = begin + kLaneClasses < a.tile.classes ? begin + kLaneClasses : a.tile.classes;
-    fold_lanes<T, Flags, kTileVectors>(job, first_row, width, begin, end, [&](int64_t i, const RowSums& s) __attribute__((always_inline)) {
+    fold_tile<T, Flags, kTileVectors>(job, first_row, width, begin, end, [&](int64_t i, const RowSums& s) __attribute__((always_inline)) {
       sums[(first_row + i) * parts + part] = s;
     });
   });

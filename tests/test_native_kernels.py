@@ -450,14 +450,18 @@ def all_measures(p: Tensor, q: Tensor, target: Tensor | None = None, **options: 
 
 MEASURES = ("kl", "reverse_kl", "js", "cross_entropy", "entropy_p", "entropy_q")
 
+in_rows_and_lanes = pytest.mark.parametrize("class_dim", [1, 0], ids=["rows", "lanes"])
 
+
+@in_rows_and_lanes
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pair_stats(isa: str, dtype: torch.dtype, classes: int) -> None:
+def test_pair_stats(isa: str, dtype: torch.dtype, classes: int, class_dim: int) -> None:
     p, q = pair_rows(dtype, classes)
+    laid = [z.movedim(1, class_dim).contiguous() for z in (p, q)]
     target = torch.randint(0, classes, (9,))
     target[3] = -100
-    got, truth = all_measures(p, q, target), pair_truth(p, q)
+    got, truth = all_measures(*laid, target, class_dim=class_dim), pair_truth(p, q)
     assert got.bad_row == -1
     # Half an ulp of each logit moves the log-ratio by `step`, and a measure by that times its slope.
     eps = torch.finfo(real_of(dtype)).eps / 2
@@ -472,6 +476,7 @@ def test_pair_stats(isa: str, dtype: torch.dtype, classes: int) -> None:
             assert ulps(value[near], getattr(truth, name)[near]) <= 6, name
     for name in ("kl", "reverse_kl", "js"):
         assert getattr(got, name)[0] == 0
+    assert got.same_top is not None
     assert got.same_top.tolist() == truth.same_top.tolist()
     assert got.nll_p is not None
     assert got.nll_q is not None
@@ -479,11 +484,13 @@ def test_pair_stats(isa: str, dtype: torch.dtype, classes: int) -> None:
     assert got.nll_p[3] == got.nll_q[3] == 0
     assert ulps(got.nll_p[kept], stats_truth(p, target).nll[kept.numpy()]) <= 2
     assert ulps(got.nll_q[kept], stats_truth(q, target).nll[kept.numpy()]) <= 2
-    for less in (cpu.pair_row_stats(p, q), cpu.pair_row_stats(p, q, js=True)):
+    for js, same_top in ((False, True), (False, False), (True, False)):
+        less = cpu.pair_row_stats(*laid, class_dim=class_dim, js=js, same_top=same_top)
+        assert (less.same_top is None) == (not same_top)
         assert less.kl is not None
         assert got.kl is not None
         assert ulps(less.kl, wide(got.kl), step) <= 4
-    mixture = cpu.pair_row_stats(p, q, js=True).js
+    mixture = cpu.pair_row_stats(*laid, class_dim=class_dim, js=True).js
     assert mixture is not None
     assert got.js is not None
     assert ulps(mixture, wide(got.js)) <= 4
@@ -526,13 +533,15 @@ def test_pair_stats_of_nearly_equal_confident_and_disjoint_rows(isa: str) -> Non
             assert ulps(value, [number]) <= 4 or float(abs(value[0] - float(exact))) <= 3e-13, (first[:4], second[:4])
 
 
+@in_rows_and_lanes
 @pytest.mark.parametrize("classes", [1, 7, 65, 1000, 20011])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pair_gradients(isa: str, dtype: torch.dtype, classes: int) -> None:
+def test_pair_gradients(isa: str, dtype: torch.dtype, classes: int, class_dim: int) -> None:
     p, q = pair_rows(dtype, classes)
+    laid = [z.movedim(1, class_dim).contiguous() for z in (p, q)]
     target = torch.randint(0, classes, (9,))
     target[3] = -100
-    stats, t = all_measures(p, q, target), pair_truth(p, q)
+    stats, t = all_measures(*laid, target, class_dim=class_dim), pair_truth(p, q)
     real = real_of(dtype)
     names = (*MEASURES, "nll_p", "nll_q")
     upstream = {name: torch.randn(9, dtype=real) for name in names}
@@ -561,7 +570,8 @@ def test_pair_gradients(isa: str, dtype: torch.dtype, classes: int) -> None:
     size += np.where(np.isinf(wide(p)), 0, abs(wide(p))) + np.where(np.isinf(wide(q)), 0, abs(wide(q)))
     carried = without_inf(t.p, size) + without_inf(t.q, size)
     for use in [*([name] for name in names), list(names)]:
-        got = cpu.pair_row_grad(p, q, stats.saved, target, **{name: upstream[name] for name in use})
+        asked = {name: upstream[name] for name in use}
+        got = cpu.pair_row_grad(*laid, stats.saved, target, class_dim=class_dim, **asked)
         for k in (0, 1):
             made = got[k]
             assert made is not None
@@ -571,7 +581,7 @@ def test_pair_gradients(isa: str, dtype: torch.dtype, classes: int) -> None:
             slack += abs(exact) * Wide(torch.finfo(dtype).eps) * (dtype != real)
             # A probability below the normal range is 0, and it multiplies what `size` bounds.
             slack += Wide(torch.finfo(real).tiny) * np.minimum(size, 1e3) + 2.0**-24 * (dtype == torch.float16)
-            assert bool((abs(wide(made) - exact) <= 4 * slack).all()), use
+            assert bool((abs(wide(made.movedim(class_dim, 1)) - exact) <= 4 * slack).all()), use
     assert cpu.pair_row_grad(p, q, stats.saved, kl=upstream["kl"], need_first=False)[0] is None
 
 
@@ -581,7 +591,8 @@ def test_pair_layouts(isa: str) -> None:
         got = all_measures(p, q.contiguous(), class_dim=class_dim)
         flat = [x.movedim(class_dim, -1).reshape(-1, 300).contiguous() for x in (p, q)]
         expected = all_measures(*flat)
-        g = torch.randn(got.same_top.shape)
+        assert got.kl is not None
+        g = torch.randn(got.kl.shape)
         grads = cpu.pair_row_grad(p, q.contiguous(), got.saved, class_dim=class_dim, kl=g, js=g)
         flat_grads = cpu.pair_row_grad(*flat, expected.saved, kl=g.flatten(), js=g.flatten())
         for name in MEASURES:
@@ -590,6 +601,30 @@ def test_pair_layouts(isa: str) -> None:
             assert made is not None
             assert flat_made is not None
             torch.testing.assert_close(made.movedim(class_dim, -1).reshape(-1, 300), flat_made, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(270, 20011), (5000, 9000), (300, 65)])
+def test_pair_lanes_of_many_rows_in_place(isa: str, rows: int, classes: int) -> None:
+    p, q = torch.randn(rows, classes) * 3, torch.randn(rows, classes) * 3
+    p[5], q[5] = q[5], q[5] + 1e-4 * torch.randn(classes)  # which takes more than one pass
+    p[7, :3], q[260:262] = -INF, 3e4
+    target, up = torch.randint(0, classes, (rows,)), torch.randn(rows)
+    expected = all_measures(p, q, target)
+    grads = cpu.pair_row_grad(p, q, expected.saved, target, kl=up, js=up, nll_q=up)
+    a, b = p.T.contiguous(), q.T.contiguous()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got = all_measures(a, b, target, class_dim=0)
+        over = a.clone(), b.clone()
+        cpu.pair_row_grad(*over, got.saved, target, class_dim=0, kl=up, js=up, nll_q=up, out=over)
+        results.append([*(x for x in got if isinstance(x, Tensor)), *over])
+        for name in (*MEASURES, "nll_p", "nll_q", "same_top"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2e-6, atol=1e-12)
+        for made, by_rows in zip(over, grads, strict=True):
+            assert by_rows is not None
+            torch.testing.assert_close(made.T, by_rows, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 # ---- what every call promises ----------------------------------------------------------------------------------------

@@ -146,13 +146,14 @@ class _PairStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, call: PairCall) -> tuple[Tensor, ...]:
         target = call.target
-        stats = cpu.pair_row_stats(p, q, **_kernel_arguments(call))
+        stats = cpu.pair_row_stats(p, q, **_kernel_arguments(call), same_top="same_top" in call.outputs)
         if target is not None and stats.bad_row >= 0:
             raise index_error(call.name, target)
         ctx.save_for_backward(p, q)
         ctx.saved, ctx.call = stats.saved, call
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats.same_top)
+        if stats.same_top is not None:
+            ctx.mark_non_differentiable(stats.same_top)
         return tuple(getattr(stats, name) for name in call.outputs)
 
     @staticmethod

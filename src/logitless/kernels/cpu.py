@@ -348,7 +348,7 @@ class PairRowStats(NamedTuple):
     entropy_q: Tensor | None
     nll_p: Tensor | None
     nll_q: Tensor | None
-    same_top: Tensor
+    same_top: Tensor | None
     saved: Tensor
     bad_row: int
 
@@ -373,11 +373,13 @@ def pair_row_stats(
     js: bool = False,
     cross_entropy: bool = False,
     entropy: bool = False,
+    same_top: bool = True,
 ) -> PairRowStats:
     """Divergences of every row of `first` from the same row of `second`, in nats, in one read of both.
 
     kl = KL(p || q), reverse_kl = KL(q || p), cross_entropy = -sum p log q, entropy gives both rows' entropies, and a
-    target the nll of both. kl alone is the cheapest, then kl and js; anything more computes everything.
+    target the nll of both. kl alone is the cheapest, then kl and js; anything more computes everything. Of rows in
+    lanes same_top costs something too.
     """
     _same_rows(first, second)
     real = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -391,7 +393,7 @@ def pair_row_stats(
     kl_out, reverse_out, js_out, cross_out = out(kl), out(reverse_kl), out(js), out(cross_entropy)
     entropy_p, entropy_q = out(entropy), out(entropy)
     nll_p, nll_q = out(index is not None), out(index is not None)
-    same_top = torch.empty(shape, dtype=torch.bool)
+    same = torch.empty(shape, dtype=torch.bool) if same_top else None
     saved = torch.empty([*shape, _native.PAIR_SAVED], dtype=torch.float64)
     bad_row = _native.pair_row_stats(
         DTYPES[first.dtype],
@@ -410,11 +412,11 @@ def pair_row_stats(
         _address(entropy_q),
         _address(nll_p),
         _address(nll_q),
-        same_top.data_ptr(),
+        _address(same),
         saved.data_ptr(),
     )
     return PairRowStats(
-        kl_out, reverse_out, js_out, cross_out, entropy_p, entropy_q, nll_p, nll_q, same_top, saved, bad_row
+        kl_out, reverse_out, js_out, cross_out, entropy_p, entropy_q, nll_p, nll_q, same, saved, bad_row
     )
 
 
