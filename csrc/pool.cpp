@@ -44,7 +44,8 @@ Pool& pool() {
   return *instance;
 }
 
-char* map_block(std::size_t bytes) {
+// `bytes` mapped, of which `asked` will be written: the last huge page of many is not asked for when that is a part of it.
+char* map_block(std::size_t bytes, std::size_t asked) {
   const std::size_t padded = bytes + kHugePage;
   void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
@@ -53,7 +54,10 @@ char* map_block(std::size_t bytes) {
   if (skip) munmap(begin, skip);
   if (skip < kHugePage) munmap(begin + skip + bytes, kHugePage - skip);
 #if defined(MADV_HUGEPAGE)
-  madvise(begin + skip, bytes, MADV_HUGEPAGE);  // advice: refused where huge pages are off, and nothing is lost
+  const std::size_t whole = asked < kHugePage ? bytes : asked / kHugePage * kHugePage;
+  madvise(begin + skip, whole, MADV_HUGEPAGE);  // advice: refused where huge pages are off, and nothing is lost
+#else
+  static_cast<void>(asked);
 #endif
   return begin + skip;
 }
@@ -81,10 +85,10 @@ void* pool_acquire(std::size_t bytes) {
     p.free_bytes -= block.bytes;
     p.free.erase(best);
   } else {
-    block = {map_block(size), size};
+    block = {map_block(size, bytes), size};
     while (!block.start && !p.free.empty()) {
       drop_oldest(p);
-      block.start = map_block(size);
+      block.start = map_block(size, bytes);
     }
     if (!block.start) return nullptr;
   }
