@@ -268,14 +268,16 @@ def test_ratios_are_of_medians_by_geometric_mean_and_sections_apart() -> None:
         row("bare", "limit", 1.0),
         row("logitless", "ours", 1.0, classes=8),
         row("eager", "peer", 8.0, classes=8),
+        row("bare", "limit", 0.5, classes=8),
         row("logitless", "ours", 1.0, section="small"),
         row("eager", "peer", 0.5, section="small"),
     ]
     first, second = ratios(rows)
     assert (first.mean, first.least, first.least_at, first.cases) == (pytest.approx(4.0), 2.0, "5x7 float32", 2)
-    assert (second.section, second.mean, second.cases) == ("small", pytest.approx(0.5), 1)
-    (share,) = shares(rows)
-    assert (share.limit.provider, share.share) == ("bare", 0.5)
+    assert first.at_limit == pytest.approx(8.0)
+    assert (second.section, second.mean, second.cases, second.at_limit) == ("small", pytest.approx(0.5), 1, None)
+    assert [(share.limit.provider, share.share) for share in shares(rows)] == [("bare", 0.5), ("bare", 0.5)]
+    assert ratios([each for each in rows if each.shape != (5, 8) or each.kind != "limit"])[0].at_limit is None
 
 
 def test_growth_is_the_peak_of_the_call_and_nothing_before_it() -> None:

@@ -38,13 +38,13 @@ def head_cases(
     dense = eager(_dense, modes=(BOTH,), needs_bytes=4 * rows * classes * float32.itemsize)
     budgets = tuple(_head(max_bytes=megabytes * 10**6) for megabytes in (150, 320))
     yield _case(gemma, float32, (*budgets, _products(), dense), (BOTH,))
-    yield _case(long, float32, (_head(max_bytes=80 * 10**6), _products()), (BOTH,))
+    yield _case(long, float32, (_head(max_bytes=100 * 10**6), _products()), (BOTH,))
     yield _distillation_case(smollm2, teacher_features)
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, providers: Sequence[Provider], modes: Sequence[str]) -> Case:
     def make(rows: int) -> Inputs:
-        return _inputs(rows, *shape[1:], dtype)
+        return head_inputs(rows, *shape[1:], dtype)
 
     what = "linear_cross_entropy"
     return Case("heads", what, shape, dtype, make, providers, _dense, (0, 1), modes, memory=True)
@@ -55,7 +55,7 @@ def _distillation_case(shape: tuple[int, int, int], teacher_features: int) -> Ca
     _, features, classes = shape
 
     def make(rows: int) -> Inputs:
-        hidden, weight, target = _inputs(rows, features, classes, torch.float32)
+        hidden, weight, target = head_inputs(rows, features, classes, torch.float32)
         teacher_weight = _weight(teacher_features, classes)
         return hidden, weight, _hidden(rows, teacher_weight, target), teacher_weight
 
@@ -117,7 +117,8 @@ def _optax(library: Any, hidden: Any, weight: Any, target: Any) -> Any:
     return library.softmax_cross_entropy_with_integer_labels(hidden @ weight.T, target).mean()
 
 
-def _inputs(rows: int, features: int, classes: int, dtype: torch.dtype) -> Inputs:
+def head_inputs(rows: int, features: int, classes: int, dtype: torch.dtype) -> Inputs:
+    """Return hidden states, weight and target of a head."""
     weight, target = _weight(features, classes), torch.randint(classes, (rows,))
     return _hidden(rows, weight, target).to(dtype), weight.to(dtype), target
 

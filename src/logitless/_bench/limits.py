@@ -1,7 +1,6 @@
 """The case that says how near to memory's limit cross-entropy is, and which stage takes the rest of its time.
 
-The limits are plain torch operations on memory that is mapped already: reading the logits once, as the forward must,
-and two reads and one write, as forward and backward together must. The stages are ours, one at a time.
+The stages are ours, one at a time.
 """
 
 from __future__ import annotations
@@ -14,22 +13,16 @@ from torch import Tensor
 
 from logitless import functional
 from logitless._bench.losses import indexed_logits
+from logitless._bench.passes import copy, limits
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, FORWARD, Inputs, bare, ours
 from logitless._dispatch import cpu_missing
 
-READ, COPY, THREE_PASSES = "one read (sum)", "one read, one write (copy)", "two reads, one write (add)"
-MOVES = {READ: 1, COPY: 2, THREE_PASSES: 3}
 _PAGE_BYTES = 4096
 
 
 def limit_case(shape: tuple[int, int]) -> Case:
     """Return cross-entropy in float32 beside its limits and its stages."""
-    limits = (
-        bare(READ, "limit", {FORWARD: lambda inputs: inputs[0].sum}),
-        bare(THREE_PASSES, "limit", {BOTH: _three_passes}),
-        bare(COPY, "stage", {BOTH: _copy}),
-    )
     stages = (
         bare("stage: row_stats", "stage", {FORWARD: _row_stats, BOTH: _row_stats}),
         bare("stage: row_grad into mapped memory", "stage", {BOTH: _row_grad}),
@@ -37,19 +30,9 @@ def limit_case(shape: tuple[int, int]) -> Case:
         bare("stage: a gradient of the allocator, touched", "stage", {BOTH: _allocated}),
     )
     loss = torch_functional.cross_entropy
-    providers = (ours(functional.cross_entropy), *limits, *(stages if cpu_missing() is None else ()))
+    providers = (ours(functional.cross_entropy), *limits(), copy(), *(stages if cpu_missing() is None else ()))
     make = indexed_logits(shape[1], torch.float32)
     return Case("limit", "cross_entropy", shape, torch.float32, make, providers, loss)
-
-
-def _three_passes(inputs: Inputs) -> Callable[[], object]:
-    target = torch.zeros_like(inputs[0])
-    return lambda: target.add_(inputs[0])
-
-
-def _copy(inputs: Inputs) -> Callable[[], object]:
-    target = torch.zeros_like(inputs[0])
-    return lambda: target.copy_(inputs[0])
 
 
 def _row_stats(inputs: Inputs) -> Callable[[], object]:

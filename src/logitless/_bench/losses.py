@@ -10,6 +10,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from logitless import functional, measures
+from logitless._bench.passes import limits
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, Inputs, Loss, compiled, eager, optax, ours
 
@@ -18,13 +19,13 @@ SMALL = ((8, 10), (256, 100), (1024, 100))
 
 
 def cross_entropy_cases(shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """Yield cross-entropy with class indices, the loss that every peer has."""
+    """Yield cross-entropy with class indices, the loss that every peer has, beside what no loss can beat."""
 
     def optax_loss(library: Any, logits: Any, target: Any) -> Any:
         return library.softmax_cross_entropy_with_integer_labels(logits, target).mean()
 
     loss = torch_functional.cross_entropy
-    everybody = (ours(functional.cross_entropy), eager(loss), compiled(loss), optax(optax_loss))
+    everybody = (ours(functional.cross_entropy), eager(loss), compiled(loss), optax(optax_loss), *limits())
     for dtype in dtypes:
         for rows, classes in shapes:
             make = indexed_logits(classes, dtype)

@@ -217,7 +217,10 @@ def with_memory(rows: Sequence[Row], extra_bytes: Mapping[str, int | None]) -> l
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster ours is than a peer, over every case that has both: geometric mean, and the least."""
+    """How many times faster ours is than a peer, over every case that has both: geometric mean, and the least.
+
+    `at_limit` is the mean for a loss as fast as the limits measured beside them; None where a case has none.
+    """
 
     section: str
     what: str
@@ -228,18 +231,24 @@ class Ratio:
     least: float
     least_at: str
     cases: int
+    at_limit: float | None
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
     """Return a ratio for each section, measure, mode, provider of ours and peer."""
     found: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
+    limited: dict[tuple[str, str, str, str, str], list[float]] = {}
+    limits = {row.case: row for row in rows if row.kind == "limit"}
     for mine in rows:
         if mine.kind != "ours":
             continue
         for peer in rows:
             if peer.kind == "peer" and peer.case == mine.case:
-                group = found.setdefault((mine.section, mine.what, mine.mode, mine.provider, peer.provider), {})
+                key = (mine.section, mine.what, mine.mode, mine.provider, peer.provider)
+                group = found.setdefault(key, {})
                 group[f"{sizes(mine.shape)} {mine.dtype}"] = peer.median_ms / mine.median_ms
+                if mine.case in limits:
+                    limited.setdefault(key, []).append(peer.median_ms / limits[mine.case].median_ms)
     return [
         Ratio(
             *key,
@@ -247,6 +256,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
             min(by_case.values()),
             min(by_case, key=by_case.__getitem__),
             len(by_case),
+            geometric_mean(limited[key]) if len(limited.get(key, ())) == len(by_case) else None,
         )
         for key, by_case in found.items()
     ]

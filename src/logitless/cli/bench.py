@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from logitless._bench import suite
-from logitless._bench.limits import MOVES
+from logitless._bench.passes import MOVES
 from logitless._bench.protocol import Case, GateError, Row, gate, ratios, shares, sizes
 from logitless.cli.bench_report import write_report
 from logitless.cli.errors import InputError
@@ -100,6 +100,7 @@ def _report(rows: Sequence[Row], notes: Sequence[str], quick: bool) -> dict[str,
                 "least": ratio.least,
                 "least_at": ratio.least_at,
                 "cases": ratio.cases,
+                "at_limit": ratio.at_limit,
             }
             for ratio in ratios(rows)
         ],
@@ -126,7 +127,7 @@ def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
     console.print(_ratio_table(rows))
     for share in shares(rows):
         limit, row = share.limit, share.row
-        moved = MOVES.get(limit.provider, 0) * row.shape[0] * row.shape[-1] * torch.float32.itemsize
+        moved = MOVES.get(limit.provider, 0) * row.shape[0] * row.shape[-1] * getattr(torch, row.dtype).itemsize
         rate = f" at {moved / limit.median_ms / 1e6:.1f} GB/s" if moved else ""
         console.print(
             f"{row.what} {sizes(row.shape)} {row.dtype}, {row.mode}: {row.provider} takes {1 / share.share:.2f} times "
@@ -187,7 +188,7 @@ def _ratio_table(rows: Sequence[Row]) -> Table:
     table = Table(title="How many times faster than a peer: medians of the same rounds", title_justify="left")
     for name in ("what", "mode", "provider", "against"):
         table.add_column(name)
-    for name in ("geometric mean", "least", "at", "cases"):
+    for name in ("geometric mean", "at the limit", "least", "at", "cases"):
         table.add_column(name, justify="right")
     for ratio in ratios(rows):
         table.add_row(
@@ -196,6 +197,7 @@ def _ratio_table(rows: Sequence[Row]) -> Table:
             ratio.ours,
             ratio.peer,
             f"{ratio.mean:.2f}",
+            "" if ratio.at_limit is None else f"{ratio.at_limit:.2f}",
             f"{ratio.least:.2f}",
             ratio.least_at,
             str(ratio.cases),

@@ -1,0 +1,97 @@
+"""What rounding costs a bfloat16 head: the error of each way to compute its cross-entropy, beside its time and memory.
+
+torch's product on the CPU writes what it reads, so the logits of a bfloat16 head are rounded once to bfloat16; float32
+logits cost float32 products of widened copies. Errors are against float64 on the same bfloat16 hidden states and
+weight: of a row's loss the largest and the mean in nats, of the two gradients the norm of the difference over the norm.
+Run: python benchmarks/half_precision.py [--rows N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor
+
+from logitless import functional
+from logitless._bench.heads import SMOLLM2, head_inputs
+from logitless._bench.memory import call_and_growth
+
+Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+_ROUNDS = 5
+
+
+def rounded_everywhere(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return torch_functional.cross_entropy(torch_functional.linear(hidden, weight), target, reduction=reduction)
+
+
+def rounded_logits(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return functional.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+
+
+def float32_logits(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return functional.linear_cross_entropy(hidden.float(), weight.float(), target, reduction=reduction)
+
+
+WAYS: dict[str, Loss] = {
+    "torch: logits, softmax gradient and sums in bfloat16": rounded_everywhere,
+    "logitless: logits rounded once, sums in float32": rounded_logits,
+    "logitless: float32 copies of hidden and weight": float32_logits,
+}
+
+
+def of(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Return the losses of the rows, and the gradients of their mean."""
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss(*leaves, target, "mean").backward()
+    with torch.no_grad():
+        rows = loss(hidden, weight, target, "none")
+    grads = [leaf.grad for leaf in leaves]
+    assert grads[0] is not None
+    assert grads[1] is not None
+    return rows.double(), grads[0].double(), grads[1].double()
+
+
+def step_cost(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[float, float]:
+    """Return the median milliseconds of a step forward and back, and its peak beyond inputs and gradients in MB."""
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(*leaves, target, "mean").backward()
+
+    _, growth = call_and_growth(step)
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e3, ((growth or 0) - sum(leaf.nbytes for leaf in leaves)) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=SMOLLM2[0])
+    rows, (_, features, classes) = parser.parse_args().rows, SMOLLM2
+    torch.manual_seed(0)
+    inputs = head_inputs(rows, features, classes, torch.bfloat16)
+    hidden, weight, target = inputs
+    true_rows, *true_grads = of(rounded_everywhere, hidden.double(), weight.double(), target)
+    print(f"{rows} x {features} x {classes}, {torch.get_num_threads()} threads")
+    print(f"{'':54} {'loss max':>9} {'mean':>9} {'hidden':>9} {'weight':>9} {'ms':>7} {'MB':>7}")
+    for name, loss in WAYS.items():
+        each, *grads = of(loss, *inputs)
+        errors = [(each - true_rows).abs().max(), (each - true_rows).abs().mean()]
+        errors += [(grad - true).norm() / true.norm() for grad, true in zip(grads, true_grads, strict=True)]
+        milliseconds, megabytes = step_cost(loss, *inputs)
+        columns = " ".join(f"{float(error):9.1e}" for error in errors)
+        print(f"{name:54} {columns} {milliseconds:7.0f} {megabytes:7.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
