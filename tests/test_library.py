@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.func import grad, vmap
 
 import logitless as ll
 import logitless.functional as LF
 import logitless.nn as LN
+from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
@@ -224,29 +223,6 @@ def test_vmap_of_the_gradient_operators() -> None:
 # --- compiled graphs
 
 
-class Graphs:
-    """A compiler backend that keeps the names of the operators of the graphs that it is given, forward and backward."""
-
-    def __init__(self) -> None:
-        self.operators: list[list[str]] = []
-
-    def _keep(self, graph: torch.fx.GraphModule, _: Any) -> Any:
-        self.operators.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        backend = aot_autograd(fw_compiler=self._keep, bw_compiler=self._keep)
-        return torch.compile(function, backend=backend, fullgraph=True, **options)
-
-    @property
-    def kernels(self) -> list[list[str]]:
-        """Of each graph, in order, our operators alone."""
-        ours = "logitless."
-        return [
-            [n.removeprefix(ours).removesuffix(".default") for n in g if n.startswith(ours)] for g in self.operators
-        ]
-
-
 def assert_compiles_to_kernels(
     function: Callable[..., Tensor], args: Sequence[Tensor], kernels: list[str], **options: Any
 ) -> None:
@@ -379,15 +355,6 @@ def test_a_compiled_graph_checks_its_targets_when_it_runs() -> None:
 # --- what a compiled graph does not hold
 
 
-def plain_graph(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Call a function compiled, and see that the kernels are not in its graph."""
-    graphs = Graphs()
-    out: Tensor = graphs.compile(function)(*args)
-    assert graphs.operators
-    assert not any(graphs.kernels)
-    return out
-
-
 def test_a_compiled_graph_is_plain_where_the_kernels_have_no_derivative() -> None:
     logits, target = rows_of(), classes_of()
     weight = torch.rand(65, requires_grad=True)
@@ -437,10 +404,10 @@ def test_a_backend_that_cannot_serve_a_compiled_graph_is_refused(by: str, monkey
     options = {"backend": "cpu"} if by == "backend=" else {}
     if not options:
         monkeypatch.setenv("LOGITLESS_BACKEND", "cpu")
-    p, target = torch.rand(7), torch.rand(7)
-    whole = torch.compile(lambda p: LF.binary_cross_entropy(p, target, **options), backend="eager", fullgraph=True)
+    target = classes_of()
+    whole = torch.compile(lambda z: LF.nll_loss(z, target, **options), backend="eager", fullgraph=True)
     with pytest.raises(Unsupported, match=f"{by} asks for 'cpu', which cannot serve this call: torch.compile traces"):
-        whole(p)
+        whole(rows_of())
     refused = rows_of()
     weight = torch.rand(65, requires_grad=True)
     own = torch.compile(lambda z: LF.cross_entropy(z, classes_of(), weight, **options), backend="eager")
@@ -449,14 +416,14 @@ def test_a_backend_that_cannot_serve_a_compiled_graph_is_refused(by: str, monkey
 
 
 def test_explain_answers_for_the_compiled_graph() -> None:
-    logits, target, p = rows_of(), classes_of(), torch.rand(7)
+    logits, target = rows_of(), classes_of()
     compiled = torch.compile(LF.cross_entropy, backend="eager")
     compiled(logits, target)  # a graph that is there already changes no answer
     for call in (LF.cross_entropy, compiled, torch.compile(LN.CrossEntropyLoss(), backend="eager")):
         assert ll.explain(call, logits, target) == ("cpu", "the tensors are on the CPU")
-    binary = torch.compile(LF.binary_cross_entropy, backend="eager")
-    assert ll.explain(LF.binary_cross_entropy, p, p).backend == "cpu"
-    assert ll.explain(binary, p, p) == ("reference", "torch.compile traces plain operations")
+    gathered = torch.compile(LF.nll_loss, backend="eager")
+    assert ll.explain(LF.nll_loss, logits, target).backend == "cpu"
+    assert ll.explain(gathered, logits, target) == ("reference", "torch.compile traces plain operations")
     torch.testing.assert_close(compiled(logits, target), LF.cross_entropy(logits, target))
 
 

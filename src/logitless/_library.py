@@ -1,8 +1,9 @@
 """The row kernels as torch operators, so that a compiled graph holds them: shapes, gradients, batching.
 
 `logitless::row_stats` is differentiable, and `logitless::row_grad` is its gradient; `_library_pairs` has those of two
-rows. An output that is not asked for is an empty tensor. Outside compiled graphs the kernels are reached by
-`autograd.Function` (see `_ops`), which costs less a call.
+rows, `_library_elementwise` and `_library_cosine` those of single elements and of vectors. An output that is not asked
+for is an empty tensor. Outside compiled graphs the kernels are reached by `autograd.Function` (see `_ops`), which costs
+less a call.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from logitless.kernels import cpu
 
 Outputs = tuple[Tensor, ...]
 Operator = Callable[..., Any]
+BatchingRule = Callable[..., tuple[Any, Any]]
 
 
 def row_stats(
@@ -95,19 +97,29 @@ def with_layout_of(grad: Tensor, logits: Tensor) -> Tensor:
     return grad if grad.stride() == strides else torch.empty_like(logits).copy_(grad)
 
 
-def batching(operator: Operator, class_dim_at: int, weight_at: int | None) -> Operator:
+def one_at_a_time(operator: Operator) -> BatchingRule:
+    """Return a vmap rule that goes through the batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        runs = [
+            operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(runs[0], Tensor):
+            return torch.stack(runs), 0
+        return tuple(torch.stack(values) for values in zip(*runs, strict=True)), (0,) * len(runs[0])
+
+    return rule
+
+
+def batching(operator: Operator, class_dim_at: int, weight_at: int | None) -> BatchingRule:
     """Return a vmap rule. Of the arguments, the first is the logits; a batch of class weights is gone through."""
+    singly = one_at_a_time(operator)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         if weight_at is not None and in_dims[weight_at] is not None:
-            runs = [
-                operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-                for i in range(size)
-            ]
-            if isinstance(runs[0], Tensor):
-                return torch.stack(runs), 0
-            return tuple(torch.stack(values) for values in zip(*runs, strict=True)), (0,) * len(runs[0])
+            return singly(info, in_dims, *args)
         batched = [
             arg
             if not isinstance(arg, Tensor) or position == weight_at

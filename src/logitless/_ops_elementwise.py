@@ -1,8 +1,8 @@
 """The elementwise and cosine kernels as differentiable operations: forward, backward, and what they do not do.
 
 An operation keeps its inputs, and of a cosine three numbers a pair. A loss that is reduced is added up as it is
-computed. Where the gradient must itself be differentiated, or upstream gradients come in a batch, the backward pass is
-the reference's.
+computed. In a compiled graph the operation is an operator of `_library_elementwise` or `_library_cosine`. Where the
+gradient must itself be differentiated, or upstream gradients come in a batch, the backward pass is the reference's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from logitless import _library_cosine, _library_elementwise
 from logitless._dispatch import cpu_by_default
+from logitless._elements import Kernel
 from logitless._ops import needs_plain_backward, plain_backward
 from logitless._reduce import reduce_rows, reduced_sum
 from logitless._transforms import surroundings
@@ -38,21 +40,27 @@ def kernel_obstacle(input: Tensor | LazyLogits, **constants: Tensor | None) -> s
 
 
 class Reduction(NamedTuple):
-    """What becomes of the elements or rows of a loss: `denominator` is what "mean" divides by."""
+    """What becomes of the elements or rows of a loss: `divisor` is what "mean" divides by."""
 
     kind: str
-    denominator: float
+    divisor: Tensor | float  # a tensor in a compiled graph alone, where its value is not known
     dtype: torch.dtype
 
+    @property
+    def denominator(self) -> float:
+        """What "mean" divides by, as a number."""
+        return float(self.divisor)
+
     def of(self, rows: Tensor) -> Tensor:
-        """Return the loss of these elements or rows."""
-        return reduce_rows(rows, self.kind, denominator=self.denominator, dtype=self.dtype)
+        """Return the loss of these elements or rows, or of their sum."""
+        return reduce_rows(rows, self.kind, denominator=self.divisor, dtype=self.dtype)
 
     def of_total(self, total: float) -> Tensor:
         """Return the loss of elements already added up."""
-        if self.denominator == 0:
+        divisor = self.denominator
+        if divisor == 0:
             return self.of(torch.scalar_tensor(total, dtype=torch.float64))
-        value = reduced_sum(total, self.denominator, self.kind)
+        value = reduced_sum(total, divisor, self.kind)
         if -6e4 < value < 6e4:
             return torch.scalar_tensor(value, dtype=self.dtype)
         # What the dtype does not hold is infinite, where scalar_tensor would raise.
@@ -64,15 +72,8 @@ class Reduction(NamedTuple):
             return grad_output, 1.0
         if self.kind == "sum":
             return None, float(grad_output)
-        return None, float(grad_output) / self.denominator if self.denominator else float(grad_output) * math.inf
-
-
-class Kernel(NamedTuple):
-    """The three kernels of an elementwise loss, each of the input and the call's operands."""
-
-    elements: Callable[..., Tensor]  # with a `dtype`
-    total: Callable[..., float]
-    gradient: Callable[..., Tensor]  # with `upstream` and `scale`
+        divisor = self.denominator
+        return None, float(grad_output) / divisor if divisor else float(grad_output) * math.inf
 
 
 class ElementwiseCall(NamedTuple):
@@ -83,9 +84,13 @@ class ElementwiseCall(NamedTuple):
     definition: Callable[..., Tensor]
 
 
-def elementwise(call: ElementwiseCall, input: Tensor, *operands: Tensor | None) -> Tensor:
+def elementwise(call: ElementwiseCall, input: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
     """Return a loss of each element by itself, reduced; only the input gets a gradient."""
-    result: Tensor = _apply_elementwise(call, input, *operands)  # type: ignore[no-untyped-call] # torch types it not
+    if torch.compiler.is_compiling():
+        reduction = call.reduction
+        dtype = reduction.dtype if reduction.kind == "none" else None
+        return reduction.of(_library_elementwise.elementwise(call.kernel, input, target, *weights, dtype=dtype))
+    result: Tensor = _apply_elementwise(call, input, target, *weights)  # type: ignore[no-untyped-call] # torch types it not
     return result
 
 
@@ -123,7 +128,9 @@ def of_few_numbers(
     def definition(input: Tensor, target: Tensor) -> Tensor:
         return summed(input, target, reduction="sum", backend="reference") / denominator
 
-    return elementwise(ElementwiseCall(kernel, Reduction("mean", denominator, input.dtype), definition), input, target)
+    call = ElementwiseCall(kernel, Reduction("mean", denominator, input.dtype), definition)
+    result: Tensor = _apply_elementwise(call, input, target)  # type: ignore[no-untyped-call] # torch types it not
+    return result
 
 
 class _Elementwise(torch.autograd.Function):
@@ -166,70 +173,68 @@ class CosineCall(NamedTuple):
     definition: Callable[..., Tensor]
 
 
-def cosine(call: CosineCall, x1: Tensor, x2: Tensor, *target: Tensor) -> Tensor:
+def cosine(call: CosineCall, x1: Tensor, x2: Tensor, target: Tensor | None = None) -> Tensor:
     """Return the similarity or loss of pairs of vectors of one dtype, reduced; both vectors get gradients."""
-    result: Tensor = _Cosine.apply(call, x1, x2, *target)  # type: ignore[no-untyped-call] # torch types it not
+    if torch.compiler.is_compiling():
+        summed = call.reduction.kind != "none"
+        rows = _library_cosine.cosine(x1, x2, target, dim=call.dim, eps=call.eps, margin=call.margin, summed=summed)
+        return call.reduction.of(rows)
+    result: Tensor = _Cosine.apply(call, x1, x2, target)  # type: ignore[no-untyped-call] # torch types it not
     return result
 
 
 class _Cosine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: CosineCall, x1: Tensor, x2: Tensor, *target: Tensor) -> Tensor:
-        ctx.save_for_backward(x1, x2, *target)
-        first, second, save = _expanded(x1, call.sizes), _expanded(x2, call.sizes), any(ctx.needs_input_grad)
-        if target:
-            labels = _expanded(target[0], call.sizes[:-1])
-            rows = kernels.cosine_embedding(first, second, labels, call.margin, save=save)
-        else:
-            rows = kernels.cosine_similarity(first, second, call.dim, call.eps, save=save)
+    def forward(ctx: Any, call: CosineCall, x1: Tensor, x2: Tensor, target: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x1, x2, target)
+        rows = _library_cosine.rows(
+            x1,
+            x2,
+            target,
+            sizes=call.sizes,
+            dim=call.dim,
+            eps=call.eps,
+            margin=call.margin,
+            save=any(ctx.needs_input_grad),
+        )
         ctx.call, ctx.saved = call, rows.saved
         return call.reduction.of(rows.out)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x1, x2, *target = ctx.saved_tensors
+        x1, x2, target = ctx.saved_tensors
         call: CosineCall = ctx.call
         wanted = ctx.needs_input_grad[1:3]
-        none = (None,) * len(target)
         if needs_plain_backward(grad_output):
-            return None, *_plain_cosine_backward(call, (x1, x2), target, wanted, grad_output), *none
+            return None, *_plain_cosine_backward(call, (x1, x2), target, wanted, grad_output), None
         upstream, scale = call.reduction.upstream(grad_output)
-        first, second = x1, x2
-        if not x1.shape == x2.shape == call.sizes:
-            # The gradients of what is broadcast are added up: not in half precision.
-            wide = torch.float64 if x1.dtype is torch.float64 else torch.float32
-            first, second = x1.to(wide).expand(call.sizes), x2.to(wide).expand(call.sizes)
-        if target:
-            labels = _expanded(target[0], call.sizes[:-1])
-            grads = kernels.cosine_embedding_grad(
-                first, second, labels, ctx.saved, call.margin, upstream=upstream, scale=scale, wanted=wanted
-            )
-        else:
-            grads = kernels.cosine_similarity_grad(
-                first, second, ctx.saved, call.dim, call.eps, upstream=upstream, scale=scale, wanted=wanted
-            )
-        return None, _summed_to(grads[0], x1), _summed_to(grads[1], x2), *none
-
-
-def _expanded(tensor: Tensor, sizes: torch.Size) -> Tensor:
-    return tensor if tensor.shape == sizes else tensor.expand(sizes)
-
-
-def _summed_to(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
-    return grad if grad is None or grad.shape == tensor.shape else grad.sum_to_size(tensor.shape).to(tensor.dtype)
+        grads = _library_cosine.row_gradients(
+            x1,
+            x2,
+            target,
+            ctx.saved,
+            sizes=call.sizes,
+            dim=call.dim,
+            eps=call.eps,
+            margin=call.margin,
+            upstream=upstream,
+            scale=scale,
+            wanted=wanted,
+        )
+        return None, *grads, None
 
 
 def _plain_cosine_backward(
     call: CosineCall,
     vectors: tuple[Tensor, Tensor],
-    target: Sequence[Tensor],
+    target: Tensor | None,
     wanted: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     def function(*free: Tensor) -> tuple[Tensor]:
         rest = iter(free)
         x1, x2 = (next(rest) if want else vector for vector, want in zip(vectors, wanted, strict=True))
-        return (call.definition(x1, x2, *target),)
+        return (call.definition(x1, x2) if target is None else call.definition(x1, x2, target),)
 
     free = [vector for vector, want in zip(vectors, wanted, strict=True) if want]
     grads = iter(plain_backward(function, free, [grad_output]))

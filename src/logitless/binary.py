@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch, _head_binary
+from logitless._elements import BCE, BCE_LOGITS, check_within_unit_interval
 from logitless._head_ops import HeadCall, forecast
 from logitless._ops_elementwise import (
     ElementwiseCall,
-    Kernel,
     Reduction,
     elementwise,
     few_numbers,
@@ -21,8 +21,6 @@ from logitless._ops_elementwise import (
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import Normalizer, check_normalizer, mean_denominator, reduce_rows, resolve_reduction
 from logitless._tiles import fold_rows
-from logitless._transforms import values_are_readable
-from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits
 
@@ -79,7 +77,7 @@ def binary_cross_entropy(
         and few_numbers(input, target)
     ):
         denominator = input.numel() if reduction == "mean" else 1
-        return of_few_numbers(_BCE, binary_cross_entropy, input, target, denominator)
+        return of_few_numbers(BCE, binary_cross_entropy, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy", input, target)
@@ -99,10 +97,10 @@ def binary_cross_entropy(
 
     backend = _pick("binary_cross_entropy", input, {"target": target, "weight": weight}, normalizer, backend)
     if backend == "reference":
-        _check_within_unit_interval(input, target)
+        check_within_unit_interval(input, target)
         return definition(input, target, weight)
     kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
-    return elementwise(ElementwiseCall(_BCE, kept, definition), input, target, weight)
+    return elementwise(ElementwiseCall(BCE, kept, definition), input, target, weight)
 
 
 def binary_cross_entropy_with_logits(
@@ -158,7 +156,7 @@ def binary_cross_entropy_with_logits(
         and few_numbers(input, target)
     ):
         denominator = input.numel() if reduction == "mean" else 1
-        return of_few_numbers(_BCE_LOGITS, binary_cross_entropy_with_logits, input, target, denominator)
+        return of_few_numbers(BCE_LOGITS, binary_cross_entropy_with_logits, input, target, denominator)
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy_with_logits", input, target)
@@ -187,7 +185,7 @@ def binary_cross_entropy_with_logits(
     if _pick("binary_cross_entropy_with_logits", input, constants, normalizer, backend) == "reference":
         return definition(input, target, weight, pos_weight)
     kept = _kernel_reduction(reduction, input.shape, weight, normalizer, precision.result)
-    return elementwise(ElementwiseCall(_BCE_LOGITS, kept, definition), input, target, weight, pos_weight)
+    return elementwise(ElementwiseCall(BCE_LOGITS, kept, definition), input, target, weight, pos_weight)
 
 
 def _lazy_binary_cross_entropy(
@@ -282,40 +280,7 @@ def _pick(
     if isinstance(normalizer, Tensor):
         constants = {**constants, "normalizer": normalizer}
     obstacle = kernel_obstacle(input, **constants)
-    return _dispatch.pick(operation, (input, *constants.values()), backend, obstacle=obstacle)
-
-
-def _check_within_unit_interval(input: Tensor, target: Tensor) -> None:
-    for name, tensor in (("input", input), ("target", target)):
-        if not tensor.dtype.is_floating_point or not values_are_readable(tensor):
-            continue
-        outside = ~((tensor >= 0) & (tensor <= 1))
-        if not bool(outside.any()):
-            continue
-        position = tuple(outside.nonzero()[0].tolist())
-        value = tensor[position].item()
-        what = "NaN" if value != value else repr(value)
-        raise RuntimeError(
-            f"binary_cross_entropy: all elements of {name} should be between 0 and 1; {name}{list(position)} is {what}"
-        )
-
-
-def _checked_elements(input: Tensor, target: Tensor, weight: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
-    loss, outside = kernels.bce(input, target, weight, dtype=dtype)
-    if outside:
-        _check_within_unit_interval(input, target)
-    return loss
-
-
-def _checked_total(input: Tensor, target: Tensor, weight: Tensor | None = None) -> float:
-    total, outside = kernels.bce_sum(input, target, weight)
-    if outside:
-        _check_within_unit_interval(input, target)
-    return total
-
-
-_BCE = Kernel(_checked_elements, _checked_total, kernels.bce_grad)
-_BCE_LOGITS = Kernel(kernels.bce_logits, kernels.bce_logits_sum, kernels.bce_logits_grad)
+    return _dispatch.pick(operation, (input, *constants.values()), backend, obstacle=obstacle, compiles=True)
 
 
 def _kernel_reduction(
@@ -326,8 +291,8 @@ def _kernel_reduction(
     def weights() -> Tensor | float:
         return sizes.numel() if weight is None else weight.sum(dtype=torch.float64) * (sizes.numel() // weight.numel())
 
-    denominator = float(_denominator(normalizer, sizes, weights)) if reduction == "mean" else 1.0
-    return Reduction(reduction, denominator, dtype)
+    denominator = _denominator(normalizer, sizes, weights) if reduction == "mean" else 1.0
+    return Reduction(reduction, denominator if torch.compiler.is_compiling() else float(denominator), dtype)
 
 
 def _weighted(loss: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch
+from logitless._elements import KL_DIV, KL_DIV_LOG_TARGET
 from logitless._ops_elementwise import (
     ElementwiseCall,
-    Kernel,
     Reduction,
     elementwise,
     few_numbers,
@@ -21,7 +21,6 @@ from logitless._ops_elementwise import (
 from logitless._precision import check_input, no_autocast, precision_of
 from logitless._reduce import reduce_rows, resolve_reduction
 from logitless._targets import resolve_class_dim
-from logitless.kernels import cpu_elementwise as kernels
 from logitless.kernels import reference
 
 _MEAN_IS_NOT_THE_DIVERGENCE = (
@@ -54,7 +53,7 @@ def kl_div(
         size_average, reduce: torch's deprecated spelling of `reduction`.
         reduction: "none", "sum", "batchmean" (the sum over the first size), "rowmean" (the sum over the number of
             rows, right for (N, C, d1, ...) as well), or torch's default "mean", which divides by the number of
-            elements and so is *not* the divergence: it warns, as in torch.
+            elements and so is *not* the divergence: it warns, as in torch (in a compiled graph nothing does).
         class_dim: for "rowmean", the classes' dimension where it is not 0 of one row, else 1.
         backend: force a backend; see `logitless.backends`.
 
@@ -73,7 +72,7 @@ def kl_div(
     tensor(0.6931)
     """
     if reduction == "mean" and size_average is None and reduce is None:
-        warnings.warn(_MEAN_IS_NOT_THE_DIVERGENCE, stacklevel=2)
+        _warn(_MEAN_IS_NOT_THE_DIVERGENCE)
     if (
         size_average is None
         and reduce is None
@@ -83,7 +82,7 @@ def kl_div(
         and few_numbers(input, target)
     ):
         summed = partial(kl_div, log_target=log_target)
-        kernel = _KERNELS[bool(log_target)]
+        kernel = KL_DIV_LOG_TARGET if log_target else KL_DIV
         return of_few_numbers(kernel, summed, input, target, _denominator(reduction, input, input.shape, None))
     reduction = resolve_reduction(reduction, size_average, reduce, extra=("batchmean", "rowmean"))
     for tensor in (input, target):
@@ -93,10 +92,9 @@ def kl_div(
     sizes = input.shape
     if input.shape != target.shape:
         sizes = torch.broadcast_shapes(input.shape, target.shape)
-        warnings.warn(
+        _warn(
             f"kl_div: input {tuple(input.shape)} and target {tuple(target.shape)} differ and are broadcast, as in "
-            "torch; expand one of them if that is meant",
-            stacklevel=2,
+            "torch; expand one of them if that is meant"
         )
     precision = precision_of(input, target)
     denominator = float(_denominator(reduction, input, sizes, class_dim))
@@ -108,10 +106,17 @@ def kl_div(
         return reduce_rows(elements, kind, denominator=denominator, dtype=precision.result)
 
     obstacle = "the input is broadcast" if input.shape != sizes else kernel_obstacle(input, target=target)
-    if _dispatch.pick("kl_div", (input, target), backend, obstacle=obstacle) == "reference":
+    if _dispatch.pick("kl_div", (input, target), backend, obstacle=obstacle, compiles=True) == "reference":
         return definition(input, target)
-    call = ElementwiseCall(_KERNELS[bool(log_target)], Reduction(kind, denominator, precision.result), definition)
+    kernel = KL_DIV_LOG_TARGET if log_target else KL_DIV
+    call = ElementwiseCall(kernel, Reduction(kind, denominator, precision.result), definition)
     return elementwise(call, input, target if target.shape == sizes else target.expand(sizes))
+
+
+def _warn(message: str) -> None:
+    """Warn the caller of `kl_div`, but not while it is compiled: a warning would cut the graph in two."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, stacklevel=3)
 
 
 def _denominator(reduction: str, input: Tensor, sizes: torch.Size, class_dim: int | None) -> int:
@@ -122,13 +127,3 @@ def _denominator(reduction: str, input: Tensor, sizes: torch.Size, class_dim: in
         classes = sizes[resolve_class_dim("kl_div", len(sizes), class_dim)] if sizes else 1
         return sizes.numel() // max(classes, 1)
     return sizes.numel() if reduction == "mean" else 1
-
-
-_KERNELS = {
-    log_target: Kernel(
-        partial(kernels.kl, log_target=log_target),
-        partial(kernels.kl_sum, log_target=log_target),
-        partial(kernels.kl_grad, log_target=log_target),
-    )
-    for log_target in (False, True)
-}

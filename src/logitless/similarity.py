@@ -63,7 +63,8 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
             first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
             return reference.cosine_similarity(first, second, dim, eps).to(precision.result)
 
-    if _dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=_obstacle(sizes, x1, x2)) == "reference":
+    obstacle = _obstacle(sizes, x1, x2)
+    if _dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=obstacle, compiles=True) == "reference":
         return definition(x1, x2)
     call = CosineCall(sizes, dim, eps, 0.0, Reduction("none", 1.0, precision.result), definition)
     return cosine(call, *_of_one_dtype(x1, x2))
@@ -131,7 +132,8 @@ def cosine_embedding_loss(
         return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
 
     obstacle = _obstacle(sizes, input1, input2, target)
-    if _dispatch.pick("cosine_embedding_loss", (input1, input2, target), backend, obstacle=obstacle) == "reference":
+    tensors = (input1, input2, target)
+    if _dispatch.pick("cosine_embedding_loss", tensors, backend, obstacle=obstacle, compiles=True) == "reference":
         return definition(input1, input2, target)
     call = CosineCall(sizes, -1, 0.0, float(margin), Reduction(reduction, denominator, precision.result), definition)
     return cosine(call, *_of_one_dtype(input1, input2), target)
