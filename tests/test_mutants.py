@@ -253,7 +253,7 @@ MUTANTS: dict[str, Mutant] = {
             (
                 measures,
                 "_divergence",
-                lambda name, measure, p, q, reduction, real=measures._divergence: real(name, measure, q, p, reduction),
+                lambda name, p, q, reduction, real=measures._divergence: real(name, q, p, reduction),
             )
         ],
         on("kl"),

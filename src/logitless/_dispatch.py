@@ -101,6 +101,11 @@ def cpu_by_default() -> bool:
     return cpu_missing() is None and not extension.backend_is_forced() and not _explaining.get()
 
 
+def is_about_a_graph() -> bool:
+    """Say whether `explain` asks what a compiled graph does."""
+    return _explaining.get() == "compiled"
+
+
 def pick(
     operation: str,
     tensors: Sequence[Tensor | None],

@@ -16,11 +16,15 @@ from logitless._tiles import LogitRows, at_positions, dense_rows
 from logitless.kernels import reference
 from logitless.lazy import LazyLogits
 
-PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], Sequence[Tensor | None]]
+# The values of two tiles of logits and the target of their rows; None where a value needs a target that is not there.
+PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], tuple[Tensor | None, ...]]
 
 
-def token_call(logits: LazyLogits, target: ClassTarget) -> tuple[HeadCall, Tensor | None]:
-    """Plan nll, lse, entropy, argmax and rank of the rows that are not ignored, and say where those are (None: all)."""
+def token_call(logits: LazyLogits, target: ClassTarget, gradient: bool | None = None) -> tuple[HeadCall, Tensor | None]:
+    """Plan nll, lse, entropy, argmax and rank of the rows that are not ignored, and say where those are (None: all).
+
+    `gradient` as in `head_call`.
+    """
     assert target.indices is not None
     ignored = None if target.ignored is None else target.ignored.reshape(-1)
     source, kept = logits.rows().without(ignored, selectable=True)
@@ -35,35 +39,42 @@ def token_call(logits: LazyLogits, target: ClassTarget) -> tuple[HeadCall, Tenso
 
     outputs = (True, True, True, False, False)
     work = TokenWork(indices)
-    return head_call([source], work, definition, outputs=outputs, least_dtype=wide, max_bytes=None), kept
+    call = head_call([source], work, definition, outputs=outputs, least_dtype=wide, max_bytes=None, gradient=gradient)
+    return call, kept
 
 
 def token_stats(call: HeadCall, kept: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
     """Return the planned statistics; 0 and -1 for ignored rows."""
+    return placed(per_row(call), kept, shape)
+
+
+def placed(values: Sequence[Tensor], kept: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return values of the kept rows among all, in their shape; 0 elsewhere, or -1 where that is no class."""
     return tuple(
-        at_positions(value, kept, shape.numel(), fill).view(shape)
-        for value, fill in zip(per_row(call), (0, 0, 0, -1, -1), strict=True)
+        at_positions(value, kept, shape.numel(), 0 if value.is_floating_point() else -1).view(shape) for value in values
     )
 
 
-def entropy_call(logits: LazyLogits) -> HeadCall:
+def entropy_call(logits: LazyLogits, gradient: bool | None = None) -> HeadCall:
     """Plan the entropy of each row."""
     source, wide = logits.rows(), _wide(logits)
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
         return (reference.entropy(_all(source, tensors), -1).to(wide),)
 
-    return head_call([source], TokenWork(None), definition, outputs=(True,), least_dtype=wide, max_bytes=None)
+    work = TokenWork(None)
+    return head_call([source], work, definition, outputs=(True,), least_dtype=wide, max_bytes=None, gradient=gradient)
 
 
 def pair_call(
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits,
     names: tuple[str, ...],
-    function: PairFunction,
     target: ClassTarget | None,
+    gradient: bool | None = None,
 ) -> HeadCall:
-    """Plan the measures of that name; `function` is their definition, and the target's values are as given."""
+    """Plan the measures of that name; the target's values are as given, and `gradient` is as in `head_call`."""
+    function = pair_function(names)
     sources = [logits.rows() if isinstance(logits, LazyLogits) else dense_rows(logits) for logits in (p, q)]
     wide = torch.promote_types(_wide(p), _wide(q))
     cut = len(sources[0].tensors)
@@ -81,8 +92,17 @@ def pair_call(
         return [value.to(wide) if value.is_floating_point() else value for value in values]
 
     outputs = tuple(name != "same_top" for name in names)
-    work = PairWork(names, indices, ignore_index)
-    return head_call(sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None)
+    class_major = isinstance(p, LazyLogits) and isinstance(q, LazyLogits)
+    work = PairWork(names, indices, ignore_index, class_major)
+    return head_call(sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None, gradient=gradient)
+
+
+def pair_function(names: tuple[str, ...]) -> PairFunction:
+    """Return the definition of the measures of that name: of one, or of all."""
+    if len(names) > 1:
+        return reference.pair_stats
+    measure = {"kl": reference.kl, "js": reference.js}[names[0]]
+    return lambda p, q, _: (measure(p, q),)
 
 
 def rows(call: HeadCall, shape: torch.Size) -> tuple[Tensor, ...]:

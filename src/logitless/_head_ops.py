@@ -86,6 +86,11 @@ class HeadCall:
     differentiable: tuple[bool, ...]  # of the outputs
     gradient: bool  # whether anything needs one
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What the rows are made of, source by source."""
+        return [tensor for source in self.sources for tensor in source.tensors]
+
     def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """Return what belongs to each source."""
         parts, at = [], 0
@@ -114,10 +119,16 @@ def head_call(
     outputs: Sequence[bool],
     least_dtype: torch.dtype,
     max_bytes: int | None,
+    gradient: bool | None = None,
 ) -> HeadCall:
-    """Plan a call: `least_dtype` is what the logits are widened to if anything asks for more than they have."""
+    """Plan a call: `least_dtype` is what the logits are widened to if anything asks for more than they have.
+
+    `gradient` says whether anything needs one; None: what the tensors and the grad mode say.
+    """
     dtype = tile_dtype(sources, least_dtype)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
+    needed = gradient
+    if needed is None:
+        needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
     row_bytes = sum(HeadTiles.row_bytes(s, dtype, needed) for s in sources if isinstance(s, HeadRows))
     row_bytes += sources[0].classes * work.extra_bytes
     tiles = tiling(
@@ -159,16 +170,14 @@ def forecast(call: HeadCall) -> Forecast:
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:
     """Return the work's outputs, one value a row each, differentiable with any upstream gradients."""
-    tensors = [tensor for source in call.sources for tensor in source.tensors]
-    outputs: tuple[Tensor, ...] = _PerRow.apply(call, *tensors)  # type: ignore[no-untyped-call] # torch types it not
+    outputs: tuple[Tensor, ...] = _PerRow.apply(call, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
     return outputs
 
 
 class _PerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: HeadCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with no_autocast(_first(tensors)):
-            outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
+        outputs, saved = row_values(call, tensors)
         ctx.call, ctx.saved = call, saved
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -183,8 +192,27 @@ class _PerRow(torch.autograd.Function):
         with no_autocast(_first(tensors)):
             if needs_plain_backward(*grad_outputs):
                 return (None, *_plain(call.definition, tensors, needed, grad_outputs))
-            _, _, grads = _sweep(call, tensors, needed, grad_outputs, ctx.saved)
-        return (None, *_rounded(grads, tensors, 1.0))
+        return (None, *row_gradients(call, tensors, needed, grad_outputs, ctx.saved))
+
+
+def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Saved]]:
+    """Return the work's outputs, without a graph, and what the gradient needs of each tile."""
+    with no_autocast(_first(tensors)):
+        outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
+    return outputs, saved
+
+
+def row_gradients(
+    call: HeadCall,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+    saved: Sequence[Saved],
+) -> list[Tensor | None]:
+    """Return the gradients of the tensors that need one, each tile made again."""
+    with no_autocast(_first(tensors)):
+        _, _, grads = _sweep(call, tensors, needed, upstream, saved)
+    return _rounded(grads, tensors, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +225,7 @@ class Reduction:
 
 def reduced(call: HeadCall, reduction: Reduction) -> Tensor:
     """Return the first output reduced to a scalar; its gradient is made on the way."""
-    tensors = [tensor for source in call.sources for tensor in source.tensors]
-    loss: Tensor = _Reduced.apply(call, reduction, *tensors)  # type: ignore[no-untyped-call] # torch types it not
+    loss: Tensor = _Reduced.apply(call, reduction, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
@@ -206,14 +233,10 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: HeadCall, reduction: Reduction, *tensors: Tensor | None) -> Tensor:
         needed = ctx.needs_input_grad[2:]
-        upstream: list[Tensor | float | None] | None = None
-        if any(needed):
-            upstream = [1.0 / reduction.divisor if reduction.divisor else torch.inf, *_nones(call)]
-        with no_autocast(_first(tensors)):
-            outputs, _, grads = _sweep(call, tensors, needed, upstream)
+        loss, grads = value_and_gradients(call, reduction, tensors, needed)
         ctx.call, ctx.reduction, ctx.grads = call, reduction, grads if any(needed) else None
         ctx.save_for_backward(*tensors)
-        return reduction.value(outputs[0])
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -225,15 +248,23 @@ class _Reduced(torch.autograd.Function):
                     return (reduction.value(call.definition(*given)[0]),)
 
                 return (None, None, *_plain(definition, tensors, needed, [grad_output]))
-            grads, ctx.grads = ctx.grads, None  # given away: another backward through the same graph makes them anew
-            if grads is None:
-                upstream = [1.0 / reduction.divisor if reduction.divisor else torch.inf, *_nones(call)]
-                _, _, grads = _sweep(call, tensors, needed, upstream)
+        grads, ctx.grads = ctx.grads, None  # given away: another backward through the same graph makes them anew
+        if grads is None:
+            _, grads = value_and_gradients(call, reduction, tensors, needed)
         return (None, None, *_rounded(grads, tensors, float(grad_output)))
 
 
-def _nones(call: HeadCall) -> list[None]:
-    return [None] * (len(call.differentiable) - 1)
+def value_and_gradients(
+    call: HeadCall, reduction: Reduction, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the reduced first output, and the gradients that are needed in the dtypes they add up in."""
+    upstream: list[Tensor | float | None] | None = None
+    if any(needed):
+        others = len(call.differentiable) - 1
+        upstream = [1.0 / reduction.divisor if reduction.divisor else torch.inf, *[None] * others]
+    with no_autocast(_first(tensors)):
+        outputs, _, grads = _sweep(call, tensors, needed, upstream)
+    return reduction.value(outputs[0]), grads
 
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -25,7 +25,7 @@ from logitless.kernels import cpu
 from logitless.lazy import HeadRows
 
 # Of the default bytes, with a gradient and without: rows of 49152 classes enough for products at full speed.
-_GRADIENT_SHARE, _VALUE_SHARE = 0.7, 0.4
+_GRADIENT_SHARE, _VALUE_SHARE = 0.7, 0.455
 # Of the bytes a caller allows; the rest is for what the products need and for a few numbers a row.
 _BUFFER_SHARE = 15 / 16
 # Products of fewer rows run at a fraction of their speed: the classes are cut before the rows get fewer ...
@@ -49,13 +49,12 @@ def tiling(
     rows: int, classes: int, row_bytes: int, *, max_bytes: int | None, gradient: bool, cut_classes: bool
 ) -> Tiling:
     """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
-    if max_bytes is None:
-        budget = int(_tiles.DEFAULT_MAX_BYTES * (_GRADIENT_SHARE if gradient else _VALUE_SHARE))
-    else:
-        budget = int(max_bytes * _BUFFER_SHARE)
-    fit = budget // max(1, row_bytes)
+    budget = _budget(max_bytes, gradient)
+    fit = rows_that_fit(row_bytes, max_bytes=max_bytes, gradient=gradient)
     if fit >= min(rows, _LEAST_ROWS) or not cut_classes:
         fit = max(1, min(fit, rows))
+        if rows > fit > _ROUND_ROWS:
+            fit = fit // _ROUND_ROWS * _ROUND_ROWS
         even = math.ceil(rows / math.ceil(rows / fit)) if rows else 1
         if even > _ROUND_ROWS:
             even = min(fit, -(-even // _ROUND_ROWS) * _ROUND_ROWS)
@@ -64,6 +63,17 @@ def tiling(
     tile_rows = max(1, min(rows, _CUT_ROWS, budget // (_LEAST_CLASSES * number_bytes)))
     tile_classes = max(1, min(classes, budget // (tile_rows * number_bytes)))
     return Tiling(tile_rows, tile_classes, tile_rows * tile_classes * number_bytes)
+
+
+def rows_that_fit(row_bytes: int, *, max_bytes: int | None, gradient: bool) -> int:
+    """Return how many rows of all classes the buffers of a call may hold; so many or fewer are one tile."""
+    return _budget(max_bytes, gradient) // max(1, row_bytes)
+
+
+def _budget(max_bytes: int | None, gradient: bool) -> int:
+    if max_bytes is None:
+        return int(_tiles.DEFAULT_MAX_BYTES * (_GRADIENT_SHARE if gradient else _VALUE_SHARE))
+    return int(max_bytes * _BUFFER_SHARE)
 
 
 class Tile(NamedTuple):
@@ -97,7 +107,7 @@ class HeadTiles:
         self._raw = buffer(numbers, hidden.dtype)
         self._wide = None if dtype == hidden.dtype else buffer(numbers, dtype)
         self._slope = buffer(numbers, dtype) if rows.softcap is not None and any(needed) else None
-        self.gradients = _Gradients(tensors, needed, self._one_tile)
+        self.gradients = _Gradients(tensors, needed, shape, self._one_tile)
 
     @staticmethod
     def row_bytes(rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
@@ -119,7 +129,7 @@ class HeadTiles:
         assert weight is not None
         bytes_held = 0
         if hidden.requires_grad:
-            bytes_held += 2 * shape.rows * hidden.shape[1] * _wide(hidden.dtype).itemsize
+            bytes_held += shape.rows * hidden.shape[1] * hidden.dtype.itemsize
             if hidden.dtype in HALF:
                 bytes_held += hidden.numel() * 4
         if weight.requires_grad and weight.dtype in HALF and not one_tile:
@@ -171,14 +181,20 @@ class HeadTiles:
 class _Gradients:
     """What the tiles' gradients add up to; None: not needed."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool], one_tile: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool], shape: Tiling, one_tile: bool) -> None:
         hidden, weight, bias, scale = tensors
         self._needed = tuple(needed)
         assert hidden is not None
         assert weight is not None
-        self._hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needed[0] else None
+        # Products of every tile go to the same place: blocks of their size, freed and asked for again, leave gaps that
+        # the allocator does not fill, 17 MB over 22 tiles.
+        features = hidden.shape[1]
+        self._to_hidden = buffer(shape.rows * features, hidden.dtype) if needed[0] or needed[3] else None
+        slab = min(_SLAB_CLASSES, shape.classes) * features
+        self._to_slab = buffer(slab, hidden.dtype) if needed[1] and weight.dtype in HALF and not one_tile else None
+        self._hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden.dtype)) if needed[0] else None
         # A half-precision product of all rows at once is rounded once anyway.
-        dtype = weight.dtype if one_tile else _wide(weight.dtype)
+        dtype = weight.dtype if one_tile else sum_dtype(weight.dtype)
         self._weight = cpu.empty_pooled(weight.shape, dtype) if needed[1] else None
         self._written = 0  # classes of the weight's gradient that hold something
         self._bias = torch.zeros(bias.shape, dtype=torch.float64) if bias is not None and needed[2] else None
@@ -198,11 +214,12 @@ class _Gradients:
         last: int,
     ) -> None:
         part = hidden[start:stop]
-        if self._needed[0] or self._needed[3]:
+        if self._to_hidden is not None:
+            rows, features = part.shape
             if gradient.dtype in HALF:
-                to_hidden = gradient.T @ weight[first:last]
+                to_hidden = torch.mm(gradient.T, weight[first:last], out=view(self._to_hidden, (rows, features)))
             else:
-                to_hidden = (weight[first:last].T @ gradient).T
+                to_hidden = torch.mm(weight[first:last].T, gradient, out=view(self._to_hidden, (features, rows))).T
             if self._hidden is not None:
                 self._hidden[start:stop].add_(to_hidden, alpha=scale)
             if self._needed[3]:
@@ -210,7 +227,7 @@ class _Gradients:
         if self._weight is not None:
             self._add_weight(gradient, part, first, last)
         if (self._bias is not None or self._needed[3]) and bias is not None:
-            sums = gradient.sum(1, dtype=_wide(gradient.dtype)).double()
+            sums = gradient.sum(1, dtype=sum_dtype(gradient.dtype)).double()
             if self._bias is not None:
                 self._bias[first:last] += sums
             if self._needed[3]:
@@ -229,7 +246,9 @@ class _Gradients:
             return
         for begin in range(first, last, _SLAB_CLASSES):
             end = min(begin + _SLAB_CLASSES, last)
-            product = gradient[begin - first : end - first] @ part
+            assert self._to_slab is not None
+            place = view(self._to_slab, (end - begin, part.shape[1]))
+            product = torch.mm(gradient[begin - first : end - first], part, out=place)
             if fresh:
                 total[begin:end].copy_(product)
             else:
@@ -285,5 +304,6 @@ def view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat[: math.prod(shape)].view(shape)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of tensors of this one add up."""
     return torch.float32 if dtype in HALF else dtype

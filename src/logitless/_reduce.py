@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
+
+if TYPE_CHECKING:
+    from logitless._targets import ClassTarget
+    from logitless.kernels.reference import ClassRows
 
 Empty = Literal["nan", "zero"]
 Normalizer = Literal["weights", "rows"] | float | Tensor | None
@@ -51,6 +55,20 @@ def mean_denominator(
     if isinstance(rule, str):
         return weights() if rule == "weights" else rows()
     return rule
+
+
+def class_denominator(rows: ClassRows, meaning: ClassTarget, normalizer: Normalizer) -> Tensor | float:
+    """Return what a mean over rows with a class target divides by: torch's rule, or as asked."""
+
+    def kept() -> Tensor | float:
+        if meaning.ignored is not None:
+            return (~meaning.ignored).sum()
+        if meaning.indices is not None:
+            return (meaning.indices != meaning.ignore_index).sum()
+        return rows.loss.numel()
+
+    default = "rows" if meaning.indices is None else "weights"
+    return mean_denominator(normalizer, default=default, weights=rows.weight.sum, rows=kept)
 
 
 def check_empty(empty: str) -> None:

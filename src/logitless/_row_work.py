@@ -237,7 +237,7 @@ class PairWork:
     names: tuple[str, ...]
     indices: Tensor | None
     ignore_index: int
-    class_major: ClassVar[bool] = False
+    class_major: bool  # where no row of the two lies as the user gave it
     extra_bytes: ClassVar[int] = 0
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -246,12 +246,14 @@ class PairWork:
             tiles[0].logits,
             tiles[1].logits,
             None if self.indices is None else self.indices[start:stop],
+            class_dim=tiles[0].class_dim,
             ignore_index=self.ignore_index,
             kl="kl" in self.names,
             reverse_kl="reverse_kl" in self.names,
             js="js" in self.names,
             cross_entropy="cross_entropy" in self.names,
             entropy="entropy_p" in self.names or "entropy_q" in self.names,
+            same_top="same_top" in self.names,
         )
         return tuple(getattr(stats, name) for name in self.names), stats.saved
 
@@ -275,6 +277,7 @@ class PairWork:
             tiles[1].logits,
             saved,
             None if self.indices is None else self.indices[start:stop],
+            class_dim=tiles[0].class_dim,
             ignore_index=self.ignore_index,
             need_first=wanted[0],
             need_second=wanted[1],

@@ -140,9 +140,12 @@ def _index_target(name: str, target: Tensor, classes: int, ignore_index: int, di
 
 
 def checked_values(name: str, target: ClassTarget) -> ClassTarget:
-    """Return the target with its indices checked, safe to gather with, and its ignored rows known."""
+    """Return the target with its indices checked, safe to gather with, and its ignored rows known.
+
+    A checked target stays as it is.
+    """
     indices = target.indices
-    if indices is None:
+    if indices is None or target.ignored is not None:
         return target
     ignored = indices == target.ignore_index
     impossible = ((indices < 0) | (indices >= target.classes)) & ~ignored

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from logitless import _dispatch, _head_loss, _ops, _ops_elementwise, sparse
+from logitless._head_plan import HeadLoss
 from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
     Normalizer,
     check_empty,
     check_normalizer,
+    class_denominator,
     mean_denominator,
     reduce_rows,
     resolve_reduction,
@@ -104,13 +106,8 @@ def cross_entropy(
     check_class_weight("cross_entropy", weight, meaning.classes)
     precision = _precision("cross_entropy", input, meaning, weight)
     if isinstance(input, LazyLogits):
-        meaning = checked_values("cross_entropy", meaning)
-        asked = _head_loss.HeadLoss(weight, label_smoothing, normalizer, None, backend)
-
-        def denominator(rows: reference.ClassRows) -> Tensor | float:
-            return _denominator(rows, meaning, normalizer)
-
-        return _head_loss.cross_entropy(input, meaning, asked, reduction, denominator, precision.result, empty)
+        asked = HeadLoss(weight, label_smoothing, normalizer, None, backend)
+        return _head_loss.cross_entropy("cross_entropy", input, meaning, asked, reduction, precision.result, empty)
     obstacle = _kernel_obstacle(input, meaning, weight, normalizer)
 
     def definition(logits: Tensor) -> Tensor:
@@ -124,7 +121,7 @@ def cross_entropy(
         return definition(input)
 
     def reduced(rows: reference.ClassRows) -> _ops.Reduced:
-        denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
+        denominator = class_denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
         loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
         return _ops.Reduced(loss, upstream_divisor(denominator, empty))
 
@@ -251,22 +248,19 @@ def linear_cross_entropy(
     if target.shape == sizes and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     index = -100 if ignore_index is None else ignore_index
-    meaning = checked_values(
-        "linear_cross_entropy", class_target("linear_cross_entropy", sizes, target, ignore_index=index)
-    )
+    meaning = class_target("linear_cross_entropy", sizes, target, ignore_index=index)
     check_class_weight("linear_cross_entropy", weight, meaning.classes)
     precision = _precision("linear_cross_entropy", input, meaning, weight)
     if options is not None and options.acc_dtype is not None:
         input, linear_weight = input.to(options.acc_dtype), linear_weight.to(options.acc_dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(options.acc_dtype)
-    asked = _head_loss.HeadLoss(weight, label_smoothing, normalizer, max_bytes, backend)
-
-    def denominator(rows: reference.ClassRows) -> Tensor | float:
-        return _denominator(rows, meaning, normalizer)
-
+    asked = HeadLoss(weight, label_smoothing, normalizer, max_bytes, backend)
     if linear_weight.dim() == 2:
         logits = linear(input, linear_weight, linear_bias, scale=scale, softcap=softcap)
-        return _head_loss.cross_entropy(logits, meaning, asked, reduction, denominator, precision.result, empty)
+        return _head_loss.cross_entropy(
+            "linear_cross_entropy", logits, meaning, asked, reduction, precision.result, empty
+        )
+    meaning = checked_values("linear_cross_entropy", meaning)
     heads = _position_heads(linear_weight, linear_bias)
     parts = [
         _head_loss.cross_entropy_rows(linear(input, head, bias, scale=scale, softcap=softcap), part, asked)
@@ -367,20 +361,8 @@ def _reduced(
     empty: Empty,
 ) -> Tensor:
     """Return the loss, divided as torch does (by target weights for indices, by rows for probabilities) or as asked."""
-    denominator = _denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
+    denominator = class_denominator(rows, meaning, normalizer) if reduction == "mean" else 1.0
     return reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
-
-
-def _denominator(rows: reference.ClassRows, meaning: ClassTarget, normalizer: Normalizer) -> Tensor | float:
-    def kept() -> Tensor | float:
-        if meaning.ignored is not None:
-            return (~meaning.ignored).sum()
-        if meaning.indices is not None:
-            return (meaning.indices != meaning.ignore_index).sum()
-        return rows.loss.numel()
-
-    default = "rows" if meaning.indices is None else "weights"
-    return mean_denominator(normalizer, default=default, weights=rows.weight.sum, rows=kept)
 
 
 def _kernel_obstacle(input: Tensor, meaning: ClassTarget, weight: Tensor | None, normalizer: Normalizer) -> str | None:

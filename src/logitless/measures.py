@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless import _dispatch, _head_measures, _ops_measures, sparse
+from logitless import _dispatch, _head_measures, _library_head_measures, _ops_measures, sparse
 from logitless._head_ops import HeadCall, forecast
 from logitless._precision import check_input
 from logitless._proxy import TensorProxy
@@ -19,9 +19,6 @@ from logitless._tiles import LogitRows, at_positions, dense_rows, fold_rows
 from logitless.kernels import reference
 from logitless.lazy import HeadRows, LazyLogits
 from logitless.sparse import SparseLogits
-
-# The values of two tiles of logits and the target of their rows; None where a value needs a target that is not there.
-PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], tuple[Tensor | None, ...]]
 
 
 class TokenStats(NamedTuple):
@@ -84,12 +81,7 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     )
     logits = _computed(logits)
     if isinstance(logits, LazyLogits):
-        meaning = checked_values("token_stats", meaning)
-        tensors = (*logits.rows().tensors, target)
-        plan = functools.partial(_head_measures.token_call, logits, meaning)
-        if _picked("token_stats", tensors, _kernel_obstacle(logits), lambda: plan()[0]) == "reference":
-            return TokenStats(*_token_rows(logits, meaning))
-        return TokenStats(*_head_measures.token_stats(*plan(), logits.shape[:-1]))
+        return _lazy_token_stats(logits, meaning)
 
     def definition(z: Tensor) -> tuple[Tensor, ...]:
         return _token_rows(z, checked_values("token_stats", meaning))
@@ -97,6 +89,32 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
     if _dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits), compiles=True) == "cpu":
         return TokenStats(*_ops_measures.token_stats(logits, meaning, definition))
     return TokenStats(*definition(logits))
+
+
+def _lazy_token_stats(logits: LazyLogits, meaning: ClassTarget) -> TokenStats:
+    shape, tensors = logits.shape[:-1], (*logits.rows().tensors, meaning.indices)
+    obstacle = _kernel_obstacle(logits)
+    if torch.compiler.is_compiling():
+        if _picked("token_stats", tensors, obstacle) == "cpu":
+            return TokenStats(*_in_graph("token_stats", TokenStats._fields, logits, target=meaning))
+        return TokenStats(*_token_rows(logits, checked_values("token_stats", meaning)))
+    meaning = checked_values("token_stats", meaning)
+    plan = functools.partial(_head_measures.token_call, logits, meaning)
+    if _picked("token_stats", tensors, obstacle, lambda: plan()[0]) == "reference":
+        return TokenStats(*_token_rows(logits, meaning))
+    return TokenStats(*_head_measures.token_stats(*plan(), shape))
+
+
+def _in_graph(
+    name: str,
+    outputs: Sequence[str],
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits | None = None,
+    target: ClassTarget | None = None,
+) -> list[Tensor]:
+    """Return measures of logits that are not built, one value a row, by an operator of a compiled graph."""
+    values = _library_head_measures.rows(_library_head_measures.Measures.of(name, outputs, p, q, target))
+    return [value.view(p.shape[:-1]) for value in values]
 
 
 def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None) -> PairStats:
@@ -134,7 +152,7 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
             "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
         )
     outputs = PairStats._fields if target is not None else PairStats._fields[:-2]
-    stats = _pair("pair_stats", outputs, reference.pair_stats, p, q, meaning)
+    stats = _pair("pair_stats", outputs, p, q, meaning)
     return PairStats(*stats, *([None, None] if target is None else []))
 
 
@@ -169,6 +187,8 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
     if isinstance(logits, LazyLogits):
         plan = functools.partial(_head_measures.entropy_call, logits)
         if _picked("entropy", _parts(logits), obstacle, plan) == "cpu":
+            if torch.compiler.is_compiling():
+                return _reduced(_in_graph("entropy", ["entropy"], logits)[0], reduction)
             return _head_measures.result(plan(), logits.shape[:-1], reduction)
         return _reduced(_entropy_rows(logits)[0], reduction)
     if _picked("entropy", _parts(logits), obstacle) == "cpu":
@@ -201,7 +221,7 @@ def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reducti
     """
     if isinstance(p, SparseLogits):
         return _reduced(sparse.kl(p, q), resolve_reduction(reduction, None, None))
-    return _divergence("kl", reference.kl, p, q, reduction)
+    return _divergence("kl", p, q, reduction)
 
 
 def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
@@ -226,20 +246,15 @@ def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none
     >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.1109])
     """
-    return _divergence("js", reference.js, p, q, reduction)
+    return _divergence("js", p, q, reduction)
 
 
-def _divergence(
-    name: str, measure: reference.PairMeasure, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str
-) -> Tensor:
+def _divergence(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str) -> Tensor:
     reduction = resolve_reduction(reduction, None, None)
     check_input(name, p, q)
     _check_pair(name, p, q)
 
-    def function(tile_p: Tensor, tile_q: Tensor, _: ClassTarget | None) -> tuple[Tensor, ...]:
-        return (measure(tile_p, tile_q),)
-
-    return _pair(name, (name,), function, p, q, None, reduction)[0]
+    return _pair(name, (name,), p, q, None, reduction)[0]
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
@@ -257,13 +272,12 @@ def _check_pair(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> No
 def _pair(
     name: str,
     outputs: tuple[str, ...],
-    function: PairFunction,
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits,
     target: ClassTarget | None,
     reduction: str = "none",
 ) -> Sequence[Tensor]:
-    """Return the outputs, named, of a function of two tiles and a target, by whichever backend serves the call.
+    """Return measures of two rows and a target, by whichever backend serves the call.
 
     With a reduction there is one output.
     """
@@ -271,15 +285,18 @@ def _pair(
 
     def definition(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> tuple[Tensor, ...]:
         checked = None if target is None else checked_values(name, target)
-        return _folded_pair(function, p, q, checked)
+        return _folded_pair(_head_measures.pair_function(outputs), p, q, checked)
 
     tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
     if target is not None:
         tensors.append(target.indices)
     rows: Sequence[Tensor]
     if isinstance(p, LazyLogits) or isinstance(q, LazyLogits):
-        plan = functools.partial(_head_measures.pair_call, p, q, outputs, function, target)
+        plan = functools.partial(_head_measures.pair_call, p, q, outputs, target)
         if _picked(name, tensors, _kernel_obstacle(p), plan) == "cpu":
+            if torch.compiler.is_compiling():
+                rows = _in_graph(name, outputs, p, q, target)
+                return rows if reduction == "none" else [_reduced(rows[0], reduction)]
             if target is not None:
                 checked_values(name, target)
             if reduction != "none":
@@ -334,7 +351,7 @@ def _entropy_rows(logits: Tensor | LazyLogits) -> tuple[Tensor, ...]:
 
 
 def _folded_pair(
-    function: PairFunction,
+    function: _head_measures.PairFunction,
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits,
     target: ClassTarget | None,
@@ -363,9 +380,9 @@ def _picked(
     obstacle: str | None,
     plan: Callable[[], HeadCall] | None = None,
 ) -> str:
-    """Return the backend; `plan` is what a call on logits that are not built will do; dense ones may be compiled."""
+    """Return the backend; `plan` is what a call on logits that are not built will do."""
     foreseen = None if plan is None else lambda: forecast(plan())
-    return _dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=plan is None)
+    return _dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True)
 
 
 def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
