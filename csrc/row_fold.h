@@ -54,7 +54,8 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
 
 inline constexpr int64_t kScout = 512;  // the largest of as many logits is looked for first: few later ones exceed it
 inline constexpr int64_t kRowsAhead = 24;  // of short rows: memory is waited for while exp is computed
-inline constexpr int kShortVectors = 16;  // rows of no more vectors are folded without a branch that depends on a logit
+inline constexpr int kPlainVectors = 16;  // rows of no more are summed plainly
+inline constexpr int kShortVectors = 64;  // rows of no more vectors are folded without a branch that depends on a logit
 
 template <class Real> LL_INLINE Vec<Real> nothing() { return splat<Real>(static_cast<Real>(-2 * kHuge)); }  // its exp does not count
 template <class Real> LL_INLINE Vec<Real> exp_in_unit(Vec<Real> z, Vec<Real> power) {
@@ -89,12 +90,22 @@ template <int K, class T> LL_INLINE void load_block(const T* z, int64_t i, int64
   else x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
 }
 
+// A sum of few terms, and one that does not lose what it adds.
+template <class Real> struct PlainSum {
+  Vec<Real> sum{};
+  LL_INLINE void add(Vec<Real> x) { sum += x; }
+  LL_INLINE Vec<Real> value() const { return sum; }
+};
+template <class Real> struct CarefulSum : PairSum<Real> {
+  LL_INLINE Vec<Real> value() const { return this->high + this->low; }
+};
+
 // Sums of exp over the n logits but one that equals `max`, in units of 2^power; NaN where one of them is.
-template <class T> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
+template <class T, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   const Vec<Real> top = splat<Real>(max);
-  Vec<Real> rest{};
+  Sum rest{};
   int at_max = 0;
   const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
@@ -105,14 +116,14 @@ template <class T> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n
       e[k] = x[k] == top ? Vec<Real>{} : exp_in_unit<Real>(maximum<Real>(nothing<Real>(), x[k]), power);
       at_max += __builtin_popcount(equal_bits(x[k], top));
     }
-    rest += tree_sum<K>(e);
+    rest.add(tree_sum<K>(e));
   };
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) add(Constant<4>{}, i);
   if (i + 2 * L <= n) add(Constant<2>{}, i), i += 2 * L;
   for (; i < n; i += L) add(Constant<1>{}, i);
-  if (__builtin_expect(at_max > 1, 0)) rest += (lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Real>(top, power) : Vec<Real>{});
-  return rest;
+  if (__builtin_expect(at_max > 1, 0)) rest.add(lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Real>(top, power) : Vec<Real>{});
+  return rest.value();
 }
 
 // Flags: 0 or kToken. False: not such a row.

@@ -77,7 +77,7 @@ template <class T> struct Batch {
   }
   // Rows [first, first + n) of few contiguous classes, n <= kShortRows: each step for all of them, since a row alone would
   // wait for its own sums.
-  LL_INLINE void push_short(int64_t first, int64_t n) {
+  template <class Sum> LL_INLINE void push_short(int64_t first, int64_t n) {
     const int64_t classes = job.args.tile.classes;
     Real tops[kShortRows];
     Vec<Real> sums[kShortRows];
@@ -95,7 +95,7 @@ template <class T> struct Batch {
     for (int64_t i = 0; i < n; ++i) {
       const Vec<Real> unit = power_of_unit(tops[i]);
       power[at + i] = unit[0];
-      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
+      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short<T, Sum>(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
     }
     for (int64_t i = 0; i < n; i += kLanes<double>) store(rest + at + i, without_drift<Real>(sums_of_lanes(sums + i), load(power + at + i)));
     for (int64_t i = 0; i < n; ++i)  // NaN, or beyond what these steps take
@@ -168,7 +168,12 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
     if constexpr (Flags == 0) {
       if (a.tile.class_stride == 1 && a.tile.classes <= kShortVectors * kLanes<Compute<T>>) {
-        for (int64_t r = item * per_item; r < end; r += kShortRows) batch.push_short(r, end - r < kShortRows ? end - r : kShortRows);
+        const bool few = a.tile.classes <= kPlainVectors * kLanes<Compute<T>>;
+        for (int64_t r = item * per_item; r < end; r += kShortRows) {
+          const int64_t n = end - r < kShortRows ? end - r : kShortRows;
+          if (few) batch.template push_short<PlainSum<Compute<T>>>(r, n);
+          else batch.template push_short<CarefulSum<Compute<T>>>(r, n);
+        }
         batch.flush();
         return;
       }
