@@ -174,9 +174,7 @@ template <class T> struct Job {
     put_target(row);
   }
 
-  // ---- rows in lanes ----
-
-  static constexpr int64_t kWidth = 16 * L;
+  static constexpr int64_t kWidth = 16 * L;  // rows in lanes that are taken together
 
   // Classes [begin, end) of the `width` rows from `rows` on, whose numbers `numbers` has in lanes.
   template <bool kMixed> __attribute__((noinline)) void lane_classes(const RowGrad& row, const Numbers<V>* numbers, int64_t width, int64_t begin, int64_t end) const {

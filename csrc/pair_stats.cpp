@@ -230,11 +230,10 @@ template <class T, int Mode> struct Job {
     finish(r, p, q, m);
   }
 
-  // ---- rows in lanes ----
-
   static constexpr int kTileVectors = 16;
   static constexpr int64_t kWidth = kTileVectors * L;
 
+  // What a vector of rows in lanes needs for a pass over their classes.
   struct LaneNumbers {
     RowScale<Real, V> ps, qs;
     LogRatio<Real, V> log_ratio;

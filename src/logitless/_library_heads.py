@@ -129,9 +129,6 @@ def rows(head: Head) -> tuple[Tensor, Tensor]:
     return losses, weights
 
 
-# --- gradients of the parts as outputs
-
-
 def _outputs(head: Head, kept: Tensor | None, grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> Outputs:
     """Return gradients in these dtypes, of all rows, those of ignored ones 0; one that is not there as empty."""
     made = [
@@ -184,9 +181,6 @@ def widened_bytes(source: HeadRows, kept: HeadRows, compute: torch.dtype, max_by
 
 def _part_dtypes(head: Head) -> list[torch.dtype]:
     return [head.hidden.dtype if part is None else part.dtype for part in head.parts]
-
-
-# --- reduced
 
 
 def _loss_arguments(args: Sequence[Any]) -> tuple[Head, _Reduced, Sequence[bool]]:
@@ -251,9 +245,6 @@ def _times(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 _head_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
-
-
-# --- a row each
 
 
 @torch.library.custom_op(
@@ -349,9 +340,6 @@ _head_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 for _operator in (_head_loss, _head_rows, _head_rows_grad):
     _operator.register_vmap(one_at_a_time(_operator))
-
-
-# --- what both have in common
 
 
 def check_needed(name: str, requires_grad: Sequence[bool], needed: Sequence[bool]) -> None:

@@ -34,7 +34,7 @@ def call_and_growth(call: Callable[[], Result]) -> tuple[Result, int | None]:
     Memory that nobody uses any more is given back first: it would hide as much of the call's own. Where the system
     cannot reset its peak (all but Linux) only a new peak of the whole process is seen, and None stands for no new one.
     """
-    _give_back()
+    give_back()
     before = _status("VmRSS")
     if before is not None and _reset_peak():
         result = call()
@@ -94,7 +94,7 @@ def _process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system: the gradient pool's, and the C library's."""
     if _dispatch.cpu_missing() is None:
         from logitless.kernels import cpu

@@ -8,7 +8,7 @@ import torch
 
 from logitless._bench import heads, losses
 from logitless._bench.limits import limit_case
-from logitless._bench.memory import extra_bytes_apart
+from logitless._bench.memory import extra_bytes_apart, give_back
 from logitless._bench.protocol import Case, Row, measure, with_memory
 from logitless._bench.providers import Provider
 
@@ -40,6 +40,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 def run(case: Case, rounds: int, errors: dict[str, float], note: Callable[[str], None], *, quick: bool) -> list[Row]:
     """Return the rows of a case that passed its gate, with peak memory where the case asks for it."""
+    give_back()  # what the case before left in the pool may be what a peer here needs
     rows: list[Row] = []
     for mode in case.modes:
         measured = measure(case, mode, rounds, note, errors)
