@@ -621,9 +621,11 @@ def test_pair_lanes_of_many_rows_in_place(isa: str, rows: int, classes: int) -> 
         results.append([*(x for x in got if isinstance(x, Tensor)), *over])
         for name in (*MEASURES, "nll_p", "nll_q", "same_top"):
             torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2e-6, atol=1e-12)
-        for made, by_rows in zip(over, grads, strict=True):
+        # Of p's gradient, -d - KL of about 10 nats cancels where it is small; of q's, nothing does.
+        for made, by_rows, rounding in zip(over, grads, (1e-6, 1e-8), strict=True):
             assert by_rows is not None
-            torch.testing.assert_close(made.T, by_rows, rtol=1e-5, atol=1e-6)
+            near = 1e-5 * by_rows.abs() + rounding * by_rows.abs().amax(1, keepdim=True)
+            assert bool(((made.T - by_rows).abs() <= near).all())
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
