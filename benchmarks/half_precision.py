@@ -1,7 +1,8 @@
 """What rounding costs a bfloat16 head: the error of each way to compute its cross-entropy, beside its time and memory.
 
-torch's product on the CPU writes what it reads, so the logits of a bfloat16 head are rounded once to bfloat16; float32
-logits cost float32 products of widened copies. Errors are against float64 on the same bfloat16 hidden states and
+torch's product on the CPU writes what it reads, so its logits of a bfloat16 head are rounded to bfloat16. The compiled
+kernel writes float32; where it does not serve (`logitless` says so below) torch's product is used and the logits are
+rounded once. Float32 copies cost float32 products. Errors are against float64 on the same bfloat16 hidden states and
 weight: of a row's loss the largest and the mean in nats, of the two gradients the norm of the difference over the norm.
 Run: python benchmarks/half_precision.py [--rows N]
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from logitless import functional
 from logitless._bench.heads import SMOLLM2, head_inputs
 from logitless._bench.memory import call_and_growth
+from logitless._products import widens
 
 Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 _ROUNDS = 5
@@ -29,7 +31,7 @@ def rounded_everywhere(hidden: Tensor, weight: Tensor, target: Tensor, reduction
     return torch_functional.cross_entropy(torch_functional.linear(hidden, weight), target, reduction=reduction)
 
 
-def rounded_logits(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+def as_it_comes(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
     return functional.linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
 
@@ -39,7 +41,7 @@ def float32_logits(hidden: Tensor, weight: Tensor, target: Tensor, reduction: st
 
 WAYS: dict[str, Loss] = {
     "torch: logits, softmax gradient and sums in bfloat16": rounded_everywhere,
-    "logitless: logits rounded once, sums in float32": rounded_logits,
+    f"logitless: logits in {'float32' if widens(torch.bfloat16) else 'bfloat16'}, sums in float32": as_it_comes,
     "logitless: float32 copies of hidden and weight": float32_logits,
 }
 

@@ -9,6 +9,7 @@
 
 #include "binary.h"
 #include "cosine.h"
+#include "product.h"
 
 namespace logitless {
 
@@ -115,7 +116,8 @@ struct PairRowGradArgs {
   X(pair_row_grad, PairRowGradArgs)    \
   X(elementwise, ElementwiseArgs)      \
   X(cosine, CosineArgs)                \
-  X(cosine_grad, CosineGradArgs)
+  X(cosine_grad, CosineGradArgs)       \
+  X(product, ProductArgs)
 
 struct Kernels {
 #define LL_MEMBER(name, Args) void (*name)(const Args&);

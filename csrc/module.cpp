@@ -11,6 +11,7 @@
 #include "module_elementwise.h"
 #include "module_pair.h"
 #include "module_losses.h"
+#include "module_product.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -113,6 +114,7 @@ NB_MODULE(_native, m) {
   bind_pair(m);
   bind_elementwise(m);
   bind_losses(m);
+  bind_product(m);
   m.def("pool_tensor", &pool_tensor);
   m.def("pool_clear", &pool_clear);
   m.def("select_isa", &select_isa);

@@ -46,7 +46,7 @@ struct Saved {
     return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, 3 * rows * static_cast<Py_ssize_t>(sizeof(double))));
   }
   Saved(const nb::bytes& bytes, std::int64_t rows) {
-    double* const data = reinterpret_cast<double*>(PyBytes_AS_STRING(bytes.ptr()));
+    double* const data = reinterpret_cast<double*>(PyBytes_AsString(bytes.ptr()));
     row_max = data, log_sum = data + rows, dense_mass = data + 2 * rows;
   }
 };

@@ -119,9 +119,13 @@ template <class T, int Flags> struct Job {
   }
   template <bool kHugeRow> static LL_INLINE V value(const Lanes& c, V z, V w, V t) {
     const V least = maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), kHugeRow ? z - c.base : z);
-    Exponential<Real> x;
-    if constexpr (sizeof(T) == 2) x = split_exp_rough(least); else x = split_exp(least);
-    V out = scale_by_power(x.fraction * c.unit, x.power - c.power);
+    V out;
+    if constexpr (sizeof(T) == 2) {
+      out = scaled_exp_rough(least, c.power, c.unit);
+    } else {
+      const Exponential<Real> x = split_exp(least);
+      out = scale_by_power(x.fraction * c.unit, x.power - c.power);
+    }
     if constexpr ((Flags & kGap) != 0) out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
     if constexpr ((Flags & kTargets) != 0) out = out + c.e * (t * w);
     if constexpr ((Flags & kConstant) != 0) out = out + c.f * w;

@@ -62,7 +62,7 @@ template <class T> using Compute = typename ComputeType<T>::type;
 template <class Real> inline constexpr Real kInf = static_cast<Real>(__builtin_inf());
 template <class Real> inline constexpr Real kNaN = static_cast<Real>(__builtin_nan(""));
 
-template <class Real> LL_INLINE Vec<Real> splat(Real value) { return Vec<Real>{} + value; }
+template <class Real> LL_INLINE Vec<Real> splat(Real value) { return value - Vec<Real>{}; }  // 0 + value would be an addition: -0
 template <class Real> LL_INLINE IntVec<Real> lane_index() {
   IntVec<Real> index{};
   for (int i = 0; i < kLanes<Real>; ++i) index[i] = i;

@@ -21,6 +21,7 @@ from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 from logitless import _dispatch, _library_heads
+from logitless._products import widens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # on importing inductor
 WIDTH, CLASSES = 8, 1000
@@ -559,10 +560,11 @@ def test_explain_knows_what_a_graph_widens() -> None:
     hidden, weight, *_ = head_of(200, dtype=torch.bfloat16)
     compiled = torch.compile(LF.linear_cross_entropy, backend="eager")
     target = classes_of(200)
+    row_bytes = CLASSES * (4 if widens(torch.bfloat16) else 2)
     for kept, more in ((200, 0), (100, 4 * weight.numel())):
         target[kept:] = -100
         choices = [
-            ll.explain(call, hidden, weight, target, max_bytes=150 * CLASSES * 2)
+            ll.explain(call, hidden, weight, target, max_bytes=150 * row_bytes)
             for call in (LF.linear_cross_entropy, compiled)
         ]
         eager, graph = (choice.peak_bytes for choice in choices)

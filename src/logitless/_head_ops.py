@@ -17,7 +17,8 @@ from torch import Tensor
 from logitless._dispatch import Forecast
 from logitless._head_tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._ops import needs_plain_backward, plain_backward
-from logitless._precision import no_autocast
+from logitless._precision import HALF, no_autocast
+from logitless._products import widens
 from logitless._tiles import LogitRows
 from logitless.lazy import HeadRows
 
@@ -143,14 +144,16 @@ def head_call(
 
 
 def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
-    """Return the dtype of the tiles: the products' own where the kernels read it as what is asked for."""
+    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do."""
     kinds = {t.dtype for s in sources for t in s.tensors[:1] if t is not None}
     plain = all(
         not isinstance(s, HeadRows) or (s.tensors[3] is None and s.scale == 1.0 and s.softcap is None) for s in sources
     )
     if len(kinds) == 1:
         (kind,) = kinds
-        half = kind in (torch.float16, torch.bfloat16)
+        if widens(kind) and least in (kind, torch.float32) and all(isinstance(s, HeadRows) for s in sources):
+            return torch.float32
+        half = kind in HALF
         if kind == least or (half and plain and least in (kind, torch.float32)):
             return kind
     return least

@@ -4,9 +4,10 @@ A tile of a head lies in a buffer that every tile reuses, its gradient in the sa
 another order the tile is class-major, [classes, rows]: the product that makes it then reads the weight in the order in
 which it lies, which is the faster one where a tile has far fewer rows than classes.
 
-Precision policy: products are in the hidden state's dtype, and what a tile's gradient gives to the weight and bias adds
-up in float32 or wider. Where scale, softcap or the logits' own dtype ask for it, the tile is widened before anything
-else; half precision without any of them is read by the kernels as it is.
+Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider. Where the kernel
+multiplies bfloat16, a tile is in float32 from the first, and its gradient is rounded to bfloat16 as a factor only.
+Elsewhere products are rounded to the hidden state's dtype; where scale, softcap or the logits' own dtype ask for it the
+tile is then widened before anything else, and half precision without any of them is read by the kernels as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from logitless import _tiles
 from logitless._precision import HALF
+from logitless._products import multiply, needs_spare, widens
 from logitless.kernels import cpu
 from logitless.lazy import HeadRows
 
@@ -33,7 +35,7 @@ _LEAST_ROWS = 64
 _CUT_ROWS = 256  # ... to tiles of this many rows, as long as so many classes fit beside them
 _LEAST_CLASSES = 64
 _ROUND_ROWS = 16  # a vector of rows, so that no tile but the last has a part of one
-_SLAB_CLASSES = 8192  # of a half-precision weight gradient, widened while it is in the cache
+_SPARE_ROWS = 8192  # of a half-precision gradient, widened while it is in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,15 @@ class Tile(NamedTuple):
     gradient: Tensor
 
 
+def _product_dtype(factors: torch.dtype, tile: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tile's product is written: the tile's own where the kernel can."""
+    return tile if tile == torch.float32 and widens(factors) else factors
+
+
+def _spare_rows(shape: Tiling, dtype: torch.dtype) -> int:
+    return min(_SPARE_ROWS, max(shape.rows, shape.classes)) if dtype in HALF else shape.rows
+
+
 class HeadTiles:
     """Tiles of a head's logits, and the gradients of its parts; see `lazy.HeadRows`."""
 
@@ -104,8 +115,8 @@ class HeadTiles:
         self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
         self._one_tile = shape.rows >= rows.rows and shape.classes >= rows.classes
         numbers = shape.rows * shape.classes
-        self._raw = buffer(numbers, hidden.dtype)
-        self._wide = None if dtype == hidden.dtype else buffer(numbers, dtype)
+        self._raw = buffer(numbers, _product_dtype(hidden.dtype, dtype))
+        self._wide = None if dtype == self._raw.dtype else buffer(numbers, dtype)
         self._slope = buffer(numbers, dtype) if rows.softcap is not None and any(needed) else None
         self.gradients = _Gradients(tensors, needed, shape, self._one_tile)
 
@@ -114,8 +125,9 @@ class HeadTiles:
         """Return what one row of logits takes in the buffers."""
         hidden = rows.tensors[0]
         assert hidden is not None
-        bytes_each = hidden.dtype.itemsize
-        if dtype != hidden.dtype:
+        raw = _product_dtype(hidden.dtype, dtype)
+        bytes_each = raw.itemsize
+        if dtype != raw:
             bytes_each += dtype.itemsize
         if rows.softcap is not None and gradient:
             bytes_each += dtype.itemsize
@@ -124,23 +136,25 @@ class HeadTiles:
     @staticmethod
     def accumulator_bytes(rows: HeadRows, shape: Tiling, one_tile: bool) -> int:
         """Return what the gradients take that is not theirs to keep: the products of a tile, and wider sums."""
-        hidden, weight, *_ = rows.tensors
+        hidden, weight, _, scale = rows.tensors
         assert hidden is not None
         assert weight is not None
         bytes_held = 0
-        if hidden.requires_grad:
-            bytes_held += shape.rows * hidden.shape[1] * hidden.dtype.itemsize
-            if hidden.dtype in HALF:
-                bytes_held += hidden.numel() * 4
+        if hidden.requires_grad and hidden.dtype in HALF:
+            bytes_held += hidden.numel() * 4
+        elif scale is not None and scale.requires_grad and not hidden.requires_grad:
+            bytes_held += hidden.numel() * sum_dtype(hidden.dtype).itemsize
         if weight.requires_grad and weight.dtype in HALF and not one_tile:
-            bytes_held += weight.numel() * 4 + min(_SLAB_CLASSES, shape.classes) * weight.shape[1] * weight.itemsize
+            bytes_held += weight.numel() * 4
+        if needs_spare(hidden.dtype):
+            bytes_held += _spare_rows(shape, hidden.dtype) * hidden.shape[1] * hidden.itemsize
         return bytes_held
 
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the logits of some rows and classes."""
         hidden, weight = self._hidden[start:stop], self._weight[first:last]
         bias = None if self._bias is None else self._bias[first:last]
-        folded = self._wide is None and self._scale != 1.0
+        folded = self._dtype == hidden.dtype and self._scale != 1.0
         if folded:
             hidden = hidden * self._scale
             bias = None if bias is None else bias * self._scale
@@ -148,15 +162,18 @@ class HeadTiles:
         raw = view(self._raw, shape)
         first_factor, second_factor = (weight, hidden.T) if self._class_major else (hidden, weight.T)
         if bias is None:
-            torch.mm(first_factor, second_factor, out=raw)
-        else:  # before the product is rounded
-            spread = bias.unsqueeze(1) if self._class_major else bias
-            torch.addmm(spread.expand(shape), first_factor, second_factor, out=raw)
+            multiply(first_factor, second_factor, raw)
+        else:
+            spread = (bias.unsqueeze(1) if self._class_major else bias).expand(shape)
+            if raw.dtype in HALF:  # before the product is rounded
+                torch.addmm(spread, first_factor, second_factor, out=raw)
+            else:
+                multiply(first_factor, second_factor, raw.copy_(spread), accumulate=True)
         logits = raw
         if self._wide is not None:
             logits = view(self._wide, shape).copy_(raw)
-            if self._scale != 1.0:
-                logits *= self._scale
+        if self._scale != 1.0 and not folded:
+            logits *= self._scale
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         gradient = logits if self._slope is None else view(self._slope, shape)
@@ -182,24 +199,24 @@ class _Gradients:
     """What the tiles' gradients add up to; None: not needed."""
 
     def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool], shape: Tiling, one_tile: bool) -> None:
-        hidden, weight, bias, scale = tensors
+        hidden, weight, bias, _ = tensors
         self._needed = tuple(needed)
         assert hidden is not None
         assert weight is not None
-        # Products of every tile go to the same place: blocks of their size, freed and asked for again, leave gaps that
-        # the allocator does not fill, 17 MB over 22 tiles.
-        features = hidden.shape[1]
-        self._to_hidden = buffer(shape.rows * features, hidden.dtype) if needed[0] or needed[3] else None
-        slab = min(_SLAB_CLASSES, shape.classes) * features
-        self._to_slab = buffer(slab, hidden.dtype) if needed[1] and weight.dtype in HALF and not one_tile else None
-        self._hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden.dtype)) if needed[0] else None
+        # One place for all tiles: blocks of every tile's own size, freed and asked for again, would leave gaps that the
+        # allocator does not fill.
+        spare = _spare_rows(shape, hidden.dtype) * hidden.shape[1]
+        self._spare = buffer(spare, hidden.dtype) if needs_spare(hidden.dtype) and any(needed) else None
+        # What the tiles add up to before the scale, from which the scale's own gradient follows.
+        sums = needed[0] or needed[3]
+        self._hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden.dtype)) if sums else None
+        self._given = hidden
         # A half-precision product of all rows at once is rounded once anyway.
         dtype = weight.dtype if one_tile else sum_dtype(weight.dtype)
         self._weight = cpu.empty_pooled(weight.shape, dtype) if needed[1] else None
         self._written = 0  # classes of the weight's gradient that hold something
         self._bias = torch.zeros(bias.shape, dtype=torch.float64) if bias is not None and needed[2] else None
-        self._scale = 0.0
-        self._scale_like = scale
+        self._bias_inner = 0.0  # of the scale's gradient, what the bias gives
 
     def add(
         self,
@@ -214,16 +231,9 @@ class _Gradients:
         last: int,
     ) -> None:
         part = hidden[start:stop]
-        if self._to_hidden is not None:
-            rows, features = part.shape
-            if gradient.dtype in HALF:
-                to_hidden = torch.mm(gradient.T, weight[first:last], out=view(self._to_hidden, (rows, features)))
-            else:
-                to_hidden = torch.mm(weight[first:last].T, gradient, out=view(self._to_hidden, (features, rows))).T
-            if self._hidden is not None:
-                self._hidden[start:stop].add_(to_hidden, alpha=scale)
-            if self._needed[3]:
-                self._scale += float((part.double() * to_hidden.double()).sum())
+        if self._hidden is not None:
+            to_hidden = self._hidden[start:stop].T
+            multiply(weight[first:last].T, gradient, to_hidden, accumulate=True, spare=self._spare)
         if self._weight is not None:
             self._add_weight(gradient, part, first, last)
         if (self._bias is not None or self._needed[3]) and bias is not None:
@@ -231,40 +241,31 @@ class _Gradients:
             if self._bias is not None:
                 self._bias[first:last] += sums
             if self._needed[3]:
-                self._scale += float((bias[first:last].double() * sums).sum())
+                self._bias_inner += float((bias[first:last].double() * sums).sum())
 
     def _add_weight(self, gradient: Tensor, part: Tensor, first: int, last: int) -> None:
         total = self._weight
         assert total is not None
         fresh = last > self._written
         self._written = max(self._written, last)
-        if total.dtype == gradient.dtype:
-            if fresh:
-                torch.mm(gradient, part, out=total[first:last])
-            else:
-                total[first:last].addmm_(gradient, part)
-            return
-        for begin in range(first, last, _SLAB_CLASSES):
-            end = min(begin + _SLAB_CLASSES, last)
-            assert self._to_slab is not None
-            place = view(self._to_slab, (end - begin, part.shape[1]))
-            product = torch.mm(gradient[begin - first : end - first], part, out=place)
-            if fresh:
-                total[begin:end].copy_(product)
-            else:
-                total[begin:end].add_(product)
+        spare = None if total.dtype == gradient.dtype else self._spare
+        multiply(gradient, part, total[first:last], accumulate=not fresh, spare=spare)
 
     def finish(self, scale: float) -> list[Tensor | None]:
-        weight = self._weight
+        hidden, weight = self._hidden, self._weight
+        scalar = None
+        if self._needed[3] and hidden is not None:
+            # Few rows at a time: in float64 all of them would take more than the tiles.
+            pairs = zip(self._given.split(_CUT_ROWS), hidden.split(_CUT_ROWS), strict=True)
+            inner = sum(float((given.double() * to_given.double()).sum()) for given, to_given in pairs)
+            scalar = torch.tensor(self._bias_inner + inner, dtype=torch.float64)
         if weight is not None:
             weight[self._written :] = 0
-            if scale != 1.0:
-                weight *= scale
+        for grad in (hidden, weight):
+            if grad is not None and scale != 1.0:
+                grad *= scale
         bias = None if self._bias is None else self._bias * scale
-        scalar = None
-        if self._needed[3] and self._scale_like is not None:
-            scalar = torch.tensor(self._scale, dtype=torch.float64)
-        return [self._hidden, weight, bias, scalar]
+        return [hidden if self._needed[0] else None, weight, bias, scalar]
 
 
 class DenseTiles:

@@ -186,6 +186,26 @@ def cross_entropy_grad(
     /,
 ) -> None: ...
 def backend_is_forced() -> bool: ...
+def product_supported(dtype: int, /) -> bool: ...
+def product(
+    first_dtype: int,
+    second_dtype: int,
+    out_dtype: int,
+    threads: int,
+    rows: int,
+    depth: int,
+    columns: int,
+    first: int,
+    first_row_stride: int,
+    first_depth_stride: int,
+    second: int,
+    second_depth_stride: int,
+    second_column_stride: int,
+    out: int,
+    out_row_stride: int,
+    accumulate: bool,
+    /,
+) -> None: ...
 
 _Operand = tuple[int, int, tuple[int, ...]] | None  # address, storage, strides
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from logitless._native import NativeInfo
 
 __all__ = [
+    "PRODUCT_DTYPES",
     "PairRowStats",
     "RowStats",
     "cross_entropy",
@@ -27,12 +28,17 @@ __all__ = [
     "pair_row_grad",
     "pair_row_stats",
     "pool_clear",
+    "product",
     "row_grad",
     "row_stats",
     "supports",
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# Of which the processor and the instruction set chosen at the start have a product faster than torch's. A set: a graph
+# that is being compiled can ask it, and not the extension.
+PRODUCT_DTYPES = frozenset(dtype for dtype, code in DTYPES.items() if _native and _native.product_supported(code))
 
 # Of fewer logits a thread alone is done before it could ask for another.
 SERIAL_NUMEL = 1 << 14
@@ -78,6 +84,41 @@ def empty_pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if not POOL_IN_USE or shape.numel() * dtype.itemsize < POOLED_BYTES:
         return torch.empty(shape, dtype=dtype)
     return _native.pool_tensor(DTYPES[dtype], list(shape))
+
+
+def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """Write `first @ second` to `out`, or add it: matrices of a supported dtype, consecutive in one dimension each.
+
+    Sums are in float32. Beside a bfloat16 factor the one from which `out` has its rows (columns where those are
+    consecutive) may be float32, and is rounded. `out` is float32, which `accumulate` needs, or has the other's dtype.
+    There is a depth.
+    """
+    rows, columns = out.shape
+    if out.stride(1) == 1 and first.dtype in (second.dtype, torch.float32):
+        left, right, row, column, line = first, second, 0, 1, out.stride(0)
+    elif out.stride(0) == 1:  # out.T = second.T @ first.T, said by strides: a view would be a tensor more
+        left, right, row, column, line = second, first, 1, 0, out.stride(1)
+        rows, columns = columns, rows
+    else:
+        raise ValueError("beside a half factor a float32 one must not run along consecutive numbers of out")
+    _native.product(
+        DTYPES[left.dtype],
+        DTYPES[right.dtype],
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+        rows,
+        first.shape[1],
+        columns,
+        left.data_ptr(),
+        left.stride(row),
+        left.stride(column),
+        right.data_ptr(),
+        right.stride(row),
+        right.stride(column),
+        out.data_ptr(),
+        line,
+        accumulate,
+    )
 
 
 def _gradient_like(
