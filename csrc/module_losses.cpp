@@ -99,6 +99,7 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   args.target = p.target;
   args.ignore_index = p.ignore_index;
   args.class_weight = p.weight;
+  args.rough = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   args.row_max = saved.row_max;
   args.log_sum = saved.log_sum;
   if (p.target) {

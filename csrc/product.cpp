@@ -29,11 +29,11 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes<float>;
-constexpr int64_t kDepth = 384;             // units; a panel of a and one of b then stay in the first two caches
-constexpr int64_t kPackedWhole = 1 << 21;   // units of b, 8 MB: packed at once if that is all of it ...
-constexpr int64_t kPackedShare = 1 << 18;   // ... else so many a thread, for threads that do not wait for each other often
+constexpr int64_t kDepth = 384;             // units; a panel of b and kTilesAnItem of a then stay in the second cache
+constexpr int64_t kPackedWhole = 1 << 21;   // units of b, 8 MB: packed for all threads if that is all of it, else by each
 constexpr int64_t kReadUnits = 8, kItemUnits = 32;  // of depth: read at a time, and packed by a thread
-constexpr int64_t kTilesAnItem = 8;         // so many panels of a stay in the second cache
+constexpr int64_t kLine = 64;               // bytes of a cache line
+constexpr int64_t kTilesAnItem = 16;        // panels of a that are packed together
 
 using Unit = uint32_t;
 
@@ -177,12 +177,16 @@ template <class T, class S, class Lanes> LL_INLINE void pack_panels(Factor<S> fr
 
 struct Corner { int64_t columns; bool accumulate; };
 
-// What is to be asked for before it is packed: so many bytes, by so many tiles in turn.
-struct Region { const char* from; int64_t bytes; };
-struct Ahead { const char* from; int64_t step; };  // a tile's part, in steps of a unit of its depth
-LL_INLINE Ahead part_of(Region region, int64_t turn, int64_t turns, int64_t depth) {
-  const int64_t bytes = region.bytes / turns;
-  return {region.from + bytes * turn, bytes / depth};
+// What is to be asked for before it is packed, `lines` cache lines side by side in each of `rows` rows: a tile asks for
+// one line of as many rows as it has depth.
+struct Sheet {
+  const char* from;
+  int64_t row_bytes, rows, lines;
+  LL_INLINE int64_t parts(int64_t depth) const { return lines * units(rows, depth); }
+};
+struct Ahead { const char* from; int64_t step; };
+LL_INLINE Ahead part_of(const Sheet& sheet, int64_t part, int64_t depth) {
+  return {sheet.from + part % sheet.lines * kLine + part / sheet.lines * depth * sheet.row_bytes, sheet.row_bytes};
 }
 
 template <class Out> LL_INLINE void put(Out* c, Vec<float> sum, int64_t count, bool accumulate) {
@@ -204,17 +208,14 @@ __attribute__((target("avx512bf16")))
 void sums_of(int64_t depth, const Unit* a, const Unit* b, Out* c, int64_t c_row_stride, Corner corner, Ahead ahead) {
   Vec<float> left[kTall], right[kTall];
   LL_UNROLL for (int i = 0; i < kTall; ++i) left[i] = right[i] = Vec<float>{};
-  // Memory that is in no cache is asked for a line or two at a time: more at once would keep the panels waiting.
+  // What is in no cache is asked for a line or two at a time: more at once would keep the panels waiting.
   const char* line = reinterpret_cast<const char*>(c);
   int64_t to_next = c_row_stride * static_cast<int64_t>(sizeof(Out));
   for (int64_t k = 0; k < depth; ++k) {
     __builtin_prefetch(line);
     __builtin_prefetch(line + kColumns * sizeof(Out) - 1);
     line += to_next;
-    if (k == kTall - 1) {
-      line = ahead.from;
-      to_next = ahead.step;
-    }
+    if (k == kTall - 1) line = ahead.from, to_next = ahead.step;
     Vec<float> first, second;
     memcpy(&first, b, LL_BYTES);
     memcpy(&second, b + kLanes<float>, LL_BYTES);
@@ -237,118 +238,118 @@ LL_INLINE void sums_of_height(int64_t tall, int64_t depth, const Unit* a, const 
   if constexpr (kTall > 1) sums_of_height<T, Out, kTall - 1>(tall, depth, a, b, c, c_row_stride, corner, ahead);
 }
 
-// How the result is cut: tiles of almost equal height, dealt to items of so many rows and columns of tiles.
-struct Cut { int64_t tiles_down, tiles_across, items_down, items_across; };
+// A range of tiles of the result, down and across.
+struct Range { int64_t top, bottom, left, right; };
 
-LL_INLINE Cut cut_of(const ProductArgs& args, int64_t threads) {
-  Cut cut{units(args.rows, kRows), units(args.columns, kColumns), 1, 1};
-  if (cut.tiles_down >= 4 * kTilesAnItem * threads) {
-    cut.items_down = units(cut.tiles_down, kTilesAnItem);
-    return cut;
-  }
-  cut.items_down = threads;  // few: as many to each thread, across too where there are not enough
-  while (cut.items_down > 1 && cut.tiles_down < 4 * cut.items_down && cut.tiles_across >= 2 * cut.items_across) {
-    cut.items_down = units(cut.items_down, 2);
-    cut.items_across *= 2;
-  }
-  return cut;
-}
-
-// c (+)= a b, T the factors' type as multiplied, A as a is stored.
+// c (+)= a b, T the factors' type as multiplied, A as a is stored. Where all of b may be packed at once it is, for all
+// threads, and they take rows by turns; else each has its own part of the result, and packs what that needs.
 template <class T, class A, class Out> struct Product {
   const ProductArgs& args;
   const Factor<A> a{static_cast<const A*>(args.a), args.a_row_stride, args.a_depth_stride};
   const Factor<T> b{static_cast<const T*>(args.b), args.b_column_stride, args.b_depth_stride};
   const int64_t threads = args.threads > 1 ? args.threads : 1;
-  const Cut cut = cut_of(args, threads);
-  const int64_t columns_padded = cut.tiles_across * kColumns;
+  const int64_t tiles_down = units(args.rows, kRows), tiles_across = units(args.columns, kColumns);
   // The depth is cut into even steps of whole units, one where sums in less than float32 could not go on from step to
   // step.
   const int64_t deep = units(args.depth, kPerUnit<T>);
   const int64_t steps = sizeof(Out) < sizeof(float) ? 1 : units(deep, kDepth);
   const int64_t step_units = units(deep, steps), step = step_units * kPerUnit<T>;
-  const int64_t steps_fit = threads * kPackedShare / (columns_padded * step_units);
-  const int64_t steps_packed = steps * columns_padded * step_units <= kPackedWhole ? steps : steps_fit > 1 ? lesser(steps_fit, steps) : 1;
-  const int64_t a_units = lesser(kTilesAnItem, cut.tiles_down) * kRows * step_units, b_units = steps_packed * columns_padded * step_units;
   const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(Out)) + args.depth * (args.rows + args.columns) * static_cast<int64_t>(sizeof(T));
-  Unit* packed = nullptr;  // b's panels, then each thread's of a
 
-  void run() {
-    packed = static_cast<Unit*>(pool_acquire(static_cast<size_t>(b_units + threads * a_units) * sizeof(Unit)));
+  void run() const {
+    const int64_t panel_units = kColumns * step_units, a_units = lesser(kTilesAnItem, tiles_down) * kRows * step_units;
+    const bool whole = steps * tiles_across * panel_units <= kPackedWhole && (steps == 1 || tiles_down >= kTilesAnItem * threads);
+    int64_t down = threads, across = 1;  // of the grid of the threads' parts
+    if (!whole) grid(down, across);
+    const int64_t shared_units = whole ? steps * tiles_across * panel_units : 0;
+    const int64_t own_units = a_units + (whole ? 0 : units(tiles_across, across) * panel_units);
+    Unit* const packed = static_cast<Unit*>(pool_acquire(static_cast<size_t>(shared_units + threads * own_units) * sizeof(Unit)));
     if (!packed) throw std::bad_alloc();
-    for (int64_t first = 0; first < steps; first += steps_packed) {
-      const int64_t count = lesser(steps_packed, steps - first);
-      const int64_t parts = units(step_units, kItemUnits);  // of a step
-      parallel_for(parts * count, args.threads, bytes, [&](int64_t i) { pack_columns(first, i / parts, i % parts * kItemUnits); });
-      parallel_for(cut.items_down * cut.items_across, args.threads, bytes,
-                   [&](int64_t i) { multiply_item(first, count, i / cut.items_across, i % cut.items_across); });
+    const auto own = [&] { return packed + shared_units + omp_get_thread_num() * own_units; };
+    if (whole) {
+      const int64_t parts = units(step_units, kItemUnits);
+      parallel_for(parts * steps, args.threads, bytes, [&](int64_t i) {
+        const int64_t s = i / parts;
+        pack_columns(s, i % parts * kItemUnits, kItemUnits, 0, tiles_across, packed + s * tiles_across * panel_units);
+      });
+      const int64_t items = tiles_down < threads * kTilesAnItem ? lesser(threads, tiles_down) : units(tiles_down, kTilesAnItem);
+      parallel_for(items, args.threads, bytes, [&](int64_t i) {
+        const auto rows_of = [&](int64_t item) { return tiles_down * lesser(item, items) / items; };
+        const Sheet next = sheet_of(a, row_of(rows_of(i + threads)), row_of(rows_of(i + threads + 1)), 0, args.depth);
+        multiply({rows_of(i), rows_of(i + 1), 0, tiles_across}, 0, steps, packed, own(), next, Sheet{});
+      });
+    } else {
+      parallel_for(down * across, args.threads, bytes, [&](int64_t i) {
+        const int64_t y = i / across, x = i % across;
+        const Range range{tiles_down * y / down, tiles_down * (y + 1) / down, tiles_across * x / across, tiles_across * (x + 1) / across};
+        Unit* const columns = own() + a_units;
+        for (int64_t s = 0; s < steps; ++s) {
+          pack_columns(s, 0, step_units, range.left, range.right, columns);
+          const int64_t begin = lesser((s + 1) * step, args.depth), end = lesser((s + 2) * step, args.depth);
+          multiply(range, s, 1, columns, own(), sheet_of(a, row_of(range.top), row_of(range.bottom), begin, end),
+                   sheet_of(b, range.left * kColumns, lesser(range.right * kColumns, args.columns), begin, end));
+        }
+      });
     }
     pool_release(packed);
   }
 
-  int64_t row_of(int64_t tile) const { return args.rows * tile / cut.tiles_down; }
-  int64_t tile_of(int64_t item) const { return cut.tiles_down * item / cut.items_down; }
-  int64_t depth_of(int64_t s) const { return lesser(step, args.depth - s * step); }
-  Unit* panel_of(int64_t s, int64_t across) const { return packed + (s * cut.tiles_across + across) * kColumns * step_units; }
-
-  // Of step `first + s` the units from `skip` that are an item's.
-  void pack_columns(int64_t first, int64_t s, int64_t skip) const {
-    const int64_t begin = skip * kPerUnit<T>, depth = depth_of(first + s) - begin;
-    if (depth <= 0) return;
-    const Factor<T> part{b.data + ((first + s) * step + begin) * b.depth_stride, b.lane_stride, b.depth_stride};
-    const auto column_of = [&](int64_t across) { return lesser(across * kColumns, args.columns); };
-    pack_panels<T>(part, cut.tiles_across, column_of, lesser(kItemUnits * kPerUnit<T>, depth), kColumns, panel_of(s, 0) + skip * kColumns, kColumns * step_units);
+  // Of the ways to lay as many parts as there are threads the one whose largest part is least; of those the widest.
+  void grid(int64_t& down, int64_t& across) const {
+    int64_t least = units(tiles_down, threads) * tiles_across;
+    for (int64_t x = 1; x <= lesser(threads, tiles_across); ++x) {
+      if (threads % x) continue;
+      const int64_t most = units(tiles_down, threads / x) * units(tiles_across, x);
+      if (most <= least) least = most, across = x, down = threads / x;
+    }
   }
 
-  void multiply_item(int64_t first, int64_t count, int64_t down, int64_t aside) const {
-    const int64_t begin = tile_of(down), end = tile_of(down + 1);
-    const int64_t left = cut.tiles_across * aside / cut.items_across, right = cut.tiles_across * (aside + 1) / cut.items_across;
-    const int64_t turns = units((end - begin) * (right - left) * count, 2);
-    const Next next = next_of(first, count, down);
-    Unit* const rows_packed = packed + b_units + omp_get_thread_num() * a_units;
+  int64_t row_of(int64_t tile) const { return args.rows * tile / tiles_down; }
+  int64_t depth_of(int64_t s) const { return lesser(step, args.depth - s * step); }
+
+  // `count` units from `skip` on of step s, of the columns of tiles [left, right).
+  void pack_columns(int64_t s, int64_t skip, int64_t count, int64_t left, int64_t right, Unit* to) const {
+    const int64_t begin = skip * kPerUnit<T>, depth = depth_of(s) - begin;
+    if (depth <= 0) return;
+    const Factor<T> part{b.data + (s * step + begin) * b.depth_stride, b.lane_stride, b.depth_stride};
+    const auto column_of = [&](int64_t across) { return lesser((left + across) * kColumns, args.columns); };
+    pack_panels<T>(part, right - left, column_of, lesser(count * kPerUnit<T>, depth), kColumns, to + skip * kColumns, kColumns * step_units);
+  }
+
+  // Steps [first, first + count) of a range, whose columns are packed.
+  void multiply(const Range& range, int64_t first, int64_t count, const Unit* columns, Unit* rows, const Sheet& next_a, const Sheet& next_b) const {
+    const int64_t wide = range.right - range.left, turns = (range.bottom - range.top) * wide * count;
+    const int64_t parts_a = next_a.parts(step_units), parts = parts_a + next_b.parts(step_units);
     int64_t turn = 0;
-    for (int64_t tile = begin; tile < end; tile += kTilesAnItem) {
-      const int64_t last = lesser(end, tile + kTilesAnItem);
+    for (int64_t tile = range.top; tile < range.bottom; tile += kTilesAnItem) {
+      const int64_t last = lesser(range.bottom, tile + kTilesAnItem);
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t depth = depth_of(first + s), depth_units = units(depth, kPerUnit<T>);
+        const int64_t depth = depth_of(first + s);
         const Factor<A> part{a.data + (first + s) * step * a.depth_stride, a.lane_stride, a.depth_stride};
-        pack_panels<T>(part, last - tile, [&](int64_t i) { return row_of(tile + i); }, depth, 0, rows_packed, kRows * step_units);
-        for (int64_t across = left; across < right; ++across) {
-          const Corner corner{args.columns - across * kColumns, args.accumulate || first + s > 0};
+        pack_panels<T>(part, last - tile, [&](int64_t i) { return row_of(tile + i); }, depth, 0, rows, kRows * step_units);
+        for (int64_t across = 0; across < wide; ++across) {
+          const int64_t column = (range.left + across) * kColumns;
+          const Corner corner{args.columns - column, args.accumulate || first + s > 0};
+          const Unit* const panel = columns + (s * wide + across) * kColumns * step_units;
           for (int64_t i = tile; i < last; ++i, ++turn) {
-            const Region& region = turn % 2 ? next.odd : next.even;
-            sums_of_height<T>(row_of(i + 1) - row_of(i), depth_units, rows_packed + (i - tile) * kRows * step_units, panel_of(s, across),
-                              static_cast<Out*>(args.c) + row_of(i) * args.c_row_stride + across * kColumns, args.c_row_stride, corner,
-                              part_of(region, turn / 2, turns, depth_units));
+            const int64_t part_now = turn * parts / turns;
+            const Ahead ahead = parts == 0 ? Ahead{reinterpret_cast<const char*>(panel), 0}
+                                : part_now < parts_a ? part_of(next_a, part_now, step_units) : part_of(next_b, part_now - parts_a, step_units);
+            sums_of_height<T>(row_of(i + 1) - row_of(i), units(depth, kPerUnit<T>), rows + (i - tile) * kRows * step_units, panel,
+                              static_cast<Out*>(args.c) + row_of(i) * args.c_row_stride + column, args.c_row_stride, corner, ahead);
           }
         }
       }
     }
   }
 
-  // What a thread packs next, as far as it is in one piece: its next rows in two halves, or a share of both factors.
-  struct Next { Region even, odd; };
-  Next next_of(int64_t first, int64_t count, int64_t down) const {
-    const auto region = [](const auto* from, int64_t elements) {
-      return Region{reinterpret_cast<const char*>(from), elements * static_cast<int64_t>(sizeof *from)};
-    };
-    Next next{region(packed, 0), region(packed, 0)};
-    const int64_t later = down + threads, depth_done = (first + count) * step;
-    if (a.depth_stride == 1 && a.lane_stride == args.depth && steps == count) {
-      if (later >= cut.items_down) return next;
-      const A* const from = a.data + row_of(tile_of(later)) * args.depth;
-      const int64_t half = (row_of(tile_of(later + 1)) - row_of(tile_of(later))) * args.depth / 2;
-      return {region(from, half), region(from + half, half)};
-    }
-    if (depth_done >= args.depth) return next;
-    const int64_t depth = lesser(count * step, args.depth - depth_done);
-    const auto share_of = [&](const auto& factor, int64_t lanes) {
-      const int64_t elements = depth * lanes / threads;
-      return region(factor.data + depth_done * lanes + omp_get_thread_num() * elements, elements);
-    };
-    if (a.depth_stride == args.rows) next.even = share_of(a, args.rows);
-    if (b.depth_stride == args.columns) next.odd = share_of(b, args.columns);
-    return next;
+  // Lanes and depth of a factor as they lie in memory.
+  template <class S> static Sheet sheet_of(const Factor<S>& factor, int64_t first_lane, int64_t last_lane, int64_t begin, int64_t end) {
+    const int64_t lanes = last_lane - first_lane, depth = end - begin, each = static_cast<int64_t>(sizeof(S));
+    if (lanes <= 0 || depth <= 0) return {};
+    const char* const from = reinterpret_cast<const char*>(factor.data + first_lane * factor.lane_stride + begin * factor.depth_stride);
+    if (factor.depth_stride == 1) return {from, factor.lane_stride * each, lanes, units(depth * each, kLine)};
+    return {from, factor.depth_stride * each, depth, units(lanes * each, kLine)};
   }
 };
 

@@ -58,14 +58,16 @@ inline constexpr int kPlainVectors = 16;  // rows of no more are summed plainly
 inline constexpr int kShortVectors = 64;  // rows of no more vectors are folded without a branch that depends on a logit
 
 template <class Real> LL_INLINE Vec<Real> nothing() { return splat<Real>(static_cast<Real>(-2 * kHuge)); }  // its exp does not count
-template <class Real> LL_INLINE Vec<Real> exp_in_unit(Vec<Real> z, Vec<Real> power) {
+template <int Flags, class Real> LL_INLINE Vec<Real> exp_in_unit(Vec<Real> z, Vec<Real> power) {
+  if constexpr ((Flags & kRough) != 0) return scaled_exp_rough(z, power, splat<Real>(1));
   const Exponential<Real> x = split_exp_drifting(z);
   return scale_by_power(x.fraction, x.power - power);
 }
 template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kLift); }
-// A sum of exp_in_unit, without the drift of a term as large as the sum; of one smaller by 2^-m it leaves m kDrift.
-template <class Real> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
-  const Vec<double> drift = kDrift<Real> * (power + exponent_of(sum));
+// A sum of exp_in_unit, without the drift of a term as large as the sum; of one smaller by 2^-m it leaves m times it.
+template <class Real, int Flags> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
+  constexpr double kEach = (Flags & kRough) ? kRoughDrift : kDrift<Real>;
+  const Vec<double> drift = kEach * (power + exponent_of(sum));
   return sum * (1 + drift + drift * drift * 0.5);
 }
 template <class Real> LL_INLINE bool is_tame(Real max) { return __builtin_fabs(static_cast<double>(max)) <= kHuge; }
@@ -90,18 +92,17 @@ template <int K, class T> LL_INLINE void load_block(const T* z, int64_t i, int64
   else x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
 }
 
-// A sum of few terms, and one that does not lose what it adds.
+// A sum of few terms, or of rough ones: as a PairSum, whose `low` stays 0.
 template <class Real> struct PlainSum {
-  Vec<Real> sum{};
-  LL_INLINE void add(Vec<Real> x) { sum += x; }
-  LL_INLINE Vec<Real> value() const { return sum; }
+  Vec<Real> high{}, low{};
+  LL_INLINE void add(Vec<Real> x) { high += x; }
+  LL_INLINE void scale(Vec<Real> power) { high = scale_by_power(high, power); }
 };
-template <class Real> struct CarefulSum : PairSum<Real> {
-  LL_INLINE Vec<Real> value() const { return this->high + this->low; }
-};
+template <class Real, int Flags> struct SumFor { using type = PairSum<Real>; };
+template <class Real> struct SumFor<Real, kRough> { using type = PlainSum<Real>; };
 
 // Sums of exp over the n logits but one that equals `max`, in units of 2^power; NaN where one of them is.
-template <class T, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
+template <class T, int Flags, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   const Vec<Real> top = splat<Real>(max);
@@ -113,7 +114,7 @@ template <class T, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z
     LL_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(z + i + k * L + kRowsAhead * n);
     load_block<K>(z, i, n, x);
     LL_UNROLL for (int k = 0; k < K; ++k) {
-      e[k] = x[k] == top ? Vec<Real>{} : exp_in_unit<Real>(maximum<Real>(nothing<Real>(), x[k]), power);
+      e[k] = x[k] == top ? Vec<Real>{} : exp_in_unit<Flags, Real>(maximum<Real>(nothing<Real>(), x[k]), power);
       at_max += __builtin_popcount(equal_bits(x[k], top));
     }
     rest.add(tree_sum<K>(e));
@@ -122,11 +123,11 @@ template <class T, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z
   for (; i + 4 * L <= n; i += 4 * L) add(Constant<4>{}, i);
   if (i + 2 * L <= n) add(Constant<2>{}, i), i += 2 * L;
   for (; i < n; i += L) add(Constant<1>{}, i);
-  if (__builtin_expect(at_max > 1, 0)) rest.add(lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Real>(top, power) : Vec<Real>{});
-  return rest.value();
+  if (__builtin_expect(at_max > 1, 0)) rest.add(lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Flags, Real>(top, power) : Vec<Real>{});
+  return rest.high + rest.low;
 }
 
-// Flags: 0 or kToken. False: not such a row.
+// Flags: 0, kToken or kRough. False: not such a row.
 template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> target_logit, RowSums& sums) {
   using Real = Compute<T>;
   using V = Vec<Real>;
@@ -138,7 +139,8 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
   Real limit = max + static_cast<Real>(kHeadroom);
   bool met = false;  // whether one logit that equals `top` is held out of the sum
   int64_t arg = 0;
-  PairSum<Real> rest, spread;  // sum of e, sum of e * (top - z)
+  typename SumFor<Real, Flags>::type rest;  // of e
+  PairSum<Real> spread;                     // of e * (top - z)
   IntVec<Real> rank{};
   // One logit of x is the largest so far: it gives its place to the one that was.
   const auto meet = [&](auto count, V* x, Real best, int64_t first_class) __attribute__((always_inline)) {
@@ -174,13 +176,13 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
       if (!is_tame(best)) return false;
       meet(count, x, best, i);
     }
-    LL_UNROLL for (int k = 0; k < K; ++k) e[k] = exp_in_unit<Real>(x[k], power);
+    LL_UNROLL for (int k = 0; k < K; ++k) e[k] = exp_in_unit<Flags, Real>(x[k], power);
     V sum = tree_sum<K>(e);
     if (__builtin_expect(reaching_bits(splat<Real>(kMost), magnitude<Real>(sum)) != kAllBits<Real>, 0)) {
       LL_UNROLL for (int k = 0; k < K; ++k) {
         if (equal_bits(x[k], x[k]) != kAllBits<Real>) return false;
         x[k] = maximum<Real>(nothing<Real>(), x[k]);
-        e[k] = exp_in_unit<Real>(x[k], power);
+        e[k] = exp_in_unit<Flags, Real>(x[k], power);
       }
       sum = tree_sum<K>(e);
     }
@@ -201,7 +203,7 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
   for (; i < n; i += L)
     if (!add(Constant<1>{}, i)) return false;
   const double unit = static_cast<double>(power[0]);
-  const auto total = [unit](const PairSum<Real>& sum) { return without_drift<Real>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
+  const auto total = [unit](const auto& sum) { return without_drift<Real, Flags>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
   sums = {max, 0, unit, total(rest), 0, 0, 0, 0, 0, arg, 0};
   if constexpr ((Flags & kToken) != 0) {
     sums.spread = total(spread);
@@ -213,7 +215,7 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
 // Classes [begin, end) of a row that lies in memory one after another.
 template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const RowView<T>& row, int64_t begin, int64_t end) {
   using Real = Compute<T>;
-  if constexpr (Flags == 0 || Flags == kToken) {
+  if constexpr (Flags == 0 || Flags == kToken || Flags == kRough) {
     RowSums sums;
     if (fold_long<T, Flags>(row.logits + begin, end - begin, row.target_logit, sums)) {
       sums.arg += begin;

@@ -86,7 +86,8 @@ template <class T, int Flags> struct Job {
       const auto huge = !(magnitude<double>(top) <= kHuge);
       const Vec<double> power = huge ? Vec<double>{} : whole_power<double>(top);
       const Vec<double> exponent = ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
-      const Vec<double> unit = exp<double>(-exponent);
+      const double drift = sizeof(T) == 2 ? kRoughDrift * kLog2e : 0;
+      const Vec<double> unit = exp<double>((huge ? Vec<double>{} : drift * top) - exponent);
       const Vec<double> gap = (load(target_logit + i) - top) - sum, p = exp<double>(gap), both = scale + constant;
       // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
       Vec<double> aimed = magnitude<double>(both) < 0.5 * magnitude<double>(scale) ? scale * expm1(gap) + both : scale * p + constant;

@@ -1,4 +1,7 @@
 // row_stats: everything the losses and measures need of each row, in one read of the logits.
+//
+// Precision policy: that of row_state.h and row_fold.h; with `rough`, of contiguous rows, exp is to 2^-18 and their sum is a
+// plain one: a sixteenth of half a unit in the last place of float16.
 #include "lane_fold.h"
 #include "parallel.h"
 #include "row_fold.h"
@@ -77,7 +80,7 @@ template <class T> struct Batch {
   }
   // Rows [first, first + n) of few contiguous classes, n <= kShortRows: each step for all of them, since a row alone would
   // wait for its own sums.
-  template <class Sum> LL_INLINE void push_short(int64_t first, int64_t n) {
+  template <int Flags, class Sum> LL_INLINE void push_short(int64_t first, int64_t n) {
     const int64_t classes = job.args.tile.classes;
     Real tops[kShortRows];
     Vec<Real> sums[kShortRows];
@@ -95,9 +98,9 @@ template <class T> struct Batch {
     for (int64_t i = 0; i < n; ++i) {
       const Vec<Real> unit = power_of_unit(tops[i]);
       power[at + i] = unit[0];
-      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short<T, Sum>(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
+      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short<T, Flags, Sum>(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
     }
-    for (int64_t i = 0; i < n; i += kLanes<double>) store(rest + at + i, without_drift<Real>(sums_of_lanes(sums + i), load(power + at + i)));
+    for (int64_t i = 0; i < n; i += kLanes<double>) store(rest + at + i, without_drift<Real, Flags>(sums_of_lanes(sums + i), load(power + at + i)));
     for (int64_t i = 0; i < n; ++i)  // NaN, or beyond what these steps take
       if (__builtin_expect(!(is_tame(tops[i]) && rest[at + i] == rest[at + i]), 0))
         place<0>(at + i, fate[at + i], fold_contiguous<T, 0>(job.template view<0>(first + i), 0, classes));
@@ -166,13 +169,13 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
     Batch<T> batch(job);
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
-    if constexpr (Flags == 0) {
+    if constexpr (Flags == 0 || Flags == kRough) {
       if (a.tile.class_stride == 1 && a.tile.classes <= kShortVectors * kLanes<Compute<T>>) {
         const bool few = a.tile.classes <= kPlainVectors * kLanes<Compute<T>>;
         for (int64_t r = item * per_item; r < end; r += kShortRows) {
           const int64_t n = end - r < kShortRows ? end - r : kShortRows;
-          if (few) batch.template push_short<PlainSum<Compute<T>>>(r, n);
-          else batch.template push_short<CarefulSum<Compute<T>>>(r, n);
+          if (few) batch.template push_short<Flags, PlainSum<Compute<T>>>(r, n);
+          else batch.template push_short<Flags, typename SumFor<Compute<T>, Flags>::type>(r, n);
         }
         batch.flush();
         return;
@@ -268,8 +271,8 @@ template <class T, int Flags> void run(const RowStatsArgs& a) {
   const Job<T> job{a};
   const bool lanes = a.tile.class_stride != 1 && a.tile.inner_stride == 1 && a.tile.inner >= kLanes<Compute<T>> / 2 &&
                      (!(Flags & kDense) || a.dense_strides.inner == 1);
-  if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags>(job);
-  if (lanes) return by_lanes<T, Flags>(job);
+  if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags & ~kRough>(job);
+  if (lanes) return by_lanes<T, Flags & ~kRough>(job);
   if (job.rows() < 16 && a.tile.classes >= 2 * kSplitClasses) return by_parts<T, Flags>(job);
   by_rows<T, Flags>(job);
 }
@@ -277,7 +280,10 @@ template <class T, int Flags> void run(const RowStatsArgs& a) {
 template <class T> void pick(const RowStatsArgs& a) {
   const int flags = (a.entropy || a.rank ? kToken : 0) | (a.smooth_sum ? kSmooth : 0) | (a.dense_sum || a.dense_mass ? kDense : 0);
   switch (flags) {
-    case 0: return run<T, 0>(a);
+    case 0:
+      if constexpr (sizeof(T) == 2)
+        if (a.rough) return run<T, kRough>(a);
+      return run<T, 0>(a);
     case kToken: return run<T, kToken>(a);
     case kSmooth: return run<T, kSmooth>(a);
     case kDense: return run<T, kDense>(a);

@@ -2,7 +2,7 @@
 //
 // Precision policy: `exp` is below 1 ulp of its compute type over its whole range (in float a cubic beside a table of the
 // sixteenths of a power where a permutation reads it, else degree 6; in double degree 11; all fitted to the relative
-// error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
+// error; results below the normal range become 0). A rough one, to 2^-18, serves what is rounded to 16 bits. `log1p` runs in double, below 1 ulp. Sums over
 // classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes; of at most 16 vectors
 // they are sums by halves.
 #pragma once
@@ -42,8 +42,9 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
   return {root * q + root, n};
 }
 // factor exp(x) 2^-power to 2^-18, for results that are rounded to 16 bits.
+inline constexpr double kRoughDrift = 0x1.3df15p-27;  // it is exp(x) exp(-kRoughDrift x / ln2)
 LL_INLINE Vec<float> scaled_exp_rough(Vec<float> x, Vec<float> power, Vec<float> factor) {
-  const Vec<float> y = x * 0x1.715476p+0f - power;
+  const Vec<float> y = _mm512_fmsub_ps(x, splat<float>(0x1.715476p+0f), power);  // rounded once, whatever else needs the product
   const Vec<float> f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y less its floor
   const Vec<float> q = (((f * 0.013534168f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;  // 2^f
   return _mm512_scalef_ps(q * factor, y);
@@ -123,6 +124,7 @@ LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
 }
 
 #if !defined(__AVX512F__)
+inline constexpr double kRoughDrift = kDrift<float>;
 LL_INLINE Vec<float> scaled_exp_rough(Vec<float> x, Vec<float> power, Vec<float> factor) {
   const Exponential<float> e = split_exp_drifting(x);
   return scale_by_power(e.fraction * factor, e.power - power);

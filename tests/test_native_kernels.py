@@ -814,3 +814,37 @@ def test_environment_switches() -> None:
 def test_a_child_forked_after_use_does_not_hang() -> None:
     done = run(FORKS, OMP_NUM_THREADS="2")
     assert (done.returncode, done.stdout) == (0, "forked\n"), done.stderr
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("classes", [1, 7, 65, 100, 1000, 2000, 49153])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rough_sums_are_within_what_16_bits_hide(dtype: torch.dtype, classes: int, scale: float) -> None:
+    """log_sum within 2^-16 of its size, a sixteenth of half a unit in float16's last place, if a float holds it."""
+    draw = torch.Generator().manual_seed(classes)
+    logits = (scale * torch.randn(70, classes, generator=draw)).to(dtype)
+    target = torch.randint(classes, (70,), generator=draw)
+    logits[0], logits[1, 1:], logits[2, classes // 2] = scale, -math.inf, 2 * scale + 9
+    target[3] = -100
+    exact, rough = cpu.row_stats(logits, target), cpu.row_stats(logits, target, rough=True)
+    assert exact.nll is not None
+    assert rough.nll is not None
+    assert torch.equal(rough.row_max, exact.row_max)
+    allowed = 2.0**-16 * exact.log_sum + 2.0**-126
+    assert bool(((rough.log_sum - exact.log_sum).abs() <= allowed).all())
+    finite = exact.nll.isfinite()
+    assert torch.equal(rough.nll[~finite], exact.nll[~finite])
+    assert bool(((rough.nll.double() - exact.nll).abs() <= allowed + 2.0**-23 * exact.nll)[finite].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_rough_sums_of_odd_rows(dtype: torch.dtype, odd: float) -> None:
+    logits = torch.randn(40, 90).to(dtype)
+    logits[5], logits[7, 3] = odd, odd
+    target = torch.randint(90, (40,))
+    exact, rough = cpu.row_stats(logits, target), cpu.row_stats(logits, target, rough=True)
+    assert exact.nll is not None
+    assert rough.nll is not None
+    assert torch.allclose(rough.nll, exact.nll, rtol=2.0**-16, atol=0, equal_nan=True)

@@ -36,6 +36,7 @@ def row_stats(
     argmax: bool = False,
     rank: bool = False,
     smooth: bool = False,
+    rough: bool = False,
 ) -> cpu.RowStats:
     """Return `kernels.cpu.row_stats` as an operator, differentiable in the logits by any sum of its outputs.
 
@@ -43,9 +44,8 @@ def row_stats(
     of `caller`; so `bad_row` is -1.
     """
     wanted = _row_wanted(target, dense_target, lse, entropy, argmax, rank, smooth)
-    outputs = _row_stats(
-        logits, target, class_weight, dense_target, class_dim, ignore_index, caller, lse, entropy, argmax, rank, smooth
-    )
+    weight, dense, asked = class_weight, dense_target, (lse, entropy, argmax, rank, smooth)
+    outputs = _row_stats(logits, target, weight, dense, class_dim, ignore_index, caller, rough, *asked)
     return cpu.RowStats._make([*asked_for(outputs, wanted), -1])
 
 
@@ -155,7 +155,7 @@ def _row_wanted(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor logits, Tensor? target, Tensor? class_weight, Tensor? dense_target, int class_dim, "
-    "int ignore_index, str caller, bool lse, bool entropy, bool argmax, bool rank, bool smooth) -> "
+    "int ignore_index, str caller, bool rough, bool lse, bool entropy, bool argmax, bool rank, bool smooth) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_stats(
@@ -166,6 +166,7 @@ def _row_stats(
     class_dim: int,
     ignore_index: int,
     caller: str,
+    rough: bool,
     lse: bool,
     entropy: bool,
     argmax: bool,
@@ -184,6 +185,7 @@ def _row_stats(
         argmax=argmax,
         rank=rank,
         smooth=smooth,
+        rough=rough,
     )
     raise_if_bad(stats.bad_row, caller, logits, target, class_dim, ignore_index)
     return with_placeholders(logits, stats[:-1], _ROW_FIELDS, _ROW_DTYPES)
@@ -198,6 +200,7 @@ def _(
     class_dim: int,
     ignore_index: int,
     caller: str,
+    rough: bool,
     *asked: bool,
 ) -> Outputs:
     return tuple(fake_outputs(logits, class_dim, _ROW_FIELDS, _row_wanted(target, dense_target, *asked), _ROW_DTYPES))
@@ -256,7 +259,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _row_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    logits, target, class_weight, dense_target, class_dim, ignore_index, _, *asked = inputs
+    logits, target, class_weight, dense_target, class_dim, ignore_index, _, _, *asked = inputs
     if any(ctx.needs_input_grad[1:4]):
         raise NotImplementedError("logitless::row_stats has a gradient for the logits alone")
     stats = dict(zip(_ROW_FIELDS, output, strict=True))
@@ -284,7 +287,7 @@ def _row_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if dense is not None:
         parts.append(dense * dense_mass)
     if not parts:
-        return (None,) * 12
+        return (None,) * 13
     nll, spread, smooth, dense = (None if grad is None else -grad for grad in (nll, spread, smooth, dense))
     grad = _row_grad(
         logits,
@@ -301,7 +304,7 @@ def _row_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.class_dim,
         ctx.ignore_index,
     )
-    return grad, *(None,) * 11
+    return grad, *(None,) * 12
 
 
 _row_stats.register_autograd(_row_backward, setup_context=_row_setup)

@@ -58,6 +58,7 @@ class CrossEntropyCall(NamedTuple):
     label_smoothing: float
     reduce: RowReduction
     definition: Callable[[Tensor], Tensor]
+    rough: bool  # whether every result is rounded to 16 bits
 
 
 def cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
@@ -79,6 +80,7 @@ def _compiled_cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
         class_weight=call.weight,
         dense_target=target.probabilities,
         smooth=call.label_smoothing > 0,
+        rough=call.rough,
     )
     return call.reduce(_cross_entropy_rows(stats, target, call.weight, call.label_smoothing)).loss
 
@@ -95,6 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
             class_weight=weight,
             dense_target=target.probabilities,
             smooth=smoothing > 0,
+            rough=call.rough,
         )
         if stats.bad_row >= 0:
             raise index_error(call.name, target)

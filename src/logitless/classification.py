@@ -10,7 +10,7 @@ from torch import Tensor
 
 from logitless import _dispatch, _head_loss, _ops, _ops_elementwise, sparse
 from logitless._head_plan import HeadLoss
-from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
+from logitless._precision import HALF, Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
     Normalizer,
@@ -125,7 +125,8 @@ def cross_entropy(
         loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
         return _ops.Reduced(loss, upstream_divisor(denominator, empty))
 
-    call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition)
+    rough = precision.result in HALF
+    call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition, rough)
     return _ops.cross_entropy(input, call)
 
 
