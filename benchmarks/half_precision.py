@@ -3,7 +3,8 @@
 torch's product on the CPU writes what it reads, so its logits of a bfloat16 head are rounded to bfloat16. The compiled
 kernel writes float32; where it does not serve (`logitless` says so below) torch's product is used and the logits are
 rounded once. Float32 copies cost float32 products. Errors are against float64 on the same bfloat16 hidden states and
-weight: of a row's loss the largest and the mean in nats, of the two gradients the norm of the difference over the norm.
+weight: of a row's loss, in float32, the largest and the mean in nats; of the two gradients the norm of the difference
+over the norm.
 Run: python benchmarks/half_precision.py [--rows N]
 """
 
@@ -18,40 +19,55 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+import logitless as ll
 from logitless import functional
 from logitless._bench.heads import SMOLLM2, head_inputs
 from logitless._bench.memory import call_and_growth
 from logitless._products import widens
 
-Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _ROUNDS = 5
 
 
-def rounded_everywhere(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return torch_functional.cross_entropy(torch_functional.linear(hidden, weight), target, reduction=reduction)
+def rounded_everywhere(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch_functional.cross_entropy(torch_functional.linear(hidden, weight), target)
 
 
-def as_it_comes(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return functional.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+def rows_of_rounded_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    logits = torch_functional.linear(hidden, weight)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch_functional.cross_entropy(wide, target, reduction="none")
 
 
-def float32_logits(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return functional.linear_cross_entropy(hidden.float(), weight.float(), target, reduction=reduction)
+def as_it_comes(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return functional.linear_cross_entropy(hidden, weight, target)
 
 
-WAYS: dict[str, Loss] = {
-    "torch: logits, softmax gradient and sums in bfloat16": rounded_everywhere,
-    f"logitless: logits in {'float32' if widens(torch.bfloat16) else 'bfloat16'}, sums in float32": as_it_comes,
-    "logitless: float32 copies of hidden and weight": float32_logits,
+def rows_as_they_come(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return ll.token_stats(ll.linear(hidden, weight), target).nll
+
+
+def of_float32(loss: Loss) -> Loss:
+    return lambda hidden, weight, target: loss(hidden.float(), weight.float(), target)
+
+
+# The mean, and the losses of the rows in float32.
+WAYS: dict[str, tuple[Loss, Loss]] = {
+    "torch: logits, softmax gradient and sums in bfloat16": (rounded_everywhere, rows_of_rounded_logits),
+    f"logitless: logits in {'float32' if widens(torch.bfloat16) else 'bfloat16'}, sums in float32": (
+        as_it_comes,
+        rows_as_they_come,
+    ),
+    "logitless: float32 copies of hidden and weight": (of_float32(as_it_comes), of_float32(rows_as_they_come)),
 }
 
 
-def of(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def of(loss: Loss, row_losses: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Return the losses of the rows, and the gradients of their mean."""
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss(*leaves, target, "mean").backward()
+    loss(*leaves, target).backward()
     with torch.no_grad():
-        rows = loss(hidden, weight, target, "none")
+        rows = row_losses(hidden, weight, target)
     grads = [leaf.grad for leaf in leaves]
     assert grads[0] is not None
     assert grads[1] is not None
@@ -65,7 +81,7 @@ def step_cost(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tup
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
-        loss(*leaves, target, "mean").backward()
+        loss(*leaves, target).backward()
 
     _, growth = call_and_growth(step)
     seconds = []
@@ -83,11 +99,11 @@ def main() -> None:
     torch.manual_seed(0)
     inputs = head_inputs(rows, features, classes, torch.bfloat16)
     hidden, weight, target = inputs
-    true_rows, *true_grads = of(rounded_everywhere, hidden.double(), weight.double(), target)
+    true_rows, *true_grads = of(rounded_everywhere, rows_of_rounded_logits, hidden.double(), weight.double(), target)
     print(f"{rows} x {features} x {classes}, {torch.get_num_threads()} threads")
     print(f"{'':54} {'loss max':>9} {'mean':>9} {'hidden':>9} {'weight':>9} {'ms':>7} {'MB':>7}")
-    for name, loss in WAYS.items():
-        each, *grads = of(loss, *inputs)
+    for name, (loss, row_losses) in WAYS.items():
+        each, *grads = of(loss, row_losses, *inputs)
         errors = [(each - true_rows).abs().max(), (each - true_rows).abs().mean()]
         errors += [(grad - true).norm() / true.norm() for grad, true in zip(grads, true_grads, strict=True)]
         milliseconds, megabytes = step_cost(loss, *inputs)
