@@ -36,9 +36,10 @@ class SparseLogits:
         tail: "lump" or "renormalize".
 
     Raises:
-        TypeError: log_probs or indices are no tensors. ValueError: shapes, dtypes, a row that names a class twice, a
-        sum of probabilities above 1 (by more than the rounding of log_probs' dtype), NaN, or log_probs that require a
-        gradient. IndexError: an index is not a class.
+        TypeError: log_probs or indices are no tensors.
+        ValueError: shapes, dtypes, a row that names a class twice, a sum of probabilities above 1 (by more than the
+            rounding of log_probs' dtype), NaN, or log_probs that require a gradient.
+        IndexError: an index is not a class.
 
     Source: arXiv:2503.16870 shows what dropping the tail does to a student. In training it is a teacher: `ll.kl(sparse,
     student)`, or the target of `cross_entropy`, has a gradient for the student alone.
