@@ -29,11 +29,11 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes<float>;
-constexpr int64_t kDepth = 384;             // units; a panel of b and kTilesAnItem of a then stay in the second cache
+constexpr int64_t kDepth = 576;             // units; a panel of b and kTilesAnItem of a then stay in the second cache
 constexpr int64_t kPackedWhole = 1 << 21;   // units of b, 8 MB: packed for all threads if that is all of it, else by each
 constexpr int64_t kReadUnits = 8, kItemUnits = 32;  // of depth: read at a time, and packed by a thread
 constexpr int64_t kLine = 64;               // bytes of a cache line
-constexpr int64_t kTilesAnItem = 16;        // panels of a that are packed together
+constexpr int64_t kTilesAnItem = 24;        // panels of a that are packed together
 
 using Unit = uint32_t;
 
