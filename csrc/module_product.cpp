@@ -19,7 +19,7 @@ void product(int a_dtype, int b_dtype, int c_dtype, int threads, std::int64_t ro
     throw nb::value_error("product: a and b must have one dtype, or a float32");
   const ProductArgs args{a_dtype, b_dtype, c_dtype, threads, rows, depth, columns, reinterpret_cast<const void*>(a), a_row_stride, a_depth_stride,
                          reinterpret_cast<const void*>(b), b_depth_stride, b_column_stride, reinterpret_cast<void*>(c), c_row_stride, accumulate};
-  without_gil(rows * columns, [&] { kernels().product(args); });
+  without_gil(rows * columns * depth, [&] { kernels().product(args); });
 }
 
 }  // namespace

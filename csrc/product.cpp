@@ -94,18 +94,7 @@ LL_INLINE void transpose(const Unit* (&lanes)[16], __m512i (&out)[16]) {
     out[4 * g + 3] = _mm512_unpackhi_epi64(high01, high23);
   }
 }
-#endif
 
-#if defined(__AVX512F__)
-// Sixteen units of consecutive depth.
-template <class T, class S> LL_INLINE void read_units(const S* p, Unit* to) {
-  if constexpr (__is_same(T, S)) {
-    _mm512_storeu_si512(to, _mm512_loadu_si512(p));
-  } else {
-    store(reinterpret_cast<T*>(to), load(p));
-    store(reinterpret_cast<T*>(to) + kLanes<float>, load(p + kLanes<float>));
-  }
-}
 // Of sixteen consecutive lanes those in `mask`, as 16 bits each.
 template <class T, class S> LL_INLINE __m512i read_lanes(const S* p, __mmask16 mask) {
   if constexpr (__is_same(T, S)) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
@@ -132,7 +121,8 @@ template <class T, class S> LL_INLINE void pack(Factor<S> from, int64_t lanes, i
           } else if constexpr (__is_same(T, S)) {
             starts[i] = reinterpret_cast<const Unit*>(start);
           } else {
-            read_units<T>(start, rounded[i]);
+            store(reinterpret_cast<T*>(rounded[i]), load(start));
+            store(reinterpret_cast<T*>(rounded[i]) + kLanes<float>, load(start + kLanes<float>));
             starts[i] = rounded[i];
           }
         }

@@ -188,7 +188,7 @@ class HeadTiles:
         if self._wide is not None:
             gradient = view(self._raw, tuple(gradient.shape)).copy_(gradient)
         by_class = gradient if self._class_major else gradient.T
-        self.gradients.add(by_class, self._hidden, self._weight, self._bias, self._scale, start, stop, first, last)
+        self.gradients.add(by_class, self._hidden, self._weight, self._bias, start, stop, first, last)
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients of hidden, weight, bias and scale, in the dtypes they were accumulated in."""
@@ -224,7 +224,6 @@ class _Gradients:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        scale: float,
         start: int,
         stop: int,
         first: int,

@@ -43,10 +43,9 @@ def row_stats(
     nll, lse, entropy, smooth_sum and dense_sum have gradients. A bad class raises when the operator runs, in the name
     of `caller`; so `bad_row` is -1.
     """
-    wanted = _row_wanted(target, dense_target, lse, entropy, argmax, rank, smooth)
-    weight, dense, asked = class_weight, dense_target, (lse, entropy, argmax, rank, smooth)
-    outputs = _row_stats(logits, target, weight, dense, class_dim, ignore_index, caller, rough, *asked)
-    return cpu.RowStats._make([*asked_for(outputs, wanted), -1])
+    asked = (lse, entropy, argmax, rank, smooth)
+    outputs = _row_stats(logits, target, class_weight, dense_target, class_dim, ignore_index, caller, rough, *asked)
+    return cpu.RowStats._make([*asked_for(outputs, _row_wanted(target, dense_target, *asked)), -1])
 
 
 def asked_for(outputs: Outputs, wanted: Sequence[bool]) -> list[Any]:
