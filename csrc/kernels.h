@@ -34,7 +34,6 @@ struct RowStatsArgs {
   const void* class_weight;  // Real[classes]: weighs smooth_sum and dense_sum
   const void* dense_target;  // same dtype as the logits, same shape
   Strides dense_strides;
-  bool rough;                // of 16-bit logits: every result is rounded to their type, so that 2^-18 does
   // Outputs, one per row. Of an ignored row: 0, and -1 for argmax and rank.
   void* nll;         // Real: lse - z[target]
   void* lse;         // Real

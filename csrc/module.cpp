@@ -33,7 +33,7 @@ template <class Args> void call(void (*kernel)(const Args&), const Args& args) {
 std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes, std::int64_t inner,
                        std::int64_t outer_stride, std::int64_t class_stride, std::int64_t inner_stride, Address target,
                        std::int64_t ignore_index, Address class_weight, Address dense_target, std::int64_t dense_outer_stride,
-                       std::int64_t dense_class_stride, std::int64_t dense_inner_stride, bool rough, Address nll, Address lse, Address row_max,
+                       std::int64_t dense_class_stride, std::int64_t dense_inner_stride, Address nll, Address lse, Address row_max,
                        Address log_sum, Address entropy, Address argmax, Address rank, Address smooth_sum, Address dense_sum,
                        Address dense_mass) {
   if ((entropy || rank) && (smooth_sum || dense_sum || dense_mass) && !dense_target)
@@ -43,7 +43,7 @@ std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t oute
   call(kernels().row_stats,
        RowStatsArgs{static_cast<DType>(dtype), threads, {outer, classes, inner, outer_stride, class_stride, inner_stride}, at<void>(logits),
                     at<std::int64_t>(target), ignore_index, at<void>(class_weight), at<void>(dense_target),
-                    {dense_outer_stride, dense_class_stride, dense_inner_stride}, rough, at<void>(nll), at<void>(lse), at<void>(row_max),
+                    {dense_outer_stride, dense_class_stride, dense_inner_stride}, at<void>(nll), at<void>(lse), at<void>(row_max),
                     at<double>(log_sum), at<void>(entropy), at<std::int64_t>(argmax), at<std::int64_t>(rank), at<void>(smooth_sum),
                     at<void>(dense_sum), at<void>(dense_mass), &bad_row});
   return bad_row;

@@ -1,12 +1,13 @@
-// A whole loss in one call: where rows are few, the calls around the kernels cost as much as the arithmetic.
+// A whole loss in one call: where rows are few, the calls around the kernels cost as much as the arithmetic, and where
+// they are many and short, so do passes over their losses.
 //
 // Precision: the row kernels' own; the sum over rows is in double.
 #include "module_losses.h"
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <numeric>
-#include <vector>
 
 #include "gil.h"
 #include "kernels.h"
@@ -35,19 +36,24 @@ struct Problem {
   Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
 };
 
-// What the gradient needs of the forward pass: three values a row, each in the room of a double. Python holds it as
-// bytes, which cost a fraction of a tensor to make.
+// What the gradient needs of the forward pass, for each row. Python holds it as bytes, which cost a fraction of a tensor
+// to make.
 struct Saved {
-  void* row_max;
   double* log_sum;
-  void* dense_mass;
+  void* row_max;
+  void* dense_mass;  // of a dense target alone
 
-  static nb::bytes room(std::int64_t rows) {
-    return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, 3 * rows * static_cast<Py_ssize_t>(sizeof(double))));
+  static std::size_t real_bytes(const Problem& p) { return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
+  static nb::bytes room(const Problem& p) {
+    const std::size_t a_row = sizeof(double) + real_bytes(p) * (p.target ? 1 : 2);
+    return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
   }
-  Saved(const nb::bytes& bytes, std::int64_t rows) {
-    double* const data = reinterpret_cast<double*>(PyBytes_AsString(bytes.ptr()));
-    row_max = data, log_sum = data + rows, dense_mass = data + 2 * rows;
+  Saved(const nb::bytes& bytes, const Problem& p) {
+    char* const data = PyBytes_AsString(bytes.ptr());
+    const std::size_t rows = static_cast<std::size_t>(p.rows);
+    log_sum = reinterpret_cast<double*>(data);
+    row_max = data + rows * sizeof(double);
+    dense_mass = data + rows * (sizeof(double) + real_bytes(p));
   }
 };
 
@@ -61,6 +67,14 @@ Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Re
   const Real* const weight = static_cast<const Real*>(p.weight);
   const Real kept = static_cast<Real>(1 - p.smoothing), spread = static_cast<Real>(p.spread());
   Sum sum{0, p.target ? 0 : static_cast<double>(p.rows)};
+  if (p.target && !weight && p.smoothing == 0 && !losses) {  // of ignored rows the loss is 0
+    double total[4] = {};
+    std::int64_t r = 0, ignored = 0;
+    for (; r + 4 <= p.rows; r += 4)
+      for (int k = 0; k < 4; ++k) total[k] += static_cast<double>(nll[r + k]), ignored += p.target[r + k] == p.ignore_index;
+    for (; r < p.rows; ++r) total[0] += static_cast<double>(nll[r]), ignored += p.target[r] == p.ignore_index;
+    return {(total[0] + total[1]) + (total[2] + total[3]), static_cast<double>(p.rows - ignored)};
+  }
   for (std::int64_t r = 0; r < p.rows; ++r) {
     Real loss = p.target ? nll[r] : dense_sum[r];
     if (p.target && p.target[r] != p.ignore_index) {
@@ -83,12 +97,12 @@ template <class Real> double weight_sum(const Problem& p) {
 // Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
 // row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad.
 template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address losses) {
-  thread_local std::vector<Real> scratch;  // nll or dense_sum, and smooth_sum: one each a row
-  scratch.resize(static_cast<std::size_t>(2 * p.rows));
-  Real* const loss = scratch.data();
+  // nll or dense_sum, and smooth_sum: one each a row
+  const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
+  Real* const loss = scratch.get();
   Real* const smooth_sum = loss + p.rows;
-  const nb::bytes bytes = Saved::room(p.rows);
-  const Saved saved(bytes, p.rows);
+  const nb::bytes bytes = Saved::room(p);
+  const Saved saved(bytes, p);
   std::int64_t bad_row = -1;
 
   RowStatsArgs args{};
@@ -99,7 +113,6 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   args.target = p.target;
   args.ignore_index = p.ignore_index;
   args.class_weight = p.weight;
-  args.rough = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   args.row_max = saved.row_max;
   args.log_sum = saved.log_sum;
   if (p.target) {
@@ -112,9 +125,12 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   }
   if (p.smoothing > 0) args.smooth_sum = smooth_sum;
   args.bad_row = &bad_row;
-  without_gil(p.rows * p.classes, [&] { kernels().row_stats(args); });
+  Sum sum{};
+  without_gil(p.rows * p.classes, [&] {
+    kernels().row_stats(args);
+    if (bad_row < 0) sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
+  });
   if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0, bytes);
-  const Sum sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
   const double denominator = mean ? sum.denominator : 1.0;
   // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
   return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator, bytes);
@@ -137,7 +153,7 @@ void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t row
                         Address weight, Address dense_target, double smoothing, const nb::bytes& bytes, double scale, double denominator,
                         Address upstream, Address grad) {
   const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  const Saved saved(bytes, rows);
+  const Saved saved(bytes, p);
   scale /= denominator;
   const double kept = scale * (1 - smoothing), spread = scale * p.spread();
   RowGradArgs args{};

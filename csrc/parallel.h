@@ -18,6 +18,9 @@ LL_INLINE int64_t item_bytes(int64_t total, int64_t most) {
   return share < kLeast ? kLeast : share > most ? most : share;
 }
 
+// Short rows are asked for as many ahead, so that memory is waited for while the ones at hand are computed.
+LL_INLINE int64_t rows_ahead(int64_t row_bytes) { return 1 + 4096 / row_bytes; }
+
 template <class F> LL_INLINE void parallel_for(int64_t items, int threads, int64_t bytes, const F& run) {
   if (threads <= 1 || items <= 1 || bytes < kSerialBytes || must_be_serial()) {
     for (int64_t i = 0; i < items; ++i) run(i);

@@ -98,7 +98,7 @@ LL_INLINE void transpose(const Unit* (&lanes)[16], __m512i (&out)[16]) {
 // Of sixteen consecutive lanes those in `mask`, as 16 bits each.
 template <class T, class S> LL_INLINE __m512i read_lanes(const S* p, __mmask16 mask) {
   if constexpr (__is_same(T, S)) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-  else return reinterpret_cast<__m512i>(rounded_to_bfloat16<true>(_mm512_maskz_loadu_ps(mask, p)) >> 16) & _mm512_set1_epi32(0xffff);
+  else return reinterpret_cast<__m512i>(rounded_to_bfloat16(_mm512_maskz_loadu_ps(mask, p)) >> 16) & _mm512_set1_epi32(0xffff);
 }
 LL_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0); }
 #endif

@@ -1,6 +1,7 @@
 // Reading one row of logits into a RowState: contiguous, strided, or with logits of any size.
 #pragma once
 
+#include "parallel.h"
 #include "row_state.h"
 
 namespace logitless::LL_ISA {
@@ -48,28 +49,22 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
 
 // ---- the fold of contiguous rows without weights: what cross-entropy and entropy spend their time in ---------------------
 //
-// A RowState compares each logit with the largest of its lane. Here a logit is compared with the largest of the row, and
-// four vectors at a time: only a block that reaches it is looked at more closely. Of NaN, exp is NaN, and of -inf it may
-// be: the block's sum tells. Huge logits and NaN are left to a RowState.
+// Its terms are those of UnitExp, in a unit that is chosen from the row's first logits and so far below them that all
+// logits which count as UnitExp's least are less than any float together. Huge logits and NaN are left to a RowState.
 
-inline constexpr int64_t kScout = 512;  // the largest of as many logits is looked for first: few later ones exceed it
-inline constexpr int64_t kRowsAhead = 24;  // of short rows: memory is waited for while exp is computed
-inline constexpr int kPlainVectors = 16;  // rows of no more are summed plainly
+inline constexpr int kUnitLift = 56;  // bits between exp of the largest logit known and the unit
+inline constexpr int64_t kScout = 512;  // of a long row the largest of as many logits is looked for first: few later ones exceed it
+inline constexpr int kPlainVectors = 16;  // as many are summed plainly
 inline constexpr int kShortVectors = 64;  // rows of no more vectors are folded without a branch that depends on a logit
 
-template <class Real> LL_INLINE Vec<Real> nothing() { return splat<Real>(static_cast<Real>(-2 * kHuge)); }  // its exp does not count
-template <int Flags, class Real> LL_INLINE Vec<Real> exp_in_unit(Vec<Real> z, Vec<Real> power) {
-  if constexpr ((Flags & kRough) != 0) return scaled_exp_rough(z, power, splat<Real>(1));
-  const Exponential<Real> x = split_exp_drifting(z);
-  return scale_by_power(x.fraction, x.power - power);
+template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kUnitLift); }
+// A sum of UnitExp, without its bias and the drift of a term as large as the sum; of one smaller by 2^-m it leaves m times it.
+template <class Real> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
+  const Vec<double> drift = kDrift<Real> * (power + exponent_of(sum));
+  return sum * ((1 - kUnitExpBias<Real>) + drift + drift * drift * 0.5);
 }
-template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kLift); }
-// A sum of exp_in_unit, without the drift of a term as large as the sum; of one smaller by 2^-m it leaves m times it.
-template <class Real, int Flags> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
-  constexpr double kEach = (Flags & kRough) ? kRoughDrift : kDrift<Real>;
-  const Vec<double> drift = kEach * (power + exponent_of(sum));
-  return sum * (1 + drift + drift * drift * 0.5);
-}
+// The most that `terms` which count as UnitExp's least add up to: such a sum is 0.
+template <class Real> LL_INLINE Real least_sum(int64_t terms) { return sizeof(Real) == 4 ? static_cast<Real>(terms) * Real(0x1p-124) : Real(0); }
 template <class Real> LL_INLINE bool is_tame(Real max) { return __builtin_fabs(static_cast<double>(max)) <= kHuge; }
 
 template <class T> LL_INLINE Compute<T> max_of(const T* z, int64_t n) {
@@ -92,63 +87,113 @@ template <int K, class T> LL_INLINE void load_block(const T* z, int64_t i, int64
   else x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
 }
 
-// A sum of few terms, or of rough ones: as a PairSum, whose `low` stays 0.
-template <class Real> struct PlainSum {
-  Vec<Real> high{}, low{};
-  LL_INLINE void add(Vec<Real> x) { high += x; }
-  LL_INLINE void scale(Vec<Real> power) { high = scale_by_power(high, power); }
+// As many rows of few classes as there are lanes are folded together, in one unit, without a branch that depends on a
+// logit and without reducing a vector to one number. Each logit but the largest of a row loses one comparison, and enters
+// the sum then: first within its lane, then lane against lane until a lane is what is left of a row.
+template <class Real> struct Contest {
+  Vec<Real> top, sum;  // the largest logits so far, and the sums of exp of the others, in the unit
 };
-template <class Real, int Flags> struct SumFor { using type = PairSum<Real>; };
-template <class Real> struct SumFor<Real, kRough> { using type = PlainSum<Real>; };
-
-// Sums of exp over the n logits but one that equals `max`, in units of 2^power; NaN where one of them is.
-template <class T, int Flags, class Sum> LL_INLINE Vec<Compute<T>> rest_of_short(const T* z, int64_t n, Compute<T> max, Vec<Compute<T>> power) {
+// The lanes of two, of half as many each, compared in twos.
+template <class Real> LL_INLINE Contest<Real> meet_lanes(const UnitExp<Real>& exp, const Contest<Real>& a, const Contest<Real>& b) {
+  const Vec<Real> even = even_lanes<Real>(a.top, b.top), odd = odd_lanes<Real>(a.top, b.top);
+  const Vec<Real> sum = even_lanes<Real>(a.sum, b.sum) + odd_lanes<Real>(a.sum, b.sum);
+  return {maximum<Real>(odd, even), exp.add_to(sum, minimum<Real>(even, odd))};
+}
+template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp) {
   using Real = Compute<T>;
+  using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
-  const Vec<Real> top = splat<Real>(max);
-  Sum rest{};
-  int at_max = 0;
-  const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
-    constexpr int K = decltype(count)::value;
-    Vec<Real> x[K], e[K];
-    LL_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(z + i + k * L + kRowsAhead * n);
-    load_block<K>(z, i, n, x);
-    LL_UNROLL for (int k = 0; k < K; ++k) {
-      e[k] = x[k] == top ? Vec<Real>{} : exp_in_unit<Flags, Real>(maximum<Real>(nothing<Real>(), x[k]), power);
-      at_max += __builtin_popcount(equal_bits(x[k], top));
-    }
-    rest.add(tree_sum<K>(e));
+  V top = splat<Real>(-kInf<Real>), even{}, odd{};
+  PairSum<Real> total;
+  const auto lose = [&](V x, V& sum) __attribute__((always_inline)) {
+    const V loser = minimum<Real>(top, x);
+    top = maximum<Real>(x, top);
+    sum = exp.add_to(sum, loser);
+  };
+  const auto read_pair = [&](int64_t at, V& a, V& b) __attribute__((always_inline)) {
+    __builtin_prefetch(z + ahead + at);
+    if constexpr (sizeof(T) >= 4) __builtin_prefetch(z + ahead + at + L);
+    load_pair(z + at, a, b);
   };
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) add(Constant<4>{}, i);
-  if (i + 2 * L <= n) add(Constant<2>{}, i), i += 2 * L;
-  for (; i < n; i += L) add(Constant<1>{}, i);
-  if (__builtin_expect(at_max > 1, 0)) rest.add(lane_index<Real>() == 0 ? static_cast<Real>(at_max - 1) * exp_in_unit<Flags, Real>(top, power) : Vec<Real>{});
-  return rest.high + rest.low;
+  if (n >= 2 * L) {
+    V second;
+    read_pair(0, top, second);
+    lose(second, odd);
+    i = 2 * L;
+  } else {
+    top = n >= L ? load(z) : load_partial(z, n, -kInf<Real>);
+    i = L;
+  }
+  while (i < n) {
+    const int64_t end = n - i > kPlainVectors * L ? i + kPlainVectors * L : n;
+    for (; i + 2 * L <= end; i += 2 * L) {
+      V a, b;
+      read_pair(i, a, b);
+      lose(a, even);
+      lose(b, odd);
+    }
+    if (i + L <= end) lose(load(z + i), even), i += L;
+    if (i < end) lose(load_partial(z + i, end - i, -kInf<Real>), odd), i = end;
+    if (n > kPlainVectors * L) total.add(even + odd), even = odd = V{};
+  }
+  return {top, n > kPlainVectors * L ? total.high + total.low : even + odd};
 }
 
-// Flags: 0, kToken or kRough. False: not such a row.
+// Of as many rows as there are lanes: the largest logit, and the sum of exp over the others in units of 2^power, which was
+// chosen for `guess`.
+template <class Real> struct ShortRows {
+  Vec<Real> max, rest;
+  Real power, guess;
+  // The lanes for which that unit does: no term overflows, and those that count as UnitExp's least, each of 2^-124 at
+  // most, are together less than a float next to exp(max), or than 2^-30 of the sum.
+  LL_INLINE uint32_t valid_bits() const {
+    const Vec<Real> rise = max - guess;
+    const uint32_t counts = reaching_bits(rise, splat<Real>(-15)) | greater_bits(rest, splat<Real>(static_cast<Real>(0x1p-85)));
+    const uint32_t tame = reaching_bits(splat<Real>(static_cast<Real>(kHuge)), magnitude<Real>(max));
+    return tame & reaching_bits(splat<Real>(static_cast<Real>(kHeadroom)), rise) & counts & equal_bits(rest, rest);
+  }
+};
+// The first `count` rows are wanted.
+template <class T> LL_INLINE ShortRows<Compute<T>> fold_short(const T* const* rows, int64_t count, int64_t n) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
+  const int64_t ahead = rows_ahead(n * static_cast<int64_t>(sizeof(T))) * n;
+  Real guess = max_of(rows[0], n);
+  for (int64_t k = 1; k < count && !is_tame(guess); ++k) guess = max_of(rows[k], n);
+  const Vec<Real> power = power_of_unit(guess);
+  const UnitExp<Real> exp(power);
+  // One loop over the rows, so that the processor sees one stream of memory.
+  Contest<Real> left[L];
+  for (int64_t k = 0; k < L; ++k) left[k] = k < count ? fold_within_lanes<T>(rows[k], n, ahead, exp) : left[0];
+  LL_UNROLL for (int meetings = L / 2; meetings > 0; meetings /= 2)
+    for (int k = 0; k < meetings; ++k) left[k] = meet_lanes<Real>(exp, left[2 * k], left[2 * k + 1]);
+  const Vec<Real> sum = left[0].sum;
+  return {left[0].top, sum <= least_sum<Real>(n + L) ? Vec<Real>{} : sum, power[0], guess};
+}
+
+// Of a row of many classes, a logit is compared with the largest of the row, and eight vectors at a time: only a block
+// that reaches it is looked at more closely. Flags: 0 or kToken. False: not such a row.
 template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> target_logit, RowSums& sums) {
   using Real = Compute<T>;
   using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
-  constexpr Real kMost = Real(1e30);  // any sum of a block is smaller
   Real max = max_of(z, n < kScout ? n : kScout);
   if (!is_tame(max)) return false;
   V top = splat<Real>(max), power = power_of_unit(max);
+  UnitExp<Real> exp(power);
   Real limit = max + static_cast<Real>(kHeadroom);
   bool met = false;  // whether one logit that equals `top` is held out of the sum
   int64_t arg = 0;
-  typename SumFor<Real, Flags>::type rest;  // of e
-  PairSum<Real> spread;                     // of e * (top - z)
+  PairSum<Real> rest, spread;  // of e; of e * (top - z)
   IntVec<Real> rank{};
   // One logit of x is the largest so far: it gives its place to the one that was.
-  const auto meet = [&](auto count, V* x, Real best, int64_t first_class) __attribute__((always_inline)) {
-    const V old = met ? top : nothing<Real>();
+  const auto meet = [&](auto count, V* x, Real best, int64_t first_class) {
+    const V old = met ? top : exp.least;
     bool placed = false;
     LL_UNROLL for (int k = 0; k < decltype(count)::value; ++k) {
       const uint32_t bits = placed ? 0 : equal_bits(x[k], splat<Real>(best));
-      if (bits) x[k] = lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(bits)) ? old : x[k], placed = true;
+      if (bits) x[k] = where_first(bits, old, x[k]), placed = true;
     }
     if constexpr ((Flags & kToken) != 0) {
       spread.add(rest.high * (best - max));
@@ -159,16 +204,15 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
       const V raised = power_of_unit(best), drop = power - raised;
       rest.scale(drop);
       if constexpr ((Flags & kToken) != 0) spread.scale(drop);
-      power = raised, limit = best + static_cast<Real>(kHeadroom);
+      power = raised, exp = UnitExp<Real>(power), limit = best + static_cast<Real>(kHeadroom);
     }
   };
   const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
-    V x[K], e[K];
+    V x[K];
     load_block<K>(z, i, n, x);
     if constexpr ((Flags & kToken) != 0)
       LL_UNROLL for (int k = 0; k < K; ++k) rank -= x[k] > target_logit;
-    if constexpr (K == 1) x[0] = maximum<Real>(nothing<Real>(), x[0]);
     V block_top = x[0];
     LL_UNROLL for (int k = 1; k < K; ++k) block_top = maximum<Real>(block_top, x[k]);
     if (__builtin_expect(reaching_bits(block_top, top) != 0, 0) && (!met || greater_bits(block_top, top))) {
@@ -176,26 +220,27 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
       if (!is_tame(best)) return false;
       meet(count, x, best, i);
     }
-    LL_UNROLL for (int k = 0; k < K; ++k) e[k] = exp_in_unit<Flags, Real>(x[k], power);
-    V sum = tree_sum<K>(e);
-    if (__builtin_expect(reaching_bits(splat<Real>(kMost), magnitude<Real>(sum)) != kAllBits<Real>, 0)) {
-      LL_UNROLL for (int k = 0; k < K; ++k) {
-        if (equal_bits(x[k], x[k]) != kAllBits<Real>) return false;
-        x[k] = maximum<Real>(nothing<Real>(), x[k]);
-        e[k] = exp_in_unit<Flags, Real>(x[k], power);
-      }
-      sum = tree_sum<K>(e);
-    }
-    rest.add(sum);
+    // `rest` comes out the same whatever else is asked for.
+    V sum[2] = {};
+    LL_UNROLL for (int k = 0; k < K; ++k) sum[k % 2] = exp.add_to(sum[k % 2], x[k]);
+    rest.add(K > 1 ? sum[0] + sum[1] : sum[0]);
     if constexpr ((Flags & kToken) != 0) {
-      LL_UNROLL for (int k = 0; k < K; ++k) e[k] = e[k] * minimum<Real>(splat<Real>(kMostGap<Real>), top - x[k]);
+      V e[K];
+      LL_UNROLL for (int k = 0; k < K; ++k) {
+        const V counted = maximum<Real>(exp.least, x[k]);
+        e[k] = exp.add_to(V{}, counted) * (top - counted);
+      }
       spread.add(tree_sum<K>(e));
     }
     return true;
   };
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L)
+  for (; i + 8 * L <= n; i += 8 * L)
+    if (!add(Constant<8>{}, i)) return false;
+  if (i + 4 * L <= n) {
     if (!add(Constant<4>{}, i)) return false;
+    i += 4 * L;
+  }
   if (i + 2 * L <= n) {
     if (!add(Constant<2>{}, i)) return false;
     i += 2 * L;
@@ -203,19 +248,20 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
   for (; i < n; i += L)
     if (!add(Constant<1>{}, i)) return false;
   const double unit = static_cast<double>(power[0]);
-  const auto total = [unit](const auto& sum) { return without_drift<Real, Flags>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
+  const auto total = [unit](const auto& sum) { return without_drift<Real>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
   sums = {max, 0, unit, total(rest), 0, 0, 0, 0, 0, arg, 0};
   if constexpr ((Flags & kToken) != 0) {
     sums.spread = total(spread);
     for (int lane = 0; lane < L; ++lane) sums.rank += rank[lane];
   }
-  return true;
+  if (sums.rest <= static_cast<double>(least_sum<Real>(n + L))) sums.rest = sums.spread = 0;
+  return sums.rest - sums.rest == 0 && sums.spread - sums.spread == 0;
 }
 
 // Classes [begin, end) of a row that lies in memory one after another.
 template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const RowView<T>& row, int64_t begin, int64_t end) {
   using Real = Compute<T>;
-  if constexpr (Flags == 0 || Flags == kToken || Flags == kRough) {
+  if constexpr (Flags == 0 || Flags == kToken) {
     RowSums sums;
     if (fold_long<T, Flags>(row.logits + begin, end - begin, row.target_logit, sums)) {
       sums.arg += begin;

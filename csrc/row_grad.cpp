@@ -1,10 +1,10 @@
 // row_grad: the gradient of everything row_stats gives, in one read of the logits and one write of the gradient.
 //
 // Precision policy: p = exp(z) / exp(lse) with both in units of 2^power and the divisor rounded once, so p is within 2
-// ulp (of double logits: within an ulp for each e-fold of 1/p, which log_sum's own rounding costs); p * a + e t + f w is
-// formed before any rounding to the storage type; for 16-bit types exp is to 2^-18, which their rounding hides. At the
-// target, a p_t + c is computed in double, and where c is about -a as a expm1(z_t - lse) + (a + c), so that nothing
-// cancels.
+// ulp and, where it is 2^-m, m/64 more for exp's drift (of double logits: within an ulp for each e-fold of 1/p, which
+// log_sum's own rounding costs); p * a + e t + f w is formed before any rounding to the storage type; for 16-bit types
+// exp is to 2^-21, which their rounding hides. At the target, a p_t + c is computed in double, and where c is about -a
+// as a expm1(z_t - lse) + (a + c), so that nothing cancels.
 #include <cstdlib>
 
 #include "lane_fold.h"
@@ -18,10 +18,11 @@ enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
 inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item, at most
 inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
-inline constexpr int64_t kShortClasses = 512;        // rows of no more classes are short ...
-inline constexpr int64_t kStreamBytes = 64 << 20;    // ... and a larger gradient of longer rows bypasses the caches,
-inline constexpr int64_t kBufferBytes = 8192;        // of 16-bit types by way of a buffer of whole cache lines
+inline constexpr int64_t kShortClasses = 512;        // rows of no more classes are short
+inline constexpr int64_t kStreamBytes = 64 << 20;    // a larger gradient bypasses the caches,
+inline constexpr int64_t kBufferBytes = 8192;        // of 16-bit types or short rows by way of a buffer of whole cache lines
 inline constexpr int64_t kCacheLine = 64;
+inline constexpr int64_t kBlockRows = 8;             // short rows are taken as many at a time, or a multiple
 
 // What the gradients of up to kMaxRows consecutive rows are made of.
 template <class Real> struct RowCoefficients {
@@ -29,7 +30,7 @@ template <class Real> struct RowCoefficients {
   Real power[kMaxRows], base[kMaxRows], at_target[kMaxRows];               // at_target: a p_t + c + b p_t (z_t - lse)
   Real top[kMaxRows], log_sum[kMaxRows], a[kMaxRows], b[kMaxRows];         // with kGap alone
   Real e[kMaxRows], f[kMaxRows];                                           // with kTargets, kConstant alone
-  bool read[kMaxRows], plain[kMaxRows];                                    // plain: base is 0, and unit is no NaN
+  bool read[kMaxRows], plain[kMaxRows];                                    // plain: base is 0, and unit a factor for RowExp
 };
 
 template <class T, int Flags> struct Job {
@@ -56,45 +57,44 @@ template <class T, int Flags> struct Job {
 
   // What RowGradArgs calls a and c (in double), b, e and f, of rows [first, first + count).
   void scales(int64_t first, int64_t count, double* a, double* c, RowCoefficients<Real>& rows) const {
-    const bool same = args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = first + i, from = same ? first : r;
-      const double g = one_or(args.upstream, from * args.upstream_stride);
+    const auto set = [&](int64_t i) {
+      const int64_t r = first + i;
+      const double g = one_or(args.upstream, r * args.upstream_stride);
       const double weight = args.index_weight && has_target(r) ? one_or(args.class_weight, args.target[r]) : 1.0;
-      a[i] = g * (args.a_scale * one_or(args.a, from) * weight + args.a_extra);
-      c[i] = g * args.c_scale * one_or(args.c, from) * weight;
-      if constexpr ((Flags & kGap) != 0) rows.b[i] = static_cast<Real>(g * args.b_scale * one_or(args.b, from));
-      if constexpr ((Flags & kTargets) != 0) rows.e[i] = static_cast<Real>(g * args.e_scale * one_or(args.e, from));
-      if constexpr ((Flags & kConstant) != 0) rows.f[i] = static_cast<Real>(g * args.f_scale * one_or(args.f, from));
+      a[i] = g * (args.a_scale * one_or(args.a, r) * weight + args.a_extra);
+      c[i] = g * args.c_scale * one_or(args.c, r) * weight;
+      if constexpr ((Flags & kGap) != 0) rows.b[i] = static_cast<Real>(g * args.b_scale * one_or(args.b, r));
+      if constexpr ((Flags & kTargets) != 0) rows.e[i] = static_cast<Real>(g * args.e_scale * one_or(args.e, r));
+      if constexpr ((Flags & kConstant) != 0) rows.f[i] = static_cast<Real>(g * args.f_scale * one_or(args.f, r));
+    };
+    const bool same = args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
+    for (int64_t i = 0; i < (same ? 1 : count); ++i) set(i);
+    for (int64_t i = 1; same && i < count; ++i) {
+      a[i] = a[0], c[i] = c[0];
+      if constexpr ((Flags & kGap) != 0) rows.b[i] = rows.b[0];
+      if constexpr ((Flags & kTargets) != 0) rows.e[i] = rows.e[0];
+      if constexpr ((Flags & kConstant) != 0) rows.f[i] = rows.f[0];
     }
   }
 
-  // Rows [first, first + count).
-  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows) const {
+  // Rows [first, first + count), but for what depends on the logit of the target.
+  struct Prepared { alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows]; };
+  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows, Prepared& given) const {
     constexpr int D = kLanes<double>;
-    alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows], target_logit[kMaxRows];
-    scales(first, count, a, c, rows);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = first + i;
-      const bool read = rows.read[i] = !ignored(r);
-      max[i] = read ? static_cast<double>(static_cast<const Real*>(args.row_max)[r]) : 0.0;
-      log_sum[i] = read ? args.log_sum[r] : 0.0;
-      target_logit[i] = read && has_target(r) ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride])) : 0.0;
-    }
+    scales(first, count, given.a, given.c, rows);
+    Real tops[kMaxRows];
+    memcpy(tops, static_cast<const Real*>(args.row_max) + first, static_cast<size_t>(count) * sizeof(Real));
+    memcpy(given.log_sum, args.log_sum + first, static_cast<size_t>(count) * sizeof(double));
+    for (int64_t i = 0; i < count; ++i) rows.read[i] = !ignored(first + i);
     for (int64_t i = 0; i < count; i += D) {
-      const Vec<double> top = load(max + i), sum = load(log_sum + i), scale = load(a + i), constant = load(c + i);
+      const Vec<double> top = load_wide(tops + i), sum = load(given.log_sum + i), scale = load(given.a + i);
+      store(given.max + i, top);
       const auto huge = !(magnitude<double>(top) <= kHuge);
       const Vec<double> power = huge ? Vec<double>{} : whole_power<double>(top);
       const Vec<double> exponent = ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
-      const double drift = sizeof(T) == 2 ? kRoughDrift * kLog2e : 0;
+      constexpr double drift = kRowDrift<Real> * kLog2e;
       const Vec<double> unit = exp<double>((huge ? Vec<double>{} : drift * top) - exponent);
-      const Vec<double> gap = (load(target_logit + i) - top) - sum, p = exp<double>(gap), both = scale + constant;
-      // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
-      Vec<double> aimed = magnitude<double>(both) < 0.5 * magnitude<double>(scale) ? scale * expm1(gap) + both : scale * p + constant;
       if constexpr ((Flags & kGap) != 0) {
-        Vec<double> bend;
-        for (int k = 0; k < D; ++k) bend[k] = static_cast<double>(rows.b[i + k]);
-        aimed += gap == -__builtin_inf() ? Vec<double>{} : p * bend * gap;
         store_narrow(rows.top + i, top);
         store_narrow(rows.log_sum + i, sum);
         store_narrow(rows.a + i, scale);
@@ -102,9 +102,43 @@ template <class T, int Flags> struct Job {
       store_narrow(rows.unit + i, (Flags & kGap) ? unit : unit * scale);
       store_narrow(rows.power + i, power);
       store_narrow(rows.base + i, huge ? top : Vec<double>{});
-      store_narrow(rows.at_target + i, aimed);
     }
-    for (int64_t i = 0; i < count; ++i) rows.plain[i] = rows.base[i] == 0 && rows.unit[i] == rows.unit[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const double size = __builtin_fabs(static_cast<double>(rows.unit[i]));
+      rows.plain[i] = rows.base[i] == 0 && (size == 0 || (size >= 0x1p-100 && size <= 0x1p100));
+    }
+  }
+  // What is left, of rows [from, from + count) of those.
+  void aim(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows, const Prepared& given) const {
+    constexpr int D = kLanes<double>;
+    alignas(LL_BYTES) double target_logit[kMaxRows + D];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + from + i;
+      target_logit[i] = rows.read[from + i] && has_target(r) ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride])) : 0.0;
+    }
+    for (int64_t i = 0; i < count; i += D) {
+      const int64_t at = from + i;
+      const Vec<double> top = load(given.max + at), sum = load(given.log_sum + at), scale = load(given.a + at), constant = load(given.c + at);
+      const Vec<double> gap = (load(target_logit + i) - top) - sum, both = scale + constant;
+      // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
+      Vec<double> aimed = scale * expm1(gap) + both;
+      const Vec<double> half = 0.5 * magnitude<double>(scale);
+      if ((Flags & kGap) || greater_bits(half, magnitude<double>(both)) != kAllBits<double>) {
+        const Vec<double> p = exp<double>(gap);
+        aimed = magnitude<double>(both) < half ? aimed : scale * p + constant;
+        if constexpr ((Flags & kGap) != 0) {
+          Vec<double> bend;
+          for (int k = 0; k < D; ++k) bend[k] = static_cast<double>(rows.b[at + k]);
+          aimed += gap == -__builtin_inf() ? Vec<double>{} : p * bend * gap;
+        }
+      }
+      store_narrow(rows.at_target + at, aimed);
+    }
+  }
+  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows) const {
+    Prepared given;
+    prepare(first, count, rows, given);
+    aim(first, 0, count, rows, given);
   }
 
   // Coefficients in lanes: all of one row, or one row a lane.
@@ -120,13 +154,11 @@ template <class T, int Flags> struct Job {
   }
   template <bool kHugeRow> static LL_INLINE V value(const Lanes& c, V z, V w, V t) {
     const V least = maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), kHugeRow ? z - c.base : z);
-    V out;
-    if constexpr (sizeof(T) == 2) {
-      out = scaled_exp_rough(least, c.power, c.unit);
-    } else {
-      const Exponential<Real> x = split_exp(least);
-      out = scale_by_power(x.fraction * c.unit, x.power - c.power);
-    }
+    const Exponential<Real> x = split_row_exp<Real>(least);
+    return value_of(c, scale_by_power(x.fraction * c.unit, x.power - c.power), z, w, t);
+  }
+  // From exp(z) in the row's unit.
+  static LL_INLINE V value_of(const Lanes& c, V out, V z, V w, V t) {
     if constexpr ((Flags & kGap) != 0) out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
     if constexpr ((Flags & kTargets) != 0) out = out + c.e * (t * w);
     if constexpr ((Flags & kConstant) != 0) out = out + c.f * w;
@@ -137,6 +169,7 @@ template <class T, int Flags> struct Job {
   template <bool kPlainRow>
   LL_INLINE void row_values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t, T* out, int64_t n, bool streamed) const {
     const Lanes c = lanes_of(rows, [of](const Real* array) { return splat<Real>(array[of]); });
+    const RowExp<Real, sizeof(T) == 2> exp(c.power, c.unit);
     const auto at = [&](int64_t i, int64_t valid) __attribute__((always_inline)) {
       const bool whole = valid >= L;
       const V zs = whole ? load(z + i) : load_partial(z + i, valid, Real(0));
@@ -144,7 +177,8 @@ template <class T, int Flags> struct Job {
       if constexpr ((Flags & (kConstant | kTargets)) != 0)
         if (w) ws = whole ? load(w + i) : load_partial(w + i, valid, Real(0));
       if constexpr ((Flags & kTargets) != 0) ts = whole ? load(t + i) : load_partial(t + i, valid, Real(0));
-      return value<!kPlainRow>(c, zs, ws, ts);
+      if constexpr (kPlainRow) return value_of(c, exp(zs), zs, ws, ts);
+      else return value<true>(c, zs, ws, ts);
     };
     int64_t i = 0;
     if (sizeof(T) >= 4 && streamed) {
@@ -155,11 +189,10 @@ template <class T, int Flags> struct Job {
       for (; i + L <= n; i += L) stream(out + i, at(i, L));
     } else {
       if constexpr (kPlainRow && (Flags & (kConstant | kTargets)) == 0) {
-        for (; i + 4 * L <= n; i += 4 * L) {
-          V v[4];
-          load_unordered<4>(z + i, v);
-          LL_UNROLL for (int k = 0; k < 4; ++k) v[k] = value<false>(c, v[k], V{}, V{});
-          store_unordered<4, (Flags & kGap) != 0>(out + i, v);
+        for (; i + 2 * L <= n; i += 2 * L) {
+          V a, b;
+          load_pair(z + i, a, b);
+          store_pair(out + i, value_of(c, exp(a), a, V{}, V{}), value_of(c, exp(b), b, V{}, V{}));
         }
       }
       for (; i + L <= n; i += L) store(out + i, at(i, L));
@@ -167,15 +200,16 @@ template <class T, int Flags> struct Job {
     if (i < n) store_partial(out + i, at(i, n - i), n - i);
   }
 
-  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`.
-  LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
+  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`; not `aimed`: but for that of
+  // the target.
+  LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed, bool aimed) const {
     const int64_t n = end - begin;
     if (!rows.read[i]) { memset(out, 0, static_cast<size_t>(n) * sizeof(T)); return; }
     const Real* w = class_weight() ? class_weight() + begin : nullptr;
     const T* t = (Flags & kTargets) ? dense_row(r) + begin : nullptr;
     if (rows.plain[i]) row_values<true>(rows, i, row(r) + begin, w, t, out, n, streamed);
     else row_values<false>(rows, i, row(r) + begin, w, t, out, n, streamed);
-    if (has_target(r) && args.target[r] >= begin && args.target[r] < end) out[args.target[r] - begin] = target_value(r, rows, i);
+    if (aimed && has_target(r) && args.target[r] >= begin && args.target[r] < end) out[args.target[r] - begin] = target_value(r, rows, i);
   }
   // The same of many classes; `streamed`: past the caches.
   __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
@@ -185,7 +219,7 @@ template <class T, int Flags> struct Job {
     for (int64_t first = begin; first < end; first += part) {
       const int64_t last = first + part < end ? first + part : end;
       T* const to = out + (first - begin);
-      contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && !buffered);
+      contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && !buffered, true);
       if (buffered) stream_copy(to, buffer, last - first);
     }
   }
@@ -237,29 +271,50 @@ template <class T, int Flags> struct Job {
 
   void short_rows() const {
     const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
-    int64_t per_item = item_bytes(bytes(), kItemBytes) / (row_bytes ? row_bytes : 1);
+    int64_t per_item = item_bytes(bytes(), kItemBytes) / row_bytes;
     per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
-    const int64_t classes = args.tile.classes;
+    const int64_t classes = args.tile.classes, fitting = kBufferBytes / row_bytes / kBlockRows * kBlockRows;
+    const int64_t block = fitting < kBlockRows ? kBlockRows : fitting > kMaxRows ? kMaxRows : fitting;
     parallel_for((rows + per_item - 1) / per_item, args.threads, bytes(), [&](int64_t item) {
       const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
       RowCoefficients<Real> c;
+      Prepared given;
       for (int64_t first = item * per_item; first < end; first += kMaxRows) {
         const int64_t count = end - first < kMaxRows ? end - first : kMaxRows;
-        prepare(first, count, c);
-        if (!is_contiguous()) {
-          for (int64_t i = 0; i < count; ++i) gathered(first + i, c, i, 0, classes);
-        } else if (classes > kShortClasses) {
-          for (int64_t i = 0; i < count; ++i) long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            // The rows of the next `prepare`, which reads one logit of each.
-            for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row(first + i) + kMaxRows * classes + j);
-            contiguous(first + i, c, i, 0, classes, grad_row(first + i), false);
-          }
+        prepare(first, count, c, given);
+        if (is_contiguous() && classes <= kShortClasses) {
+          for (int64_t i = 0; i < count; i += block) block_of_rows(first, i, count - i < block ? count - i : block, c, given);
+          continue;
+        }
+        aim(first, 0, count, c, given);
+        for (int64_t i = 0; i < count; ++i) {
+          if (is_contiguous()) long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
+          else gathered(first + i, c, i, 0, classes);
         }
       }
       if (streaming) fence();
     });
+  }
+
+  // Short rows first + [from, from + count). Their target's logits are read when the rows are in the cache.
+  LL_INLINE void block_of_rows(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows, const Prepared& given) const {
+    const int64_t classes = args.tile.classes, ahead = rows_ahead(classes * static_cast<int64_t>(sizeof(T))) * classes;
+    alignas(LL_BYTES) T buffer[kBlockRows * kShortClasses];
+    T* const grad = grad_row(first + from);
+    const bool buffered = streaming && args.tile.inner == 1 && args.grad_strides.outer == classes;
+    const bool in_place = args.grad == args.logits;
+    if (in_place) aim(first, from, count, rows, given);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + from + i;
+      for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row(r) + ahead + j);
+      contiguous(r, rows, from + i, 0, classes, buffered ? buffer + i * classes : grad_row(r), false, false);
+    }
+    if (!in_place) aim(first, from, count, rows, given);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + from + i;
+      if (rows.read[from + i] && has_target(r)) (buffered ? buffer + i * classes : grad_row(r))[args.target[r]] = target_value(r, rows, from + i);
+    }
+    if (buffered) stream_copy(grad, buffer, count * classes);
   }
 
   static constexpr int kTileVectors = static_cast<int>(kMaxRows) / L < 8 ? static_cast<int>(kMaxRows) / L : 8;
@@ -354,6 +409,7 @@ template <class T, int Flags> struct Job {
   int64_t bytes() const { return args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T)); }
 
   void run() const {
+    if (bytes() == 0) return;
     const bool lanes = args.tile.class_stride != 1 && args.tile.inner_stride == 1 && args.grad_strides.inner == 1 && args.tile.inner >= L / 2 &&
                        (!(Flags & kTargets) || args.dense_strides.inner == 1);
     const bool few_rows = args.tile.outer * args.tile.inner <= kLanePartRows && args.tile.classes > kLaneClasses;

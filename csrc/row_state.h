@@ -11,8 +11,7 @@
 
 namespace logitless::LL_ISA {
 
-enum StatFlags { kToken = 1, kSmooth = 2, kDense = 4, kRough = 8 };  // entropy and rank; sum w (lse - z); sum t w (lse - z);
-                                                                    // of contiguous rows: exp to 2^-18
+enum StatFlags { kToken = 1, kSmooth = 2, kDense = 4 };  // entropy and rank; sum w (lse - z); sum t w (lse - z)
 
 inline constexpr double kHeadroom = 40.0;  // nats the maximum may rise before the sums are rescaled
 inline constexpr int kLift = 32;  // bits between exp(max) and the sums' unit: exp(z) below the normal range is 0, and may not count

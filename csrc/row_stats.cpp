@@ -1,7 +1,6 @@
 // row_stats: everything the losses and measures need of each row, in one read of the logits.
 //
-// Precision policy: that of row_state.h and row_fold.h; with `rough`, of contiguous rows, exp is to 2^-18 and their sum is a
-// plain one: a sixteenth of half a unit in the last place of float16.
+// Precision policy: that of row_state.h and row_fold.h.
 #include "lane_fold.h"
 #include "parallel.h"
 #include "row_fold.h"
@@ -11,7 +10,6 @@ namespace {
 
 inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
-inline constexpr int64_t kShortRows = 16;          // short rows taken together, whose logits stay in the first cache
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
 
 enum class Fate : uint8_t { kRead, kIgnored, kBad };
@@ -78,34 +76,38 @@ template <class T> struct Batch {
       set<Flags>(i, sums);
     }
   }
-  // Rows [first, first + n) of few contiguous classes, n <= kShortRows: each step for all of them, since a row alone would
-  // wait for its own sums.
-  template <int Flags, class Sum> LL_INLINE void push_short(int64_t first, int64_t n) {
-    const int64_t classes = job.args.tile.classes;
-    Real tops[kShortRows];
-    Vec<Real> sums[kShortRows];
-    if (count == 0) first_row = first;
-    const int64_t at = count;
-    for (int64_t i = 0; i < n; ++i) {
-      const Fate f = job.fate(first + i);
-      const bool read = f == Fate::kRead;
-      fate[at + i] = f;
-      all_read = all_read && read;
-      tops[i] = read ? max_of(job.row(first + i), classes) : Real(0);
-      above[at + i] = read ? static_cast<double>(tops[i]) - static_cast<double>(job.target_logit(first + i)) : 0;
-      max[at + i] = tops[i], base[at + i] = 0, arg[at + i] = 0;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const Vec<Real> unit = power_of_unit(tops[i]);
-      power[at + i] = unit[0];
-      sums[i] = fate[at + i] == Fate::kRead ? rest_of_short<T, Flags, Sum>(job.row(first + i), classes, tops[i], unit) : Vec<Real>{};
-    }
-    for (int64_t i = 0; i < n; i += kLanes<double>) store(rest + at + i, without_drift<Real, Flags>(sums_of_lanes(sums + i), load(power + at + i)));
-    for (int64_t i = 0; i < n; ++i)  // NaN, or beyond what these steps take
-      if (__builtin_expect(!(is_tame(tops[i]) && rest[at + i] == rest[at + i]), 0))
-        place<0>(at + i, fate[at + i], fold_contiguous<T, 0>(job.template view<0>(first + i), 0, classes));
+  // Rows [first, first + n) of few contiguous classes, at most as many as there are lanes.
+  void push_short(int64_t first, int64_t n) {
+    constexpr int L = kLanes<Real>;
+    const int64_t classes = job.args.tile.classes, at = count;
+    if (at == 0) first_row = first;
     count += n;
-    if (count > kMaxRows - kShortRows) flush();
+    const T* logits[L] = {};
+    const T* any = nullptr;
+    alignas(LL_BYTES) Real targets[L] = {}, tops[L], sums[L];
+    for (int64_t i = 0; i < n; ++i) {
+      const Fate f = fate[at + i] = job.fate(first + i);
+      if (f == Fate::kRead) any = logits[i] = job.row(first + i);
+      all_read = all_read && f == Fate::kRead;
+    }
+    if (any) {
+      for (const T*& row : logits) row = row ? row : any;
+      const ShortRows<Real> rows = fold_short<T>(logits, n, classes);
+      store(tops, rows.max), store(sums, rows.rest);
+      if (job.args.target)
+        for (int64_t i = 0; i < n; ++i) targets[i] = fate[at + i] == Fate::kRead ? widen(logits[i][job.args.target[first + i]]) : Real(0);
+      const Vec<double> unit = splat<double>(static_cast<double>(rows.power));
+      for (int64_t i = 0; i < L; i += kLanes<double>) {
+        const Vec<double> top = load_wide(tops + i);
+        store(max + at + i, top), store(above + at + i, top - load_wide(targets + i)), store(base + at + i, Vec<double>{});
+        store(power + at + i, unit), store(rest + at + i, without_drift<Real>(load_wide(sums + i), unit));
+      }
+      memset(arg + at, 0, sizeof *arg * L);
+      if (const uint32_t valid = rows.valid_bits(); __builtin_expect(valid != kAllBits<Real>, 0))
+        for (int64_t i = 0; i < n; ++i)
+          if (!(valid >> i & 1) && fate[at + i] == Fate::kRead) place<0>(at + i, Fate::kRead, fold_contiguous<T, 0>(job.template view<0>(first + i), 0, classes));
+    }
+    if (count > kMaxRows - L) flush();
   }
   template <int Flags> LL_INLINE void set(int64_t i, const RowSums& sums) {
     arg[i] = sums.arg, max[i] = sums.max, base[i] = sums.base, power[i] = sums.power, rest[i] = sums.rest;
@@ -114,21 +116,31 @@ template <class T> struct Batch {
     if constexpr ((Flags & kDense) != 0) dense_gap[i] = sums.dense_gap, dense_mass[i] = sums.dense_mass;
   }
 
-  // One output of every row: value(i) where it was read; 0 where ignored, NaN where the target is out of range.
-  template <class Out, class F> LL_INLINE void write(void* out, const F& value, Out ignored, Out bad) const {
+  // One output of every row: values(i) of a vector of rows where they were read; 0 where ignored, NaN where the target is
+  // out of range.
+  template <class Out, class F> LL_INLINE void write(void* out, const F& values) const {
+    constexpr int L = kLanes<double>;
     if (!out) return;
-    Out* to = static_cast<Out*>(out) + first_row;
-    if (all_read) {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Out>(value(i));
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = fate[i] == Fate::kRead ? static_cast<Out>(value(i)) : fate[i] == Fate::kIgnored ? ignored : bad;
+    Out* const to = static_cast<Out*>(out) + first_row;
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store_narrow(to + i, values(i));
+    if (i < count) {
+      alignas(LL_BYTES) Out last[L];
+      store_narrow(last, values(i));
+      memcpy(to + i, last, static_cast<size_t>(count - i) * sizeof(Out));
     }
+    if (all_read) return;
+    for (i = 0; i < count; ++i)
+      if (fate[i] != Fate::kRead) to[i] = fate[i] == Fate::kIgnored ? Out(0) : kNaN<Out>;
+  }
+  template <class F> LL_INLINE void write_class(int64_t* out, const F& value) const {
+    if (!out) return;
+    for (int64_t i = 0; i < count; ++i) out[first_row + i] = fate[i] == Fate::kRead ? value(i) : -1;
   }
 
   void flush() {
     const RowStatsArgs& a = job.args;
     constexpr int L = kLanes<double>;
-    constexpr Real kNone = kNaN<Real>;
     alignas(LL_BYTES) double log_sum[kMaxRows], entropy[kMaxRows];
     for (int64_t i = 0; i < count; i += L) {
       // exp(-(max - base)) * 2^power turns the sums' unit into exp(max); from an exponent reduced below ln2, so that
@@ -140,16 +152,20 @@ template <class T> struct Batch {
       store(log_sum + i, log_q);
       if (a.entropy) store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);
     }
-    write<Real>(a.nll, [&](int64_t i) { return above[i] + log_sum[i]; }, 0, kNone);
-    write<Real>(a.lse, [&](int64_t i) { return max[i] + log_sum[i]; }, 0, kNone);
-    write<Real>(a.row_max, [&](int64_t i) { return max[i]; }, 0, kNone);
-    write<double>(a.log_sum, [&](int64_t i) { return log_sum[i]; }, 0, kNaN<double>);
-    write<Real>(a.entropy, [&](int64_t i) { return entropy[i]; }, 0, kNone);
-    write<int64_t>(a.argmax, [&](int64_t i) { return argmax(i); }, -1, -1);
-    write<int64_t>(a.rank, [&](int64_t i) { return rank[i]; }, -1, -1);
-    write<Real>(a.smooth_sum, [&](int64_t i) { return smooth_gap[i] + smooth_mass[i] * log_sum[i]; }, 0, kNone);
-    write<Real>(a.dense_sum, [&](int64_t i) { return dense_gap[i] + (dense_mass[i] == 0 ? 0 : dense_mass[i] * log_sum[i]); }, 0, kNone);
-    write<Real>(a.dense_mass, [&](int64_t i) { return dense_mass[i]; }, 0, kNone);
+    const auto log_of = [&](int64_t i) { return load(log_sum + i); };
+    write<Real>(a.nll, [&](int64_t i) { return load(above + i) + log_of(i); });
+    write<Real>(a.lse, [&](int64_t i) { return load(max + i) + log_of(i); });
+    write<Real>(a.row_max, [&](int64_t i) { return load(max + i); });
+    write<double>(a.log_sum, log_of);
+    write<Real>(a.entropy, [&](int64_t i) { return load(entropy + i); });
+    write<Real>(a.smooth_sum, [&](int64_t i) { return load(smooth_gap + i) + load(smooth_mass + i) * log_of(i); });
+    write<Real>(a.dense_sum, [&](int64_t i) {
+      const Vec<double> mass = load(dense_mass + i);
+      return load(dense_gap + i) + (mass == 0 ? Vec<double>{} : mass * log_of(i));
+    });
+    write<Real>(a.dense_mass, [&](int64_t i) { return load(dense_mass + i); });
+    write_class(a.argmax, [&](int64_t i) { return argmax(i); });
+    write_class(a.rank, [&](int64_t i) { return rank[i]; });
     count = 0;
     all_read = true;
   }
@@ -165,21 +181,17 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
   const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
   int64_t per_item = item_bytes(rows * row_bytes, kItemBytes) / (row_bytes ? row_bytes : 1);
   per_item = per_item < 1 ? 1 : per_item > 16 * kMaxRows ? 16 * kMaxRows : per_item;
+  constexpr int64_t L = kLanes<Compute<T>>;
+  const bool is_short = Flags == 0 && a.tile.class_stride == 1 && a.tile.classes > 0 && a.tile.classes <= kShortVectors * L;
+  if (is_short) per_item = (per_item + L - 1) / L * L;
   const int64_t items = (rows + per_item - 1) / per_item;
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
     Batch<T> batch(job);
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
-    if constexpr (Flags == 0 || Flags == kRough) {
-      if (a.tile.class_stride == 1 && a.tile.classes <= kShortVectors * kLanes<Compute<T>>) {
-        const bool few = a.tile.classes <= kPlainVectors * kLanes<Compute<T>>;
-        for (int64_t r = item * per_item; r < end; r += kShortRows) {
-          const int64_t n = end - r < kShortRows ? end - r : kShortRows;
-          if (few) batch.template push_short<Flags, PlainSum<Compute<T>>>(r, n);
-          else batch.template push_short<Flags, typename SumFor<Compute<T>, Flags>::type>(r, n);
-        }
-        batch.flush();
-        return;
-      }
+    if (is_short) {
+      for (int64_t r = item * per_item; r < end; r += L) batch.push_short(r, end - r < L ? end - r : L);
+      batch.flush();
+      return;
     }
     for (int64_t r = item * per_item; r < end; ++r) {
       const Fate fate = job.fate(r);
@@ -271,8 +283,8 @@ template <class T, int Flags> void run(const RowStatsArgs& a) {
   const Job<T> job{a};
   const bool lanes = a.tile.class_stride != 1 && a.tile.inner_stride == 1 && a.tile.inner >= kLanes<Compute<T>> / 2 &&
                      (!(Flags & kDense) || a.dense_strides.inner == 1);
-  if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags & ~kRough>(job);
-  if (lanes) return by_lanes<T, Flags & ~kRough>(job);
+  if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags>(job);
+  if (lanes) return by_lanes<T, Flags>(job);
   if (job.rows() < 16 && a.tile.classes >= 2 * kSplitClasses) return by_parts<T, Flags>(job);
   by_rows<T, Flags>(job);
 }
@@ -280,10 +292,7 @@ template <class T, int Flags> void run(const RowStatsArgs& a) {
 template <class T> void pick(const RowStatsArgs& a) {
   const int flags = (a.entropy || a.rank ? kToken : 0) | (a.smooth_sum ? kSmooth : 0) | (a.dense_sum || a.dense_mass ? kDense : 0);
   switch (flags) {
-    case 0:
-      if constexpr (sizeof(T) == 2)
-        if (a.rough) return run<T, kRough>(a);
-      return run<T, 0>(a);
+    case 0: return run<T, 0>(a);
     case kToken: return run<T, kToken>(a);
     case kSmooth: return run<T, kSmooth>(a);
     case kDense: return run<T, kDense>(a);

@@ -122,6 +122,18 @@ LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return bits_of<fl
 LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a >= b); }
 #endif
 
+// `b`, with the lane of the lowest of the bits from `a`.
+template <class Real> LL_INLINE Vec<Real> where_first_of(uint32_t bits, Vec<Real> a, Vec<Real> b) {
+  return lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(bits | 1u << 31)) ? a : b;
+}
+#if defined(__AVX512F__)
+LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits & -bits), a); }
+LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) { return _mm512_mask_mov_pd(b, static_cast<__mmask8>(bits & -bits), a); }
+#else
+LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) { return where_first_of<float>(bits, a, b); }
+LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) { return where_first_of<double>(bits, a, b); }
+#endif
+
 template <class Real> inline constexpr uint32_t kAllBits = kLanes<Real> == 32 ? ~0u : (1u << kLanes<Real>) - 1;
 
 template <class Real> LL_INLINE Real max_of_lanes(Vec<Real> v) {
@@ -168,31 +180,19 @@ LL_INLINE double sum_of_lanes(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-// Of as many vectors as there are lanes of double, the sum of the lanes of each.
-LL_INLINE Vec<double> sums_of_lanes(const Vec<double>* v) {
-#if defined(__AVX512F__)
-  Vec<double> pairs[4], fours[2];
-  LL_UNROLL for (int i = 0; i < 4; ++i) pairs[i] = _mm512_unpacklo_pd(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_pd(v[2 * i], v[2 * i + 1]);
-  const auto join = [](Vec<double> a, Vec<double> b) { return Vec<double>(_mm512_shuffle_f64x2(a, b, 0x88) + _mm512_shuffle_f64x2(a, b, 0xdd)); };
-  LL_UNROLL for (int i = 0; i < 2; ++i) fours[i] = join(pairs[2 * i], pairs[2 * i + 1]);
-  return join(fours[0], fours[1]);
+// The lanes of even (odd) number of `a` and then those of `b`.
+template <class Real> LL_INLINE Vec<Real> every_second_lane(Vec<Real> a, Vec<Real> b, int first) {
+  const IntVec<Real> index = 2 * lane_index<Real>() + static_cast<IntOf<Real>>(first);
+#if defined(__clang__)
+  Vec<Real> v;
+  for (int i = 0; i < kLanes<Real>; ++i) v[i] = index[i] < kLanes<Real> ? a[index[i]] : b[index[i] - kLanes<Real>];
+  return v;
 #else
-  Vec<double> sums;
-  for (int i = 0; i < kLanes<double>; ++i) sums[i] = sum_of_lanes(v[i]);
-  return sums;
+  return __builtin_shuffle(a, b, index);
 #endif
 }
-LL_INLINE Vec<double> sums_of_lanes(const Vec<float>* v) {
-#if defined(__AVX512F__)
-  Vec<double> wide[8];
-  LL_UNROLL for (int i = 0; i < 8; ++i) wide[i] = _mm512_cvtps_pd(_mm512_castps512_ps256(v[i])) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(v[i], 1));
-  return sums_of_lanes(wide);
-#else
-  Vec<double> sums;
-  for (int i = 0; i < kLanes<double>; ++i) sums[i] = sum_of_lanes(v[i]);
-  return sums;
-#endif
-}
+template <class Real> LL_INLINE Vec<Real> even_lanes(Vec<Real> a, Vec<Real> b) { return every_second_lane<Real>(a, b, 0); }
+template <class Real> LL_INLINE Vec<Real> odd_lanes(Vec<Real> a, Vec<Real> b) { return every_second_lane<Real>(a, b, 1); }
 
 // ---- loads and stores: storage type <-> compute lanes -------------------------------------------------------------
 
@@ -207,13 +207,12 @@ LL_INLINE Vec<float> widen_bfloat16(HalfVec h) {
   return as_real<float>(__builtin_convertvector(h, IntVec<float>) << 16);
 }
 // Rounded to nearest even, in the upper 16 bits of each lane; a NaN keeps its upper payload and is made quiet.
-template <bool kMayBeNaN> LL_INLINE IntVec<float> rounded_to_bfloat16(Vec<float> v) {
+LL_INLINE IntVec<float> rounded_to_bfloat16(Vec<float> v) {
   const IntVec<float> bits = as_int<float>(v);
   const IntVec<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  if constexpr (kMayBeNaN) return v == v ? rounded : (bits | 0x400000);
-  else return rounded;
+  return v == v ? rounded : (bits | 0x400000);
 }
-LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) { return __builtin_convertvector(rounded_to_bfloat16<true>(v) >> 16, HalfVec); }
+LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) { return __builtin_convertvector(rounded_to_bfloat16(v) >> 16, HalfVec); }
 LL_INLINE Vec<float> widen_float16(HalfVec h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
@@ -257,30 +256,36 @@ LL_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, LL_BYTES); }
 LL_INLINE void store(BFloat16* p, Vec<float> v) { const HalfVec h = narrow_bfloat16(v); memcpy(p, &h, LL_BYTES / 2); }
 LL_INLINE void store(Float16* p, Vec<float> v) { const HalfVec h = narrow_float16(v); memcpy(p, &h, LL_BYTES / 2); }
 
-// K vectors of consecutive elements, in whatever order of lanes costs least.
+// Two vectors of consecutive elements, in whatever order of lanes costs least.
+template <class T> LL_INLINE void load_pair(const T* p, Vec<Compute<T>>& a, Vec<Compute<T>>& b) {
+  if constexpr (__is_same(T, BFloat16)) {  // the two halves of each 32 bits
+    IntVec<float> bits;
+    memcpy(&bits, p, LL_BYTES);
+    a = as_real<float>(bits << 16);
+    b = as_real<float>(bits & static_cast<int32_t>(0xffff0000));
+  } else {
+    a = load(p), b = load(p + kLanes<Compute<T>>);
+  }
+}
+
+// K vectors, likewise.
 template <int K, class T> LL_INLINE void load_unordered(const T* p, Vec<Compute<T>> (&v)[K]) {
   if constexpr (__is_same(T, BFloat16) && K % 2 == 0) {
-    for (int k = 0; k < K; k += 2) {  // the two halves of each 32 bits
-      IntVec<float> bits;
-      memcpy(&bits, p + k * kLanes<float>, LL_BYTES);
-      v[k] = as_real<float>(bits << 16);
-      v[k + 1] = as_real<float>(bits & static_cast<int32_t>(0xffff0000));
-    }
+    for (int k = 0; k < K; k += 2) load_pair(p + k * kLanes<float>, v[k], v[k + 1]);
   } else {
     LL_UNROLL for (int k = 0; k < K; ++k) v[k] = load(p + k * kLanes<Compute<T>>);
   }
 }
 
-// What load_unordered read, back in the order of its elements.
-template <int K, bool kMayBeNaN, class T> LL_INLINE void store_unordered(T* p, const Vec<Compute<T>> (&v)[K]) {
-  if constexpr (__is_same(T, BFloat16) && K % 2 == 0) {
-    for (int k = 0; k < K; k += 2) {
-      const IntVec<float> even = rounded_to_bfloat16<kMayBeNaN>(v[k]), odd = rounded_to_bfloat16<kMayBeNaN>(v[k + 1]);
-      const IntVec<float> bits = ((even >> 16) & 0xffff) | (odd & static_cast<int32_t>(0xffff0000));
-      memcpy(p + k * kLanes<float>, &bits, LL_BYTES);
-    }
+// What load_pair read, back in the order of its elements. Of BFloat16, no NaN, and of two neighbours as near the one of
+// larger magnitude.
+template <class T> LL_INLINE void store_pair(T* p, Vec<Compute<T>> a, Vec<Compute<T>> b) {
+  if constexpr (__is_same(T, BFloat16)) {
+    const IntVec<float> even = as_int<float>(a) + 0x8000, odd = as_int<float>(b) + 0x8000;
+    const IntVec<float> bits = ((even >> 16) & 0xffff) | (odd & static_cast<int32_t>(0xffff0000));
+    memcpy(p, &bits, LL_BYTES);
   } else {
-    LL_UNROLL for (int k = 0; k < K; ++k) store(p + k * kLanes<Compute<T>>, v[k]);
+    store(p, a), store(p + kLanes<Compute<T>>, b);
   }
 }
 
@@ -309,12 +314,22 @@ template <class T> LL_INLINE void store_partial(T* p, Vec<Compute<T>> v, int64_t
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v); return; }
   if constexpr (sizeof(T) == 8) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v); return; }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 2) { _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m256i>(narrow_bits<T>(v))); return; }
+#endif
 #endif
   alignas(LL_BYTES) T buffer[kLanes<Compute<T>>];
   store(buffer, v);
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+LL_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+LL_INLINE Vec<double> load_wide(const float* p) {
+  typedef float Half __attribute__((vector_size(LL_BYTES / 2)));
+  Half h;
+  memcpy(&h, p, LL_BYTES / 2);
+  return __builtin_convertvector(h, Vec<double>);
+}
 LL_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
 LL_INLINE void store_narrow(float* p, Vec<double> v) {
   typedef float Half __attribute__((vector_size(LL_BYTES / 2)));

@@ -2,7 +2,7 @@
 //
 // Precision policy: `exp` is below 1 ulp of its compute type over its whole range (in float a cubic beside a table of the
 // sixteenths of a power where a permutation reads it, else degree 6; in double degree 11; all fitted to the relative
-// error; results below the normal range become 0). A rough one, to 2^-18, serves what is rounded to 16 bits. `log1p` runs in double, below 1 ulp. Sums over
+// error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
 // classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes; of at most 16 vectors
 // they are sums by halves.
 #pragma once
@@ -40,14 +40,6 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
   const Vec<float> root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRoots));
   const Vec<float> q = ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0.011534549f;  // exp(r) / s - 1
   return {root * q + root, n};
-}
-// factor exp(x) 2^-power to 2^-18, for results that are rounded to 16 bits.
-inline constexpr double kRoughDrift = 0x1.3df15p-27;  // it is exp(x) exp(-kRoughDrift x / ln2)
-LL_INLINE Vec<float> scaled_exp_rough(Vec<float> x, Vec<float> power, Vec<float> factor) {
-  const Vec<float> y = _mm512_fmsub_ps(x, splat<float>(0x1.715476p+0f), power);  // rounded once, whatever else needs the product
-  const Vec<float> f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y less its floor
-  const Vec<float> q = (((f * 0.013534168f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;  // 2^f
-  return _mm512_scalef_ps(q * factor, y);
 }
 #else
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
@@ -123,12 +115,75 @@ LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
 #endif
 }
 
-#if !defined(__AVX512F__)
-inline constexpr double kRoughDrift = kDrift<float>;
-LL_INLINE Vec<float> scaled_exp_rough(Vec<float> x, Vec<float> power, Vec<float> factor) {
-  const Exponential<float> e = split_exp_drifting(x);
-  return scale_by_power(e.fraction * factor, e.power - power);
-}
+// Two forms of exp for many x of one row. UnitExp: in units of 2^power, to be summed, with the drift of split_exp_drifting
+// and a bias; x is at most 87 nats above the unit and counts as `least` where it is below that. RowExp: times a factor, with
+// the drift of split_row_exp; 0 where the result would be below 2^-124 (float). The factor is 0 or between 2^-100 and
+// 2^100 in size; kRough: to 2^-21, for results of 16 bits.
+template <class Real> struct UnitExp {
+  Vec<Real> power;
+  Vec<Real> least = splat<Real>(static_cast<Real>(-2 * kHuge));
+  LL_INLINE explicit UnitExp(Vec<Real> unit) : power(unit) {}
+  LL_INLINE Vec<Real> add_to(Vec<Real> sum, Vec<Real> x) const {
+    const Exponential<Real> e = split_exp_drifting(maximum<Real>(least, x));
+    return sum + scale_by_power(e.fraction, e.power - power);
+  }
+};
+template <class Real> inline constexpr double kUnitExpBias = 0;  // what UnitExp is too large by
+#if defined(__AVX512F__)
+template <class Real> inline constexpr double kRowDrift = kDrift<Real>;
+template <class Real> LL_INLINE Exponential<Real> split_row_exp(Vec<Real> x) { return split_exp_drifting(x); }
+#else
+template <class Real> inline constexpr double kRowDrift = 0;
+template <class Real> LL_INLINE Exponential<Real> split_row_exp(Vec<Real> x) { return split_exp(x); }
+#endif
+template <class Real, bool kRough> struct RowExp {
+  Vec<Real> power, factor;
+  LL_INLINE RowExp(Vec<Real> unit, Vec<Real> scale) : power(unit), factor(scale) {}
+  LL_INLINE Vec<Real> operator()(Vec<Real> x) const {
+    const Exponential<Real> e = split_row_exp<Real>(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), x));
+    return scale_by_power(e.fraction * factor, e.power - power);
+  }
+};
+#if defined(__AVX512F__)
+// kRoots times a factor, from whose bits the shifted number of each root is taken off: where the count of sixteenths is
+// moved up to be added, it is a whole power in the place of the exponent, and below it the root's number.
+struct ShiftedRoots {
+  IntVec<float> bits;
+  Vec<float> shift;
+  LL_INLINE ShiftedRoots(Vec<float> power, Vec<float> factor)
+      : bits(as_int<float>(load(kRoots) * factor) - (lane_index<float>() << 19)), shift(0x1.8p19f - power) {}
+  // What is left of x is below ln2 / 32 in size.
+  LL_INLINE void split(Vec<float> x, Vec<float>& root, Vec<float>& r) const {
+    const Vec<float> y = x * 0x1.715476p+0f + shift;  // rounded to sixteenths, whose count stands in the low bits
+    r = x - (y - shift) * 0x1.62e43p-1f;
+    root = as_real<float>(reinterpret_cast<IntVec<float>>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) + (as_int<float>(y) << 19));
+  }
+};
+template <> inline constexpr double kUnitExpBias<float> = 0x1.02f3eep+0 * 0.988596979328077 - 1;
+template <> struct UnitExp<float> {
+  ShiftedRoots roots;
+  Vec<float> least;
+  LL_INLINE explicit UnitExp(Vec<float> power) : roots(power, splat<float>(1)), least((power - 125) * 0x1.62e43p-1f) {}
+  LL_INLINE Vec<float> add_to(Vec<float> sum, Vec<float> x) const {
+    Vec<float> root, r;
+    roots.split(maximum<float>(least, x), root, r);
+    return sum + root * (((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0x1.02f3eep+0f);
+  }
+};
+template <bool kRough> struct RowExp<float, kRough> {
+  ShiftedRoots roots;
+  Vec<float> least;
+  LL_INLINE RowExp(Vec<float> power, Vec<float> factor)
+      : roots(power, factor), least((power - 125 - Vec<float>(_mm512_getexp_ps(factor))) * 0x1.62e43p-1f) {}
+  LL_INLINE Vec<float> operator()(Vec<float> x) const {
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+    Vec<float> root, r;
+    roots.split(x, root, r);
+    if constexpr (kRough) return _mm512_maskz_mul_ps(counts, root, (r * 0.50575244f + 1.011594f) * r + 0x1.02f3eep+0f);
+    const Vec<float> q = ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0.011534549f;
+    return _mm512_maskz_fmadd_ps(counts, root, q, root);
+  }
+};
 #endif
 
 // n of x = 2^n f with f in [1, 2), for normal x > 0.

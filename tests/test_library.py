@@ -52,25 +52,15 @@ def row_calls() -> dict[str, tuple[Any, ...]]:
     inner = torch.randn(2, 5, 3, 4).transpose(2, 3)  # its rows have no one stride: a copy is made
     flags = {"nll": [False] * 5, "token": [True, True, True, True, False], "smooth": [False] * 4 + [True]}
     return {
-        "nll": (logits, target, None, None, -1, -100, "f", False, *flags["nll"]),
-        "everything of a token": (logits.double(), target, None, None, 1, -100, "f", False, *flags["token"]),
-        "weighted smoothing": (logits, target, weight, None, -1, -100, "f", False, *flags["smooth"]),
-        "probabilities": (logits.T, None, weight, torch.rand(65, 7), 0, -100, "f", False, *flags["smooth"]),
-        "bfloat16": (logits.bfloat16(), target, None, None, -1, -100, "f", False, *flags["token"]),
-        "results of 16 bits": (logits.half(), target, None, None, -1, -100, "f", True, *flags["nll"]),
-        "middle classes": (
-            inner,
-            torch.randint(0, 5, (2, 4, 3)),
-            None,
-            None,
-            1,
-            -100,
-            "f",
-            False,
-            *flags["nll"],
-        ),
-        "one row": (logits[0], target[0], None, None, 0, -100, "f", False, *flags["nll"]),
-        "no row": (logits[:0], target[:0], None, None, -1, -100, "f", False, *flags["nll"]),
+        "nll": (logits, target, None, None, -1, -100, "f", *flags["nll"]),
+        "everything of a token": (logits.double(), target, None, None, 1, -100, "f", *flags["token"]),
+        "weighted smoothing": (logits, target, weight, None, -1, -100, "f", *flags["smooth"]),
+        "probabilities": (logits.T, None, weight, torch.rand(65, 7), 0, -100, "f", *flags["smooth"]),
+        "bfloat16": (logits.bfloat16(), target, None, None, -1, -100, "f", *flags["token"]),
+        "float16": (logits.half(), target, None, None, -1, -100, "f", *flags["nll"]),
+        "middle classes": (inner, torch.randint(0, 5, (2, 4, 3)), None, None, 1, -100, "f", *flags["nll"]),
+        "one row": (logits[0], target[0], None, None, 0, -100, "f", *flags["nll"]),
+        "no row": (logits[:0], target[:0], None, None, -1, -100, "f", *flags["nll"]),
     }
 
 

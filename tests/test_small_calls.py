@@ -1,4 +1,4 @@
-"""Cross-entropy of few rows, which takes one kernel call each way: what it serves, and the same answers as elsewhere.
+"""Cross-entropy of contiguous rows, one kernel call each way: what it serves, and the same answers as elsewhere.
 
 The truth is torch's own function in float64; what a call costs is measured by `logitless bench`, not here.
 """
@@ -28,13 +28,13 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call that took the short way."""
     calls: list[bool] = []
-    apply = _ops._apply_few_rows
+    apply = _ops._apply_whole
 
     def counted(*args: Any) -> Any:
         calls.append(True)
         return apply(*args)
 
-    monkeypatch.setattr(_ops, "_apply_few_rows", counted)
+    monkeypatch.setattr(_ops, "_apply_whole", counted)
     return calls
 
 
@@ -143,8 +143,6 @@ def test_everything_else_goes_the_long_way_to_the_same_answer(served: list[bool]
     assert soft.grad is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert LF.cross_entropy(logits.bfloat16(), indices).dtype == torch.float32
-    many = torch.randn(_ops.FEW_ROWS + 1, 3)
-    LF.cross_entropy(many, torch.zeros(len(many), dtype=torch.int64))
     assert not served
     with pytest.raises(RuntimeError, match="expected scalar type"):
         LF.cross_entropy(logits, indices, weight.double())

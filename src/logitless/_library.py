@@ -36,7 +36,6 @@ def row_stats(
     argmax: bool = False,
     rank: bool = False,
     smooth: bool = False,
-    rough: bool = False,
 ) -> cpu.RowStats:
     """Return `kernels.cpu.row_stats` as an operator, differentiable in the logits by any sum of its outputs.
 
@@ -44,7 +43,7 @@ def row_stats(
     of `caller`; so `bad_row` is -1.
     """
     asked = (lse, entropy, argmax, rank, smooth)
-    outputs = _row_stats(logits, target, class_weight, dense_target, class_dim, ignore_index, caller, rough, *asked)
+    outputs = _row_stats(logits, target, class_weight, dense_target, class_dim, ignore_index, caller, *asked)
     return cpu.RowStats._make([*asked_for(outputs, _row_wanted(target, dense_target, *asked)), -1])
 
 
@@ -154,7 +153,7 @@ def _row_wanted(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor logits, Tensor? target, Tensor? class_weight, Tensor? dense_target, int class_dim, "
-    "int ignore_index, str caller, bool rough, bool lse, bool entropy, bool argmax, bool rank, bool smooth) -> "
+    "int ignore_index, str caller, bool lse, bool entropy, bool argmax, bool rank, bool smooth) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_stats(
@@ -165,7 +164,6 @@ def _row_stats(
     class_dim: int,
     ignore_index: int,
     caller: str,
-    rough: bool,
     lse: bool,
     entropy: bool,
     argmax: bool,
@@ -184,7 +182,6 @@ def _row_stats(
         argmax=argmax,
         rank=rank,
         smooth=smooth,
-        rough=rough,
     )
     raise_if_bad(stats.bad_row, caller, logits, target, class_dim, ignore_index)
     return with_placeholders(logits, stats[:-1], _ROW_FIELDS, _ROW_DTYPES)
@@ -199,7 +196,6 @@ def _(
     class_dim: int,
     ignore_index: int,
     caller: str,
-    rough: bool,
     *asked: bool,
 ) -> Outputs:
     return tuple(fake_outputs(logits, class_dim, _ROW_FIELDS, _row_wanted(target, dense_target, *asked), _ROW_DTYPES))
@@ -258,7 +254,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _row_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    logits, target, class_weight, dense_target, class_dim, ignore_index, _, _, *asked = inputs
+    logits, target, class_weight, dense_target, class_dim, ignore_index, _, *asked = inputs
     if any(ctx.needs_input_grad[1:4]):
         raise NotImplementedError("logitless::row_stats has a gradient for the logits alone")
     stats = dict(zip(_ROW_FIELDS, output, strict=True))

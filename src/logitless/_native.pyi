@@ -31,7 +31,6 @@ def row_stats(
     dense_outer_stride: int,
     dense_class_stride: int,
     dense_inner_stride: int,
-    rough: bool,
     nll: int,
     lse: int,
     row_max: int,

@@ -58,7 +58,6 @@ class CrossEntropyCall(NamedTuple):
     label_smoothing: float
     reduce: RowReduction
     definition: Callable[[Tensor], Tensor]
-    rough: bool  # whether every result is rounded to 16 bits
 
 
 def cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
@@ -80,7 +79,6 @@ def _compiled_cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
         class_weight=call.weight,
         dense_target=target.probabilities,
         smooth=call.label_smoothing > 0,
-        rough=call.rough,
     )
     return call.reduce(_cross_entropy_rows(stats, target, call.weight, call.label_smoothing)).loss
 
@@ -97,7 +95,6 @@ class _CrossEntropy(torch.autograd.Function):
             class_weight=weight,
             dense_target=target.probabilities,
             smooth=smoothing > 0,
-            rough=call.rough,
         )
         if stats.bad_row >= 0:
             raise index_error(call.name, target)
@@ -176,12 +173,10 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
     return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
 
-# Of more rows a few bytes each are worth a tensor, and the calls around the kernels cost next to nothing.
-FEW_ROWS = 1 << 13
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
-def few_rows_cross_entropy(
+def whole_cross_entropy(
     definition: Callable[..., Tensor],
     logits: object,
     target: object,
@@ -190,7 +185,7 @@ def few_rows_cross_entropy(
     reduction: str,
     smoothing: float,
 ) -> Tensor | None:
-    """Return torch's own loss over few contiguous rows [rows, classes], or None where this is another case.
+    """Return torch's own loss over contiguous rows [rows, classes], or None where this is another case.
 
     Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
     `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
@@ -206,7 +201,7 @@ def few_rows_cross_entropy(
     shape, dtype = logits.shape, logits.dtype
     if (
         len(shape) != 2
-        or not (0 < shape[0] <= FEW_ROWS and shape[1])
+        or not (shape[0] and shape[1])
         or dtype not in cpu.DTYPES
         or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
         or not _plain_target(target, shape, dtype, ignore_index)
@@ -220,7 +215,7 @@ def few_rows_cross_entropy(
         return None
     if dtype in HALF and torch.is_autocast_enabled("cpu"):
         return None  # it asks for another dtype
-    loss: Tensor = _apply_few_rows(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
+    loss: Tensor = _apply_whole(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
@@ -245,7 +240,7 @@ def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
     )
 
 
-class _FewRowsCrossEntropy(torch.autograd.Function):
+class _WholeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
         _, target, weight, ignore_index, reduction, smoothing = call
@@ -288,4 +283,4 @@ class _FewRowsCrossEntropy(torch.autograd.Function):
 
 
 # Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
-_apply_few_rows = super(torch.autograd.Function, _FewRowsCrossEntropy).apply
+_apply_whole = super(torch.autograd.Function, _WholeCrossEntropy).apply

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from logitless import _dispatch, _head_loss, _ops, _ops_elementwise, sparse
 from logitless._head_plan import HeadLoss
-from logitless._precision import HALF, Precision, check_input, no_autocast, precision_of, under_autocast
+from logitless._precision import Precision, check_input, no_autocast, precision_of, under_autocast
 from logitless._reduce import (
     Empty,
     Normalizer,
@@ -90,9 +90,7 @@ def cross_entropy(
         and class_dim is None
         and backend is None
     ):
-        loss = _ops.few_rows_cross_entropy(
-            cross_entropy, input, target, weight, ignore_index, reduction, label_smoothing
-        )
+        loss = _ops.whole_cross_entropy(cross_entropy, input, target, weight, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss
     reduction = resolve_reduction(reduction, size_average, reduce)
@@ -125,8 +123,7 @@ def cross_entropy(
         loss = reduce_rows(rows.loss, reduction, denominator=denominator, dtype=precision.result, empty=empty)
         return _ops.Reduced(loss, upstream_divisor(denominator, empty))
 
-    rough = precision.result in HALF
-    call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition, rough)
+    call = _ops.CrossEntropyCall("cross_entropy", meaning, weight, label_smoothing, reduced, definition)
     return _ops.cross_entropy(input, call)
 
 

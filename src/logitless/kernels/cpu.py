@@ -188,14 +188,12 @@ def row_stats(
     argmax: bool = False,
     rank: bool = False,
     smooth: bool = False,
-    rough: bool = False,
 ) -> RowStats:
     """Every per-row quantity of the losses, in one read of the logits.
 
     nll = lse - z[target] (with a target); smooth_sum = sum_j w_j (lse - z_j) (with `smooth`); with a dense target of
     the logits' shape and dtype, dense_sum = sum_j t_j w_j (lse - z_j) and dense_mass = sum_j t_j w_j, where
     0 * inf = 0. w is class_weight, or 1. The target is int64, of the logits' shape without the class dimension.
-    `rough`, of 16-bit logits: every result is rounded to their dtype, so that exp to 2^-18 will do.
     """
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if (entropy or rank) and smooth and dense_target is None:
@@ -222,7 +220,6 @@ def row_stats(
         ignore_index,
         _address(weight),
         *_optional(dense, dense_layouts),
-        rough,
         _address(nll),
         _address(lse_out),
         row_max.data_ptr(),
