@@ -46,7 +46,7 @@ class Case:
     leaves: Sequence[int] = (0,)
     modes: Sequence[str] = MODES
     memory: bool = False
-    min_seconds: float = 0.0  # a sample repeats the call until it is at least this long
+    min_seconds: float = 0.05  # a sample repeats the call until it is at least this long
 
     @property
     def name(self) -> str:
