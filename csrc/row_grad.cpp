@@ -303,16 +303,17 @@ template <class T, int Flags> struct Job {
     T* const grad = grad_row(first + from);
     const bool buffered = streaming && args.tile.inner == 1 && args.grad_strides.outer == classes;
     const bool in_place = args.grad == args.logits;
+    const auto out = [&](int64_t i) { return buffered ? buffer + i * classes : grad_row(first + from + i); };
     if (in_place) aim(first, from, count, rows, given);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
       for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row(r) + ahead + j);
-      contiguous(r, rows, from + i, 0, classes, buffered ? buffer + i * classes : grad_row(r), false, false);
+      contiguous(r, rows, from + i, 0, classes, out(i), false, false);
     }
     if (!in_place) aim(first, from, count, rows, given);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
-      if (rows.read[from + i] && has_target(r)) (buffered ? buffer + i * classes : grad_row(r))[args.target[r]] = target_value(r, rows, from + i);
+      if (rows.read[from + i] && has_target(r)) out(i)[args.target[r]] = target_value(r, rows, from + i);
     }
     if (buffered) stream_copy(grad, buffer, count * classes);
   }

@@ -131,9 +131,8 @@ struct RowSums {
 
 template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, false>& s) {
   const uint32_t at_max = equal_bits(s.top, s.ref);
-  Vec<Real> others = s.top;
   // One lane that holds the maximum stays out. None does when every logit is -inf or NaN came first: the row is NaN.
-  if (at_max) others = lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(at_max)) ? splat<Real>(-kInf<Real>) : others;
+  const Vec<Real> others = where_first(at_max, splat<Real>(-kInf<Real>), s.top);
   s.template lose<1>(&others);
   double rest = s.rest.total();
   if (equal_bits(s.top, s.top) != kAllBits<Real>) rest = __builtin_nan("");

@@ -122,7 +122,7 @@ LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return bits_of<fl
 LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a >= b); }
 #endif
 
-// `b`, with the lane of the lowest of the bits from `a`.
+// `b`, with the lane of the lowest of the bits from `a`; without a bit, `b`.
 template <class Real> LL_INLINE Vec<Real> where_first_of(uint32_t bits, Vec<Real> a, Vec<Real> b) {
   return lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(bits | 1u << 31)) ? a : b;
 }

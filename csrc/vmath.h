@@ -31,6 +31,9 @@ alignas(LL_BYTES) inline constexpr float kRoots[] = {
     0x1.fa2962p-1f, 0x1.084922p+0f, 0x1.13fc92p+0f, 0x1.2034ap+0f, 0x1.2cf72cp+0f, 0x1.3a4a58p+0f, 0x1.48348ap+0f, 0x1.56bc72p+0f,
     0x1.65e90cp+0f, 0x1.75c1a2p+0f, 0x1.864dd2p+0f, 0x1.97959p+0f, 0x1.a9a128p+0f, 0x1.bc7948p+0f, 0x1.d026fcp+0f, 0x1.e4b3bap+0f};
 
+// exp(r) / s, less 1 with the default, for r below ln2 / 32 in size.
+LL_INLINE Vec<float> over_root(Vec<float> r, float constant = 0.011534549f) { return ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + constant; }
+
 // The power is a multiple of 1/16, of which scale_by_power takes the floor and the table the rest.
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
   constexpr float magic = 0x1.8p19f;  // adding it rounds to sixteenths, whose count stands in the low bits
@@ -38,8 +41,7 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
   Vec<float> r = x - n * 0x1.62e43p-1f;
   if constexpr (!kDrifts) r = r + n * static_cast<float>(kDrift<float>);
   const Vec<float> root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRoots));
-  const Vec<float> q = ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0.011534549f;  // exp(r) / s - 1
-  return {root * q + root, n};
+  return {root * over_root(r) + root, n};
 }
 #else
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
@@ -159,7 +161,8 @@ struct ShiftedRoots {
     root = as_real<float>(reinterpret_cast<IntVec<float>>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) + (as_int<float>(y) << 19));
   }
 };
-template <> inline constexpr double kUnitExpBias<float> = 0x1.02f3eep+0 * 0.988596979328077 - 1;
+inline constexpr float kOverRoot = 0x1.02f3eep+0f;  // 1 / s, rounded
+template <> inline constexpr double kUnitExpBias<float> = static_cast<double>(kOverRoot) * 0.988596979328077 - 1;
 template <> struct UnitExp<float> {
   ShiftedRoots roots;
   Vec<float> least;
@@ -167,7 +170,7 @@ template <> struct UnitExp<float> {
   LL_INLINE Vec<float> add_to(Vec<float> sum, Vec<float> x) const {
     Vec<float> root, r;
     roots.split(maximum<float>(least, x), root, r);
-    return sum + root * (((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0x1.02f3eep+0f);
+    return sum + root * over_root(r, kOverRoot);
   }
 };
 template <bool kRough> struct RowExp<float, kRough> {
@@ -179,9 +182,8 @@ template <bool kRough> struct RowExp<float, kRough> {
     const __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
     Vec<float> root, r;
     roots.split(x, root, r);
-    if constexpr (kRough) return _mm512_maskz_mul_ps(counts, root, (r * 0.50575244f + 1.011594f) * r + 0x1.02f3eep+0f);
-    const Vec<float> q = ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + 0.011534549f;
-    return _mm512_maskz_fmadd_ps(counts, root, q, root);
+    if constexpr (kRough) return _mm512_maskz_mul_ps(counts, root, (r * 0.50575244f + 1.011594f) * r + kOverRoot);
+    return _mm512_maskz_fmadd_ps(counts, root, over_root(r), root);
   }
 };
 #endif
