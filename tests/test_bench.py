@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import mmap
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -285,7 +286,9 @@ def test_growth_is_the_peak_of_the_call_and_nothing_before_it() -> None:
     del dropped
 
     def needs_sixty_four() -> Tensor:
-        torch.ones(64 * MEGABYTE // 4)
+        # Not a tensor: the allocator may keep what earlier tests' memory had room for.
+        with mmap.mmap(-1, 64 * MEGABYTE) as block:
+            block[:: mmap.PAGESIZE] = bytes(64 * MEGABYTE // mmap.PAGESIZE)
         return torch.ones(16 * MEGABYTE // 4)
 
     kept, growth = memory.call_and_growth(needs_sixty_four)
