@@ -35,9 +35,10 @@ struct RowStatsArgs {
   const void* dense_target;  // same dtype as the logits, same shape
   Strides dense_strides;
   // Outputs, one per row. Of an ignored row: 0, and -1 for argmax and rank.
-  void* nll;         // Real: lse - z[target]
+  void* nll;         // Real: lse - z[target]. Where neither row_max, lse nor argmax is wanted, the fold may be a faster one
   void* lse;         // Real
   void* row_max;     // Real   } lse = row_max + log_sum, kept apart and log_sum in double: the gradient needs both
+  void* pivot;       // Real: in place of row_max, a logit of the row that lse is pivot + log_sum of: the target's or the largest
   double* log_sum;   // double } to be right to an ulp
   void* entropy;     // Real
   int64_t* argmax;   // the first of equal ones
@@ -64,7 +65,7 @@ struct RowGradArgs {
   int index_weight;
   const void* dense_target;
   Strides dense_strides;
-  const void* row_max;    // from row_stats
+  const void* row_max;    // from row_stats, or pivot
   const double* log_sum;  // from row_stats
   const void* upstream;   // Real
   int64_t upstream_stride;

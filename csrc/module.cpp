@@ -43,7 +43,7 @@ std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t oute
   call(kernels().row_stats,
        RowStatsArgs{static_cast<DType>(dtype), threads, {outer, classes, inner, outer_stride, class_stride, inner_stride}, at<void>(logits),
                     at<std::int64_t>(target), ignore_index, at<void>(class_weight), at<void>(dense_target),
-                    {dense_outer_stride, dense_class_stride, dense_inner_stride}, at<void>(nll), at<void>(lse), at<void>(row_max),
+                    {dense_outer_stride, dense_class_stride, dense_inner_stride}, at<void>(nll), at<void>(lse), at<void>(row_max), nullptr,
                     at<double>(log_sum), at<void>(entropy), at<std::int64_t>(argmax), at<std::int64_t>(rank), at<void>(smooth_sum),
                     at<void>(dense_sum), at<void>(dense_mass), &bad_row});
   return bad_row;

@@ -36,23 +36,24 @@ struct Problem {
   Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
 };
 
-// What the gradient needs of the forward pass, for each row. Python holds it as bytes, which cost a fraction of a tensor
-// to make.
+// What the gradient needs of the forward pass, for each row; null where there will be none. Python holds it as bytes, which
+// cost a fraction of a tensor to make.
 struct Saved {
-  double* log_sum;
-  void* row_max;
-  void* dense_mass;  // of a dense target alone
+  double* log_sum = nullptr;
+  void* pivot = nullptr;
+  void* dense_mass = nullptr;  // of a dense target alone
 
   static std::size_t real_bytes(const Problem& p) { return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
-  static nb::bytes room(const Problem& p) {
-    const std::size_t a_row = sizeof(double) + real_bytes(p) * (p.target ? 1 : 2);
+  static nb::bytes room(const Problem& p, bool save) {
+    const std::size_t a_row = save ? sizeof(double) + real_bytes(p) * (p.target ? 1 : 2) : 0;
     return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
   }
   Saved(const nb::bytes& bytes, const Problem& p) {
+    if (bytes.size() == 0) return;
     char* const data = PyBytes_AsString(bytes.ptr());
     const std::size_t rows = static_cast<std::size_t>(p.rows);
     log_sum = reinterpret_cast<double*>(data);
-    row_max = data + rows * sizeof(double);
+    pivot = data + rows * sizeof(double);
     dense_mass = data + rows * (sizeof(double) + real_bytes(p));
   }
 };
@@ -95,13 +96,13 @@ template <class Real> double weight_sum(const Problem& p) {
 }
 
 // Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
-// row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad.
-template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address losses) {
+// row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad and empty unless asked for.
+template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address losses, bool save) {
   // nll or dense_sum, and smooth_sum: one each a row
   const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
   Real* const loss = scratch.get();
   Real* const smooth_sum = loss + p.rows;
-  const nb::bytes bytes = Saved::room(p);
+  const nb::bytes bytes = Saved::room(p, save);
   const Saved saved(bytes, p);
   std::int64_t bad_row = -1;
 
@@ -113,7 +114,7 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   args.target = p.target;
   args.ignore_index = p.ignore_index;
   args.class_weight = p.weight;
-  args.row_max = saved.row_max;
+  args.pivot = saved.pivot;
   args.log_sum = saved.log_sum;
   if (p.target) {
     args.nll = loss;
@@ -143,9 +144,9 @@ Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::
 }
 
 nb::tuple cross_entropy(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                        Address weight, Address dense_target, double smoothing, bool mean, Address losses) {
+                        Address weight, Address dense_target, double smoothing, bool mean, Address losses, bool save) {
   const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses) : reduced<float>(p, mean, losses);
+  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses, save) : reduced<float>(p, mean, losses, save);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
@@ -166,7 +167,7 @@ void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t row
   args.target = p.target;
   args.ignore_index = ignore_index;
   args.class_weight = p.weight;
-  args.row_max = saved.row_max;
+  args.row_max = saved.pivot;
   args.log_sum = saved.log_sum;
   args.upstream = at<void>(upstream);
   args.upstream_stride = 1;

@@ -52,9 +52,11 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
 // Its terms are those of UnitExp, in a unit that is chosen from the row's first logits and so far below them that all
 // logits which count as UnitExp's least are less than any float together. Huge logits and NaN are left to a RowState.
 
+inline constexpr int64_t kMaxRows = 64;  // rows finished together, one per lane
 inline constexpr int kUnitLift = 56;  // bits between exp of the largest logit known and the unit
 inline constexpr int64_t kScout = 512;  // of a long row the largest of as many logits is looked for first: few later ones exceed it
 inline constexpr int kPlainVectors = 16;  // as many are summed plainly
+inline constexpr int64_t kLongAhead = 2048;  // bytes of a long row that are asked for ahead
 inline constexpr int kShortVectors = 64;  // rows of no more vectors are folded without a branch that depends on a logit
 
 template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kUnitLift); }
@@ -140,6 +142,84 @@ template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, i
   return {top, n > kPlainVectors * L ? total.high + total.low : even + odd};
 }
 
+// ---- the fold of all logits but the target's: what cross-entropy asks for ---------------------------------------------------
+//
+// With the target's logit held out instead of the largest, nll = log1p(rest / exp(z_t)) keeps its relative precision as
+// well, and no logit is compared with another.
+
+// To the minimum with which one logit is held out of vectors: -inf at its place, from 0 to 2 lanes, in two of them.
+template <class Real> struct HoldOut {
+  static constexpr int L = kLanes<Real>;
+  Real limits[4 * L + 1];
+  constexpr HoldOut() : limits{} {
+    for (int i = 0; i <= 4 * L; ++i) limits[i] = i == 2 * L ? -kInf<Real> : kInf<Real>;
+  }
+  LL_INLINE Vec<Real> at(int64_t place) const { return load(limits + (2 * L - place)); }
+};
+template <class Real> alignas(LL_BYTES) inline constexpr HoldOut<Real> kHoldOut;
+
+template <class T> LL_INLINE void hold_out_of_pair(int64_t place, Vec<Compute<T>>& a, Vec<Compute<T>>& b) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
+  const HoldOut<Real>& out = kHoldOut<Real>;
+  const int64_t of_a = !__is_same(T, BFloat16) ? place : place & 1 ? L : place / 2;
+  const int64_t of_b = !__is_same(T, BFloat16) ? place - L : place & 1 ? place / 2 : L;
+  a = minimum<Real>(out.at(of_a), a), b = minimum<Real>(out.at(of_b), b);
+}
+
+// Exp of every logit but `target` summed in units of exp's, lane by lane.
+template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_others(const T* z, int64_t n, int64_t target, int64_t ahead, const UnitExp<Compute<T>>& exp, typename UnitExp<Compute<T>>::Seen& seen) {
+  using Real = Compute<T>;
+  using V = Vec<Real>;
+  constexpr int L = kLanes<Real>;
+  constexpr int64_t kPair = 2 * L;
+  V sum[2] = {};
+  const int64_t left = n % kPair;
+  const T* const tail = z + (n - left);
+  const int64_t place = target % kPair, in_tail = target - (n - left);
+  // In the order of memory. Of rows so short that the time between two prefetches varies, to the second cache before.
+  const auto prefetch_pair = [&](const T* p) __attribute__((always_inline)) {
+    for (int64_t at = 0; at < kPair; at += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(p + ahead + at);
+      if constexpr (sizeof(T) >= 4 && !kMany) __builtin_prefetch(p + 2 * ahead + at, 0, 2);
+    }
+  };
+  // First what is less than a pair, and the pair of the target: no branch depends on where that is.
+  if (left > 0) {
+    V one[1] = {left >= L ? load(tail) : load_partial(tail, left, -kInf<Real>)};
+    one[0] = minimum<Real>(kHoldOut<Real>.at(in_tail >= 0 && in_tail < L ? in_tail : L), one[0]);
+    exp.template add_all<sizeof(T) == 2, true>(sum, seen, one);
+    if (left > L) {
+      one[0] = minimum<Real>(kHoldOut<Real>.at(in_tail >= L ? in_tail - L : L), load_partial(tail + L, left - L, -kInf<Real>));
+      exp.template add_all<sizeof(T) == 2, true>(sum, seen, one);
+    }
+  }
+  if (tail == z) {
+    prefetch_pair(z);
+    return sum[0];
+  }
+  const T* const end = tail - kPair;
+  const T* const held = in_tail >= 0 ? end : z + (target - place);
+  V x[2];
+  load_pair(held, x[0], x[1]);
+  hold_out_of_pair<T>(in_tail >= 0 ? kPair : place, x[0], x[1]);
+  exp.template add_all<sizeof(T) == 2, true>(sum, seen, x);
+  PairSum<Real> total;
+  for (const T* p = z; p != end;) {
+    const T* const stop = kMany && end - p > kPlainVectors * L ? p + kPlainVectors * L : end;
+    for (; p != stop; p += kPair) {
+      prefetch_pair(p);
+      load_pair(p + (-static_cast<int64_t>(p >= held) & kPair), x[0], x[1]);
+      exp.template add_all<sizeof(T) == 2, kClamps>(sum, seen, x);
+    }
+    if constexpr (kMany) total.add(sum[0] + sum[1]), sum[0] = sum[1] = V{};
+  }
+  prefetch_pair(end);
+  if (left > 0) prefetch_pair(tail);
+  if constexpr (kMany) return total.high + total.low;
+  else return sum[0] + sum[1];
+}
+
 // Of as many rows as there are lanes: the largest logit, and the sum of exp over the others in units of 2^power, which was
 // chosen for `guess`.
 template <class Real> struct ShortRows {
@@ -170,6 +250,62 @@ template <class T> LL_INLINE ShortRows<Compute<T>> fold_short(const T* const* ro
     for (int k = 0; k < meetings; ++k) left[k] = meet_lanes<Real>(exp, left[2 * k], left[2 * k + 1]);
   const Vec<Real> sum = left[0].sum;
   return {left[0].top, sum <= least_sum<Real>(n + L) ? Vec<Real>{} : sum, power[0], guess};
+}
+
+// Of `count` rows; whether they fit. A function of its own, that what it needs stays in registers.
+template <class T, bool kMany, bool kClamps>
+__attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& unit, Vec<Compute<T>>* sums) {
+  const UnitExp<Compute<T>> exp = unit;
+  typename UnitExp<Compute<T>>::Seen seen = exp.template none_seen<kClamps>();
+  for (int64_t k = 0; k < count; ++k) sums[k] = fold_others<T, kMany, kClamps>(rows[k], n, targets[k], ahead, exp, seen);
+  return exp.template fit<kClamps>(seen);
+}
+// Tried without clamping first, unless `clamps`, which is set where that did not do.
+template <class T> LL_INLINE bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp, Vec<Compute<T>>* sums, bool& clamps) {
+  const bool many = n > kPlainVectors * kLanes<Compute<T>>;
+  if (!clamps) clamps = !(many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp, sums);
+  return !clamps || (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp, sums);
+}
+
+// The sums over all logits but the targets', which go to `held`, of `count` rows, at most kMaxRows, in units of 2^power. Gives the
+// power; NaN: the rows' sums are not all good in one unit.
+template <class T> LL_INLINE Compute<T> fold_short_others(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, Compute<T>* held, Compute<T>* rest, bool& clamps) {
+  using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
+  Real guess = max_of(rows[0], n);
+  for (int64_t k = 1; k < count && !is_tame(guess); ++k) guess = max_of(rows[k], n);
+  const Vec<Real> power = power_of_unit(guess);
+  const UnitExp<Real> exp(power);
+  Vec<Real> sums[kMaxRows];
+  bool fit = is_tame(guess) && fold_others_of<T>(rows, targets, count, n, rows_ahead(n * static_cast<int64_t>(sizeof(T))) * n, exp, sums, clamps);
+  for (int64_t k = 0; k < count; ++k) held[k] = widen(rows[k][targets[k]]);
+  for (int64_t k = count; k % L != 0; ++k) sums[k] = sums[0], held[k] = held[0];
+  for (int64_t first = 0; first < count; first += L) {
+    Vec<Real>* const of = sums + first;
+    LL_UNROLL for (int meetings = L / 2; meetings > 0; meetings /= 2)
+      LL_UNROLL for (int k = 0; k < meetings; ++k) of[k] = even_lanes<Real>(of[2 * k], of[2 * k + 1]) + odd_lanes<Real>(of[2 * k], of[2 * k + 1]);
+    const Vec<Real> sum = of[0] <= least_sum<Real>(n + L) ? Vec<Real>{} : of[0], at = load(held + first);
+    store(rest + first, sum);
+    // As in ShortRows, terms that count as UnitExp's least are less than any float next to exp(held), or 2^-30 of the sum.
+    const uint32_t counts = reaching_bits(at, splat<Real>(guess - 15)) | (greater_bits(sum, splat<Real>(static_cast<Real>(0x1p-85))) & reaching_bits(at, splat<Real>(guess - 500)));
+    const uint32_t finite = greater_bits(splat<Real>(kInf<Real>), sum) & reaching_bits(splat<Real>(static_cast<Real>(kHuge)), magnitude<Real>(at));
+    fit = fit && (counts & finite) == kAllBits<Real>;
+  }
+  return fit ? power[0] : kNaN<Real>;
+}
+
+// Of one row of many classes. False: not such a row.
+template <class T> bool fold_long_others(const T* z, int64_t n, int64_t target, bool& clamps, RowSums& sums) {
+  using Real = Compute<T>;
+  const Real guess = max_of(z, n < kScout ? n : kScout), held = widen(z[target]);
+  if (!is_tame(guess) || !is_tame(held) || !(held >= guess - 500)) return false;
+  const Vec<Real> power = power_of_unit(guess);
+  Vec<Real> others;
+  if (!fold_others_of<T>(&z, &target, 1, n, kLongAhead / static_cast<int64_t>(sizeof(T)), UnitExp<Real>(power), &others, clamps)) return false;
+  double rest = sum_of_lanes(others);
+  if (rest <= static_cast<double>(least_sum<Real>(n + kLanes<Real>))) rest = 0;
+  sums = {held, 0, power[0], without_drift<Real>(splat<double>(rest), splat<double>(power[0]))[0], 0, 0, 0, 0, 0, 0, 0};
+  return rest - rest == 0 && (held >= guess - 15 || rest > 0x1p-85);
 }
 
 // Of a row of many classes, a logit is compared with the largest of the row, and eight vectors at a time: only a block

@@ -90,10 +90,10 @@ template <class T, int Flags> struct Job {
       const Vec<double> top = load_wide(tops + i), sum = load(given.log_sum + i), scale = load(given.a + i);
       store(given.max + i, top);
       const auto huge = !(magnitude<double>(top) <= kHuge);
-      const Vec<double> power = huge ? Vec<double>{} : whole_power<double>(top);
+      const Vec<double> lse = huge ? Vec<double>{} : top + sum, power = whole_power<double>(lse);
       const Vec<double> exponent = ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
       constexpr double drift = kRowDrift<Real> * kLog2e;
-      const Vec<double> unit = exp<double>((huge ? Vec<double>{} : drift * top) - exponent);
+      const Vec<double> unit = exp<double>(drift * lse - exponent);
       if constexpr ((Flags & kGap) != 0) {
         store_narrow(rows.top + i, top);
         store_narrow(rows.log_sum + i, sum);

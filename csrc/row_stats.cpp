@@ -8,7 +8,6 @@
 namespace logitless::LL_ISA {
 namespace {
 
-inline constexpr int64_t kMaxRows = 64;            // rows finished together, one per lane
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
 inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here when rows are few
 
@@ -39,6 +38,13 @@ template <class T> struct Job {
             (Flags & kToken) ? target_logit(r) : kNaN<Real>};
   }
 };
+
+// 2^power over exp(top): turns sums in that unit into the unit exp(top). From an exponent reduced below ln2, so that its
+// rounding does not count.
+LL_INLINE Vec<double> over_exp(Vec<double> top, Vec<double> power) {
+  const Vec<double> n = whole_power<double>(top);
+  return scale_by_power(exp_of_remainder(-remainder(top, n)), power - n);
+}
 
 inline constexpr RowSums kUnread{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 
@@ -143,11 +149,7 @@ template <class T> struct Batch {
     constexpr int L = kLanes<double>;
     alignas(LL_BYTES) double log_sum[kMaxRows], entropy[kMaxRows];
     for (int64_t i = 0; i < count; i += L) {
-      // exp(-(max - base)) * 2^power turns the sums' unit into exp(max); from an exponent reduced below ln2, so that
-      // its rounding does not count.
-      const Vec<double> top = load(max + i) - load(base + i), n = whole_power<double>(top);
-      const Vec<double> exponent = (top - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-      const Vec<double> unit = scale_by_power(exp<double>(-exponent), load(power + i) - n), q = load(rest + i) * unit;
+      const Vec<double> unit = over_exp(load(max + i) - load(base + i), load(power + i)), q = load(rest + i) * unit;
       const Vec<double> log_q = log1p(q);
       store(log_sum + i, log_q);
       if (a.entropy) store(entropy + i, load(spread + i) * unit / (q + 1.0) + log_q);
@@ -155,6 +157,7 @@ template <class T> struct Batch {
     const auto log_of = [&](int64_t i) { return load(log_sum + i); };
     write<Real>(a.nll, [&](int64_t i) { return load(above + i) + log_of(i); });
     write<Real>(a.lse, [&](int64_t i) { return load(max + i) + log_of(i); });
+    write<Real>(a.pivot, [&](int64_t i) { return load(max + i); });
     write<Real>(a.row_max, [&](int64_t i) { return load(max + i); });
     write<double>(a.log_sum, log_of);
     write<Real>(a.entropy, [&](int64_t i) { return load(entropy + i); });
@@ -176,6 +179,57 @@ template <class T> struct Batch {
   }
 };
 
+// The losses of rows [first, first + n) of few contiguous classes, at most kMaxRows, with what their gradients need. False,
+// and nothing is written: not all of them are rows for fold_others.
+template <class T> __attribute__((noinline)) bool short_losses(const Job<T>& job, int64_t first, int64_t n, bool& clamps) {
+  using Real = Compute<T>;
+  constexpr int D = kLanes<double>;
+  const RowStatsArgs& a = job.args;
+  const T* logits[kMaxRows];  // of the rows that are read
+  int64_t targets[kMaxRows], count = 0;
+  uint8_t place[kMaxRows];
+  for (int64_t i = 0; i < n; ++i)
+    if (job.fate(first + i) == Fate::kRead) logits[count] = job.row(first + i), targets[count] = a.target[first + i], place[count++] = static_cast<uint8_t>(i);
+  alignas(LL_BYTES) Real pivot[kMaxRows], rest[kMaxRows], nll[kMaxRows];
+  alignas(LL_BYTES) double log_sum[kMaxRows];
+  if (count > 0) {
+    const Vec<double> power = splat<double>(static_cast<double>(fold_short_others<T>(logits, targets, count, a.tile.classes, pivot, rest, clamps)));
+    if (power[0] != power[0]) return false;
+    for (int64_t i = 0; i < count; i += D) {
+      const Vec<double> log_q = short_log1p(without_drift<Real>(load_wide(rest + i), power) * over_exp(load_wide(pivot + i), power));
+      store(log_sum + i, log_q), store_narrow(nll + i, log_q);
+    }
+  }
+  if (count < n) {
+    for (int64_t i = n; i-- > 0;) {
+      if (count > 0 && place[count - 1] == i) {
+        pivot[i] = pivot[--count], log_sum[i] = log_sum[count], nll[i] = nll[count];
+      } else {
+        pivot[i] = 0, log_sum[i] = job.fate(first + i) == Fate::kIgnored ? 0 : kNaN<double>, nll[i] = static_cast<Real>(log_sum[i]);
+      }
+    }
+  }
+  const auto write = [&](void* out, const auto* from) { if (out) memcpy(static_cast<char*>(out) + static_cast<size_t>(first) * sizeof *from, from, static_cast<size_t>(n) * sizeof *from); };
+  write(a.nll, nll), write(a.pivot, pivot), write(a.log_sum, log_sum);
+  return true;
+}
+
+// The same of rows [first, end), and of any kind. A row's loss does not tell its neighbours: where they do not go together, each
+// is tried in a unit of its own.
+template <class T> void all_short_losses(const Job<T>& job, int64_t first, int64_t end) {
+  bool clamps = false;  // whether logits were met that ask for it
+  for (; first < end; first += kMaxRows) {
+    const int64_t n = end - first < kMaxRows ? end - first : kMaxRows;
+    if (short_losses(job, first, n, clamps)) continue;
+    for (int64_t r = first; r < first + n; ++r) {
+      if (short_losses(job, r, 1, clamps)) continue;
+      Batch<T> alone(job);
+      alone.template push<0>(r, Fate::kRead, fold_part<T, 0>(job.template view<0>(r), 0, job.args.tile.classes));
+      alone.flush();
+    }
+  }
+}
+
 template <class T, int Flags> void by_rows(const Job<T>& job) {
   const RowStatsArgs& a = job.args;
   const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
@@ -183,19 +237,29 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
   per_item = per_item < 1 ? 1 : per_item > 16 * kMaxRows ? 16 * kMaxRows : per_item;
   constexpr int64_t L = kLanes<Compute<T>>;
   const bool is_short = Flags == 0 && a.tile.class_stride == 1 && a.tile.classes > 0 && a.tile.classes <= kShortVectors * L;
+  // Not of double logits: beside a pivot far below the largest, log_sum's own rounding would show in their gradients.
+  constexpr bool kMayHoldTarget = Flags == 0 && sizeof(Compute<T>) == 4;
+  const bool for_losses = kMayHoldTarget && a.target && a.tile.class_stride == 1 && !a.row_max && !a.lse && !a.argmax;
   if (is_short) per_item = (per_item + L - 1) / L * L;
   const int64_t items = (rows + per_item - 1) / per_item;
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
-    Batch<T> batch(job);
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
+    if constexpr (kMayHoldTarget)
+      if (is_short && for_losses) return all_short_losses(job, item * per_item, end);
+    Batch<T> batch(job);
     if (is_short) {
       for (int64_t r = item * per_item; r < end; r += L) batch.push_short(r, end - r < L ? end - r : L);
       batch.flush();
       return;
     }
+    bool clamps = false;
     for (int64_t r = item * per_item; r < end; ++r) {
       const Fate fate = job.fate(r);
-      batch.template push<Flags>(r, fate, fate == Fate::kRead ? fold_part<T, Flags>(job.template view<Flags>(r), 0, a.tile.classes) : kUnread);
+      RowSums sums = kUnread;
+      bool folded = fate != Fate::kRead;
+      if constexpr (kMayHoldTarget) folded = folded || (for_losses && fold_long_others(job.row(r), a.tile.classes, a.target[r], clamps, sums));
+      if (!folded) sums = fold_part<T, Flags>(job.template view<Flags>(r), 0, a.tile.classes);
+      batch.template push<Flags>(r, fate, sums);
     }
     batch.flush();
   });
@@ -307,14 +371,18 @@ void row_stats(const RowStatsArgs& a) {
   if (a.bad_row) {
     *a.bad_row = -1;
     const int64_t rows = a.target ? a.tile.outer * a.tile.inner : 0;
-    for (int64_t first = 0; first < rows && *a.bad_row < 0; first += 1024) {  // without a branch a target, then exactly
-      const int64_t end = first + 1024 < rows ? first + 1024 : rows;
-      int64_t bad = 0;
-      for (int64_t r = first; r < end; ++r)
-        bad |= static_cast<int64_t>(a.target[r] != a.ignore_index) & static_cast<int64_t>(static_cast<uint64_t>(a.target[r]) >= static_cast<uint64_t>(a.tile.classes));
-      for (int64_t r = first; bad && r < end; ++r)
-        if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.tile.classes)) { *a.bad_row = r; break; }
+    constexpr int64_t L = kLanes<double>;
+    const auto load_targets = [&](int64_t r) { IntVec<double> t; memcpy(&t, a.target + r, LL_BYTES); return t; };
+    IntVec<double> bad{};
+    int64_t r = 0;
+    for (; r + L <= rows; r += L) {
+      const IntVec<double> t = load_targets(r);
+      bad |= (t != a.ignore_index) & ((t < 0) | (t >= a.tile.classes));
     }
+    int64_t any = 0;
+    for (int64_t i = 0; i < L; ++i) any |= bad[i];
+    for (r = any ? 0 : r; r < rows; ++r)
+      if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.tile.classes)) { *a.bad_row = r; break; }
   }
   switch (a.dtype) {
     case DType::kFloat32: return pick<float>(a);

@@ -43,6 +43,14 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
   const Vec<float> root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRoots));
   return {root * over_root(r) + root, n};
 }
+// exp(r) / s, with the 1 and in the place of r; kRough: to 2^-21.
+inline constexpr float kOverRoot = 0x1.02f3eep+0f;  // 1 / s, rounded
+template <bool kRough, int K> LL_INLINE void over_roots(Vec<float> (&r)[K]) {
+  Vec<float> p[K];
+  LL_UNROLL for (int k = 0; k < K; ++k) p[k] = kRough ? r[k] * 0.50575244f + 1.011594f : r[k] * 0.16859305f + 0.5057825f;
+  LL_UNROLL for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + (kRough ? kOverRoot : 1.0115346f);
+  LL_UNROLL for (int k = 0; k < K; ++k) r[k] = kRough ? p[k] : p[k] * r[k] + kOverRoot;
+}
 #else
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
   constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
@@ -76,23 +84,19 @@ template <class Real> LL_INLINE Vec<Real> whole_power(Vec<Real> x) {
   return (x * static_cast<Real>(1.4426950408889634) + magic) - magic;
 }
 
+// exp(r) for r below ln2 / 2 in size. By Estrin's scheme: a chain of products would be waited for.
+LL_INLINE Vec<double> exp_of_remainder(Vec<double> r) {
+  const Vec<double> r2 = r * r, r4 = r2 * r2;
+  const Vec<double> low = r * 0.1666666666666640767 + 0.5000000000000010826;
+  const Vec<double> middle = (r * 0.008333333333496926695 + 0.04166666666652810512) + r2 * (r * 0.0001984126950273172393 + 0.001388888894424888626);
+  const Vec<double> high = (r * 2.755758843126431582e-6 + 0.00002480149238855312254) + r2 * (r * 2.499985468996973408e-8 + 2.763052339124291142e-7);
+  return (r + (r2 * low + r4 * (middle + r4 * high))) + 1.0;
+}
+// What is left of x when n ln2 is taken off, n = whole_power(x).
+LL_INLINE Vec<double> remainder(Vec<double> x, Vec<double> n) { return (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; }  // 32 bits: the first product is exact without FMA as well
 LL_INLINE Exponential<double> split_exp(Vec<double> x) {
-  constexpr double magic = 0x1.8p52;
-  const Vec<double> n = (x * 0x1.71547652b82fep+0 + magic) - magic;
-  Vec<double> r = x - n * 0x1.62e42feep-1;  // 32 bits: the product is exact without FMA as well
-  r = r - n * 0x1.a39ef35793c76p-33;
-  Vec<double> p = r * 2.499985468996973408e-8 + 2.763052339124291142e-7;
-  p = p * r + 2.755758843126431582e-6;
-  p = p * r + 0.00002480149238855312254;
-  p = p * r + 0.0001984126950273172393;
-  p = p * r + 0.001388888894424888626;
-  p = p * r + 0.008333333333496926695;
-  p = p * r + 0.04166666666652810512;
-  p = p * r + 0.1666666666666640767;
-  p = p * r + 0.5000000000000010826;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  return {p, n};
+  const Vec<double> n = whole_power<double>(x);
+  return {exp_of_remainder(remainder(x, n)), n};
 }
 LL_INLINE Exponential<double> split_exp_drifting(Vec<double> x) { return split_exp(x); }
 
@@ -129,6 +133,14 @@ template <class Real> struct UnitExp {
     const Exponential<Real> e = split_exp_drifting(maximum<Real>(least, x));
     return sum + scale_by_power(e.fraction, e.power - power);
   }
+  // Adds several, `seen` beside them. When all are added, fit() of it says whether each was in range: not too large and, unless
+  // it is clamped, not below `least`.
+  using Seen = Vec<Real>;
+  template <bool kClamps> LL_INLINE static Seen none_seen() { return splat<Real>(-kInf<Real>); }
+  template <bool kRough, bool kClamps, int K> LL_INLINE void add_all(Vec<Real> (&sum)[2], Seen& seen, const Vec<Real> (&x)[K]) const {
+    LL_UNROLL for (int k = 0; k < K; ++k) seen = maximum<Real>(x[k], seen), sum[k % 2] = add_to(sum[k % 2], x[k]);
+  }
+  template <bool kClamps> LL_INLINE bool fit(Seen seen) const { return max_of_lanes<Real>(seen) <= (power[0] + 127) * Real(0.6931471805599453); }
 };
 template <class Real> inline constexpr double kUnitExpBias = 0;  // what UnitExp is too large by
 #if defined(__AVX512F__)
@@ -154,16 +166,22 @@ struct ShiftedRoots {
   Vec<float> shift;
   LL_INLINE ShiftedRoots(Vec<float> power, Vec<float> factor)
       : bits(as_int<float>(load(kRoots) * factor) - (lane_index<float>() << 19)), shift(0x1.8p19f - power) {}
-  // What is left of x is below ln2 / 32 in size.
-  LL_INLINE void split(Vec<float> x, Vec<float>& root, Vec<float>& r) const {
-    const Vec<float> y = x * 0x1.715476p+0f + shift;  // rounded to sixteenths, whose count stands in the low bits
-    r = x - (y - shift) * 0x1.62e43p-1f;
-    root = as_real<float>(reinterpret_cast<IntVec<float>>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) + (as_int<float>(y) << 19));
+  LL_INLINE Vec<float> power() const { return 0x1.8p19f - shift; }
+  // x in sixteenths of ln2, rounded; their count stands in the low bits.
+  LL_INLINE Vec<float> count(Vec<float> x) const { return x * 0x1.715476p+0f + shift; }
+  // What they leave of x, below ln2 / 32 in size.
+  LL_INLINE Vec<float> left(Vec<float> x, Vec<float> y) const { return x - (y - shift) * 0x1.62e43p-1f; }
+  LL_INLINE Vec<float> root(Vec<float> y) const {
+    return as_real<float>(reinterpret_cast<IntVec<float>>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) + (as_int<float>(y) << 19));
+  }
+  LL_INLINE void split(Vec<float> x, Vec<float>& whole, Vec<float>& r) const {
+    const Vec<float> y = count(x);
+    r = left(x, y), whole = root(y);
   }
 };
-inline constexpr float kOverRoot = 0x1.02f3eep+0f;  // 1 / s, rounded
 template <> inline constexpr double kUnitExpBias<float> = static_cast<double>(kOverRoot) * 0.988596979328077 - 1;
 template <> struct UnitExp<float> {
+  static constexpr int kLargestMagnitude = 0b1011;  // of _mm512_range_ps: of the larger one, without its sign
   ShiftedRoots roots;
   Vec<float> least;
   LL_INLINE explicit UnitExp(Vec<float> power) : roots(power, splat<float>(1)), least((power - 125) * 0x1.62e43p-1f) {}
@@ -171,6 +189,25 @@ template <> struct UnitExp<float> {
     Vec<float> root, r;
     roots.split(maximum<float>(least, x), root, r);
     return sum + root * over_root(r, kOverRoot);
+  }
+  // Where x is not clamped, its largest magnitude is seen: both bounds for one operation, which costs nothing beside the
+  // products.
+  using Seen = Vec<float>;
+  template <bool kClamps> LL_INLINE static Seen none_seen() { return splat<float>(kClamps ? -kInf<float> : 0.0f); }
+  template <bool kRough, bool kClamps, int K> LL_INLINE void add_all(Vec<float> (&sum)[2], Seen& seen, const Vec<float> (&x)[K]) const {
+    // One step of all before the next step of any: fewer wait for what is before them.
+    Vec<float> c[K], y[K], r[K], root[K];
+    LL_UNROLL for (int k = 0; k < K; ++k) c[k] = kClamps ? maximum<float>(least, x[k]) : x[k];
+    LL_UNROLL for (int k = 0; k < K; ++k) y[k] = roots.count(c[k]);
+    LL_UNROLL for (int k = 0; k < K; ++k) seen = kClamps ? maximum<float>(c[k], seen) : Vec<float>(_mm512_range_ps(seen, c[k], kLargestMagnitude));
+    LL_UNROLL for (int k = 0; k < K; ++k) r[k] = roots.left(c[k], y[k]);
+    LL_UNROLL for (int k = 0; k < K; ++k) root[k] = roots.root(y[k]);
+    over_roots<kRough>(r);
+    LL_UNROLL for (int k = 0; k < K; ++k) sum[k % 2] = sum[k % 2] + root[k] * r[k];
+  }
+  template <bool kClamps> LL_INLINE bool fit(Seen seen) const {
+    const Vec<float> most = (roots.power() + 127) * 0x1.62e43p-1f;
+    return reaching_bits(kClamps ? most : minimum<float>(most, -least), seen) == kAllBits<float>;
   }
 };
 template <bool kRough> struct RowExp<float, kRough> {
@@ -182,7 +219,11 @@ template <bool kRough> struct RowExp<float, kRough> {
     const __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
     Vec<float> root, r;
     roots.split(x, root, r);
-    if constexpr (kRough) return _mm512_maskz_mul_ps(counts, root, (r * 0.50575244f + 1.011594f) * r + kOverRoot);
+    if constexpr (kRough) {
+      Vec<float> over[1] = {r};
+      over_roots<true>(over);
+      return _mm512_maskz_mul_ps(counts, root, over[0]);
+    }
     return _mm512_maskz_fmadd_ps(counts, root, over_root(r), root);
   }
 };
@@ -240,6 +281,21 @@ LL_INLINE Vec<double> log1p(Vec<double> x) {
   const Vec<double> correction = lost / u + kd * 1.90821492927058770002e-10;
   const Vec<double> y = kd * 6.93147180369123816490e-01 + (f - (half - (s * (half + even + odd) + correction)));
   return x < __builtin_inf() ? y : x;
+}
+
+// Likewise for finite x, to 2^-39: for results that are rounded to float.
+LL_INLINE Vec<double> short_log1p(Vec<double> x) {
+  const Vec<double> u = x + 1.0;
+  const Vec<double> lost = x < 1.0 ? x - (u - 1.0) : Vec<double>{};
+  const IntVec<double> shifted = as_int<double>(u) - 0x3fe6a09e667f3bcdLL;
+  const Vec<double> m = as_real<double>((shifted & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL);
+  constexpr double magic = 0x1.8p52;
+  const Vec<double> k = as_real<double>((shifted >> 52) + 0x4338000000000000LL) - magic;
+  const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s;
+  // 2 atanh(s) = s (2 + z p(z))
+  const Vec<double> w = z * z;
+  const Vec<double> p = ((z * (2.0 / 5) + 2.0 / 3) + w * (z * (2.0 / 9) + 2.0 / 7)) + w * w * (z * (2.0 / 13) + 2.0 / 11);
+  return k * 0.6931471805599453 + ((s * z) * p + (s + s) + lost);
 }
 
 // A running sum kept as high + low, exact to about twice the precision of Real.

@@ -923,3 +923,134 @@ def test_gradients_of_any_size_of_upstream(dtype: torch.dtype, classes: int, ups
     assert (error <= 3 * eps * abs(exact) + Wide(2.0) ** -124 * max(1.0, abs(upstream))).all()
     assert bool((got[:, 1] == 0).all())
     assert bool((got[3] == 0).all())  # all its probability is at the target
+
+
+# ---- whole losses: the fold that holds out the target ----------------------------------------------------------------
+
+
+def whole_losses(logits: Tensor, target: Tensor, save: bool = True) -> tuple[Tensor, bytes]:
+    """Each row's loss, into memory that held NaN, and what the gradient needs."""
+    losses = torch.full((len(logits),), NAN, dtype=real_of(logits.dtype))
+    bad_row, loss, rows, saved = cpu.cross_entropy(logits, target, None, -100, 0.0, True, losses, save)
+    assert (bad_row, rows) == (-1, float((target != -100).sum()))
+    if rows:
+        assert loss == pytest.approx(float(losses.double().sum() / rows), rel=1e-6, nan_ok=True)
+    return losses, saved
+
+
+def loss_tolerance(dtype: torch.dtype) -> float:
+    """Relative; where losses will be rounded to 16 bits, exponentials are to 2^-21; a float64 loss adds two terms."""
+    return {2: 2.0**-20, 4: 2 * torch.finfo(dtype).eps, 8: 3 * torch.finfo(dtype).eps}[dtype.itemsize]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 2.0, 30.0])
+@pytest.mark.parametrize("classes", [1, 2, 7, 16, 17, 32, 33, 65, 100, 256, 257, 1000, 1025, 2000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_rows_that_lie_far_apart(dtype: torch.dtype, classes: int, spread: float) -> None:
+    draw = torch.Generator().manual_seed(classes)
+    rows = 150
+    base = torch.tensor([0.0, 3.0, -60.0, 39.0, 41.0, -14.0, -16.0, 200.0, -1000.0, 12000.0, -19000.0])
+    shift = torch.where(torch.arange(rows) < 64, 0.0, base[torch.arange(rows) % 11])  # the first go together
+    logits = (spread * torch.randn(rows, classes, generator=draw) + shift[:, None]).to(dtype)
+    target = torch.randint(classes, (rows,), generator=draw)
+    leads = 25.0, 60.0, 90.0, 103.0, 120.0, 400.0, -25.0, -60.0, -100.0, -600.0, -800.0
+    for row, lead in enumerate(leads, start=120):
+        logits[row, target[row]] += lead  # the target dominates, or is far below the others
+    others = (target[140:144] + 1) % classes
+    logits[140, 1:], logits[141, :-1], logits[142, ::2] = -INF, -INF, -INF
+    logits[torch.arange(144, 148), others] = INF if classes > 1 else 0.0
+    target[50], target[0], target[133:137], target[63:66] = -100, -100, -100, -100
+    losses, _ = whole_losses(logits, target)
+    read = target != -100
+    assert bool((losses[~read] == 0).all())
+    with np.errstate(all="ignore"):
+        truth = stats_truth(logits[read], target[read]).nll
+    expected = torch.nn.functional.cross_entropy(logits[read].double(), target[read], reduction="none")
+    odd = ~expected.isfinite()
+    assert torch.equal(losses[read][odd].double().nan_to_num(nan=-1.0), expected[odd].nan_to_num(nan=-1.0))
+    fine = (~odd).numpy()
+    error = abs(wide(losses[read])[fine] - truth[fine])
+    assert (error <= loss_tolerance(dtype) * truth[fine] + 2.0**-118).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("classes", [1, 5, 16, 31, 32, 33, 47, 48, 63, 64, 65, 99, 289, 1030])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_class_can_be_the_target(dtype: torch.dtype, classes: int) -> None:
+    """One class is 30 nats above the others, which tells whether it or another logit was held out."""
+    target = torch.arange(classes)
+    logits = torch.linspace(-1, 1, classes).expand(classes, classes).contiguous().to(dtype)
+    logits[target, target] = 30.0
+    losses, _ = whole_losses(logits, target)
+    truth = stats_truth(logits, target).nll
+    assert (abs(wide(losses) - truth) <= loss_tolerance(dtype) * truth).all()
+    if classes > 1:
+        beside = (target + 1) % classes
+        losses, _ = whole_losses(logits, beside)
+        truth = stats_truth(logits, beside).nll
+        assert (abs(wide(losses) - truth) <= loss_tolerance(dtype) * truth).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("odd", [NAN, -NAN, INF, -INF, 300.0, -1e30])
+@pytest.mark.parametrize("classes", [9, 90, 1100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loss_does_not_tell_its_neighbours(dtype: torch.dtype, classes: int, odd: float) -> None:
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, classes, generator=draw).to(dtype)
+    target = torch.randint(classes, (200,), generator=draw)
+    alone, _ = whole_losses(logits, target)
+    logits[5], logits[70, 3], logits[131, target[131]] = odd, odd, odd
+    target[199] = -100
+    logits[199] = NAN
+    plain = torch.ones(200, dtype=torch.bool)
+    plain[[5, 70, 131, 199]] = False
+    losses, _ = whole_losses(logits, target)
+    assert torch.equal(losses[plain], alone[plain])
+    expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    assert torch.allclose(losses[~plain].double(), expected[~plain], rtol=2e-6, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.98, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_masked_logits_and_ignored_rows(dtype: torch.dtype, masked: bool, share: float) -> None:
+    draw = torch.Generator().manual_seed(8)
+    logits = (3 * torch.randn(700, 130, generator=draw)).to(dtype)
+    target = torch.randint(64, (700,), generator=draw)
+    if masked:
+        logits[:, 64::2], logits[3, 1::2], logits[::7, 65] = -INF, -1e9, -200.0
+    ignored = torch.rand(700, generator=draw) < share
+    target[ignored] = -100
+    logits[ignored] = NAN
+    losses, saved = whole_losses(logits, target)
+    assert bool((losses[ignored] == 0).all())
+    truth = stats_truth(logits[~ignored], target[~ignored]).nll
+    assert (abs(wide(losses[~ignored]) - truth) <= loss_tolerance(dtype) * truth).all()
+    again, nothing = whole_losses(logits, target, save=False)
+    assert torch.equal(again, losses)
+    assert (len(saved), nothing) == (700 * 12, b"")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("gap", [0.0, -30.0, -300.0, 30.0])
+@pytest.mark.parametrize("classes", [3, 100, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_of_losses_whose_target_is_far_from_the_others(dtype: torch.dtype, classes: int, gap: float) -> None:
+    draw = torch.Generator().manual_seed(classes)
+    logits = (4 * torch.randn(70, classes, generator=draw)).to(dtype)
+    target = torch.randint(classes, (70,), generator=draw)
+    logits[torch.arange(70), target] += gap
+    target[13] = -100
+    _, saved = whole_losses(logits, target)
+    upstream = torch.randn(70, generator=draw).to(real_of(dtype))
+    got = cpu.cross_entropy_grad(logits, target, None, -100, 0.0, saved, 1.0, 1.0, upstream)
+    read = target != -100
+    assert bool((got[~read] == 0).all())
+    exact = p_minus_one_hot(stats_truth(logits[read], target[read]), target[read]) * wide(upstream[read])[:, None]
+    error = abs(wide(got[read]) - exact)
+    folds = -stats_truth(logits[read]).log_p
+    ulps_allowed = 3 + (folds if dtype == torch.float64 else folds / 44)  # 64 powers of 2, where exp drifts
+    assert (error <= ulps_allowed * torch.finfo(dtype).eps * abs(exact) + 2.0**-124).all()

@@ -28,13 +28,13 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call that took the short way."""
     calls: list[bool] = []
-    apply = _ops._apply_whole
+    whole_loss = _ops._whole_loss
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         calls.append(True)
-        return apply(*args)
+        return whole_loss(*args, **options)
 
-    monkeypatch.setattr(_ops, "_apply_whole", counted)
+    monkeypatch.setattr(_ops, "_whole_loss", counted)
     return calls
 
 

@@ -215,7 +215,10 @@ def whole_cross_entropy(
         return None
     if dtype in HALF and torch.is_autocast_enabled("cpu"):
         return None  # it asks for another dtype
-    loss: Tensor = _apply_whole(logits, (definition, target, weight, ignore_index, reduction, smoothing))  # type: ignore[no-untyped-call] # torch types it not
+    call = definition, target, weight, ignore_index, reduction, smoothing
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _whole_loss(logits, call, save=False)[0]
+    loss: Tensor = _apply_whole(logits, call)  # type: ignore[no-untyped-call] # torch types it not
     return loss
 
 
@@ -240,24 +243,31 @@ def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
     )
 
 
+def _whole_loss(logits: Tensor, call: tuple[Any, ...], save: bool) -> tuple[Tensor, tuple[Tensor | None, bytes, float]]:
+    """Return the loss, and beside `call` for its gradient: the weight in the compute dtype, saved, denominator."""
+    _, target, weight, ignore_index, reduction, smoothing = call
+    dtype = logits.dtype
+    losses = None
+    if reduction == "none":
+        losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
+    if weight is not None and dtype in HALF:
+        weight = weight.float()
+    bad_row, loss, denominator, saved = cpu.cross_entropy(
+        logits, target, weight, ignore_index, smoothing, reduction == "mean", losses, save
+    )
+    if bad_row >= 0:
+        raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
+    result = torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
+    return result, (weight, saved, denominator)
+
+
 class _WholeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
-        _, target, weight, ignore_index, reduction, smoothing = call
-        dtype = logits.dtype
-        losses = None
-        if reduction == "none":
-            losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
-        if weight is not None and dtype in HALF:
-            weight = weight.float()
-        bad_row, loss, denominator, saved = cpu.cross_entropy(
-            logits, target, weight, ignore_index, smoothing, reduction == "mean", losses
-        )
-        if bad_row >= 0:
-            raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
+        loss, saved = _whole_loss(logits, call, save=True)
         ctx.save_for_backward(logits)
-        ctx.call = call, weight, saved, denominator
-        return torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
+        ctx.call = call, *saved
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
