@@ -147,6 +147,8 @@ template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, i
 // With the target's logit held out instead of the largest, nll = log1p(rest / exp(z_t)) keeps its relative precision as
 // well, and no logit is compared with another.
 
+template <class T> inline constexpr int kPlainOthers = sizeof(T) == 2 ? 64 : kPlainVectors;  // where 2^-21 is exact enough
+
 // To the minimum with which one logit is held out of vectors: -inf at its place, from 0 to 2 lanes, in two of them.
 template <class Real> struct HoldOut {
   static constexpr int L = kLanes<Real>;
@@ -200,16 +202,27 @@ template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_othe
   }
   const T* const end = tail - kPair;
   const T* const held = in_tail >= 0 ? end : z + (target - place);
+  // The pair after it from there on.
+  const auto read_pair = [&](const T* p, V& a, V& b) __attribute__((always_inline)) {
+    prefetch_pair(p);
+    load_pair(p + (-static_cast<int64_t>(p >= held) & kPair), a, b);
+  };
   V x[2];
   load_pair(held, x[0], x[1]);
   hold_out_of_pair<T>(in_tail >= 0 ? kPair : place, x[0], x[1]);
   exp.template add_all<sizeof(T) == 2, true>(sum, seen, x);
   PairSum<Real> total;
   for (const T* p = z; p != end;) {
-    const T* const stop = kMany && end - p > kPlainVectors * L ? p + kPlainVectors * L : end;
+    const T* const stop = kMany && end - p > kPlainOthers<T> * L ? p + kPlainOthers<T> * L : end;
+    if constexpr (!kMany || sizeof(T) == 2) {  // of more logits in float32 there are not registers enough
+      for (; stop - p >= 2 * kPair; p += 2 * kPair) {
+        V four[4];
+        read_pair(p, four[0], four[1]), read_pair(p + kPair, four[2], four[3]);
+        exp.template add_all<sizeof(T) == 2, kClamps>(sum, seen, four);
+      }
+    }
     for (; p != stop; p += kPair) {
-      prefetch_pair(p);
-      load_pair(p + (-static_cast<int64_t>(p >= held) & kPair), x[0], x[1]);
+      read_pair(p, x[0], x[1]);
       exp.template add_all<sizeof(T) == 2, kClamps>(sum, seen, x);
     }
     if constexpr (kMany) total.add(sum[0] + sum[1]), sum[0] = sum[1] = V{};
@@ -262,7 +275,7 @@ __attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_
 }
 // Tried without clamping first, unless `clamps`, which is set where that did not do.
 template <class T> LL_INLINE bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp, Vec<Compute<T>>* sums, bool& clamps) {
-  const bool many = n > kPlainVectors * kLanes<Compute<T>>;
+  const bool many = n > kPlainOthers<T> * kLanes<Compute<T>>;
   if (!clamps) clamps = !(many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp, sums);
   return !clamps || (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp, sums);
 }

@@ -165,6 +165,7 @@ def cross_entropy(
     smoothing: float,
     mean: bool,
     losses: int,
+    save: bool,
     /,
 ) -> tuple[int, float, float, bytes]: ...
 def cross_entropy_grad(
