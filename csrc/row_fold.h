@@ -145,7 +145,9 @@ template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, i
 // ---- the fold of all logits but the target's: what cross-entropy asks for ---------------------------------------------------
 //
 // With the target's logit held out instead of the largest, nll = log1p(rest / exp(z_t)) keeps its relative precision as
-// well, and no logit is compared with another.
+// well, and no logit is compared with another. Exp is that of UnitExp; for logits of 16 bits, whose loss will be rounded to
+// them, to 2^-21. Rows that do not suit (logits not finite or huge, a target beyond the range of the others) are left to the
+// folds that hold out the largest.
 
 template <class T> inline constexpr int kPlainOthers = sizeof(T) == 2 ? 64 : kPlainVectors;  // where 2^-21 is exact enough
 
@@ -169,7 +171,8 @@ template <class T> LL_INLINE void hold_out_of_pair(int64_t place, Vec<Compute<T>
   a = minimum<Real>(out.at(of_a), a), b = minimum<Real>(out.at(of_b), b);
 }
 
-// Exp of every logit but `target` summed in units of exp's, lane by lane.
+// Exp of every logit but `target` summed in units of exp's, lane by lane. kMany: of more than kPlainOthers vectors. `ahead`: what
+// is asked for before it is read, in elements.
 template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_others(const T* z, int64_t n, int64_t target, int64_t ahead, const UnitExp<Compute<T>>& exp, typename UnitExp<Compute<T>>::Seen& seen) {
   using Real = Compute<T>;
   using V = Vec<Real>;
@@ -265,7 +268,7 @@ template <class T> LL_INLINE ShortRows<Compute<T>> fold_short(const T* const* ro
   return {left[0].top, sum <= least_sum<Real>(n + L) ? Vec<Real>{} : sum, power[0], guess};
 }
 
-// Of `count` rows; whether they fit. A function of its own, that what it needs stays in registers.
+// Of `count` rows; whether all logits were in range. A function of its own, so that what it needs stays in registers.
 template <class T, bool kMany, bool kClamps>
 __attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& unit, Vec<Compute<T>>* sums) {
   const UnitExp<Compute<T>> exp = unit;
@@ -273,11 +276,15 @@ __attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_
   for (int64_t k = 0; k < count; ++k) sums[k] = fold_others<T, kMany, kClamps>(rows[k], n, targets[k], ahead, exp, seen);
   return exp.template fit<kClamps>(seen);
 }
-// Tried without clamping first, unless `clamps`, which is set where that did not do.
+// Tried without clamping first, unless `clamps`, which is set where that did not do: a hint for later rows, of any thread, that
+// no result depends on.
 template <class T> LL_INLINE bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp, Vec<Compute<T>>* sums, bool& clamps) {
   const bool many = n > kPlainOthers<T> * kLanes<Compute<T>>;
-  if (!clamps) clamps = !(many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp, sums);
-  return !clamps || (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp, sums);
+  if (!__atomic_load_n(&clamps, __ATOMIC_RELAXED)) {
+    if ((many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp, sums)) return true;
+    __atomic_store_n(&clamps, true, __ATOMIC_RELAXED);
+  }
+  return (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp, sums);
 }
 
 // The sums over all logits but the targets', which go to `held`, of `count` rows, at most kMaxRows, in units of 2^power. Gives the

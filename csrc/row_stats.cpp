@@ -216,8 +216,7 @@ template <class T> __attribute__((noinline)) bool short_losses(const Job<T>& job
 
 // The same of rows [first, end), and of any kind. A row's loss does not tell its neighbours: where they do not go together, each
 // is tried in a unit of its own.
-template <class T> void all_short_losses(const Job<T>& job, int64_t first, int64_t end) {
-  bool clamps = false;  // whether logits were met that ask for it
+template <class T> void all_short_losses(const Job<T>& job, int64_t first, int64_t end, bool& clamps) {
   for (; first < end; first += kMaxRows) {
     const int64_t n = end - first < kMaxRows ? end - first : kMaxRows;
     if (short_losses(job, first, n, clamps)) continue;
@@ -242,17 +241,17 @@ template <class T, int Flags> void by_rows(const Job<T>& job) {
   const bool for_losses = kMayHoldTarget && a.target && a.tile.class_stride == 1 && !a.row_max && !a.lse && !a.argmax;
   if (is_short) per_item = (per_item + L - 1) / L * L;
   const int64_t items = (rows + per_item - 1) / per_item;
+  [[maybe_unused]] bool clamps = false;  // whether logits were met that ask for it
   parallel_for(items, a.threads, rows * row_bytes, [&](int64_t item) {
     const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
     if constexpr (kMayHoldTarget)
-      if (is_short && for_losses) return all_short_losses(job, item * per_item, end);
+      if (is_short && for_losses) return all_short_losses(job, item * per_item, end, clamps);
     Batch<T> batch(job);
     if (is_short) {
       for (int64_t r = item * per_item; r < end; r += L) batch.push_short(r, end - r < L ? end - r : L);
       batch.flush();
       return;
     }
-    bool clamps = false;
     for (int64_t r = item * per_item; r < end; ++r) {
       const Fate fate = job.fate(r);
       RowSums sums = kUnread;

@@ -63,7 +63,6 @@ template <class Real> inline constexpr Real kInf = static_cast<Real>(__builtin_i
 template <class Real> inline constexpr Real kNaN = static_cast<Real>(__builtin_nan(""));
 
 template <class Real> LL_INLINE Vec<Real> splat(Real value) { return value - Vec<Real>{}; }  // 0 + value would be an addition: -0
-template <class Real> LL_INLINE IntVec<Real> splat_int(int64_t value) { return IntVec<Real>{} + static_cast<IntOf<Real>>(value); }
 template <class Real> LL_INLINE IntVec<Real> lane_index() {
   IntVec<Real> index{};
   for (int i = 0; i < kLanes<Real>; ++i) index[i] = i;
@@ -267,13 +266,6 @@ template <class T> LL_INLINE void load_pair(const T* p, Vec<Compute<T>>& a, Vec<
   } else {
     a = load(p), b = load(p + kLanes<Compute<T>>);
   }
-}
-
-// Which of the consecutive elements each lane of the first (0) or the second (1) vector of load_pair is.
-template <class T> LL_INLINE IntVec<Compute<T>> pair_places(int which) {
-  using Real = Compute<T>;
-  if constexpr (__is_same(T, BFloat16)) return 2 * lane_index<Real>() + which;
-  else return lane_index<Real>() + which * kLanes<Real>;
 }
 
 // K vectors, likewise.

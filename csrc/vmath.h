@@ -43,7 +43,7 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
   const Vec<float> root = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(y), load(kRoots));
   return {root * over_root(r) + root, n};
 }
-// exp(r) / s, with the 1 and in the place of r; kRough: to 2^-21.
+// Of several r at once, in their place, the whole of exp(r) / s. kRough: to 2^-21.
 inline constexpr float kOverRoot = 0x1.02f3eep+0f;  // 1 / s, rounded
 template <bool kRough, int K> LL_INLINE void over_roots(Vec<float> (&r)[K]) {
   Vec<float> p[K];
@@ -124,7 +124,7 @@ LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
 // Two forms of exp for many x of one row. UnitExp: in units of 2^power, to be summed, with the drift of split_exp_drifting
 // and a bias; x is at most 87 nats above the unit and counts as `least` where it is below that. RowExp: times a factor, with
 // the drift of split_row_exp; 0 where the result would be below 2^-124 (float). The factor is 0 or between 2^-100 and
-// 2^100 in size; kRough: to 2^-21, for results of 16 bits.
+// 2^100 in size. kRough: to 2^-21, for results of 16 bits.
 template <class Real> struct UnitExp {
   Vec<Real> power;
   Vec<Real> least = splat<Real>(static_cast<Real>(-2 * kHuge));
