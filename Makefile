@@ -31,6 +31,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # The extra's packages alone: logitless itself is there, so nothing is compiled again.
 $(BENCH_STAMP): $(STAMP)

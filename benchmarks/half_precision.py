@@ -23,7 +23,8 @@ import logitless as ll
 from logitless import functional
 from logitless._bench.heads import SMOLLM2, head_inputs
 from logitless._bench.memory import call_and_growth
-from logitless._products import widens
+from logitless._heads.products import widens
+from logitless.kernels import cpu
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _ROUNDS = 5
@@ -54,7 +55,7 @@ def of_float32(loss: Loss) -> Loss:
 # The mean, and the losses of the rows in float32.
 WAYS: dict[str, tuple[Loss, Loss]] = {
     "torch: logits, softmax gradient and sums in bfloat16": (rounded_everywhere, rows_of_rounded_logits),
-    f"logitless: logits in {'float32' if widens(torch.bfloat16) else 'bfloat16'}, sums in float32": (
+    f"logitless: logits in {'float32' if widens(cpu, torch.bfloat16) else 'bfloat16'}, sums in float32": (
         as_it_comes,
         rows_as_they_come,
     ),

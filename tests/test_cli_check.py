@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 import logitless as ll
 import logitless.functional as LF
-from logitless import _truth
-from logitless._accuracy import ulps
+from logitless._verify import truth
+from logitless._verify.accuracy import ulps
 from logitless.cli.app import app
 from logitless.cli.check import check_command
 
-ALL_SAMPLES = _truth.samples
+ALL_SAMPLES = truth.samples
 FEW = ("flat, 2 ", "dominant class, 2 ", "spread 1e2, 2 ", "ties, 2 ", "near pair, 2 ", "opposite")
 
 
@@ -29,10 +29,10 @@ FEW = ("flat, 2 ", "dominant class, 2 ", "spread 1e2, 2 ", "ties, 2 ", "near pai
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a row of each kind, so that a mutant is judged in a second or two."""
 
-    def few(dtype: torch.dtype, *, seed: int = 0) -> Iterator[_truth.Sample]:
+    def few(dtype: torch.dtype, *, seed: int = 0) -> Iterator[truth.Sample]:
         return (sample for sample in ALL_SAMPLES(dtype, seed=seed) if sample.family.startswith(FEW))
 
-    monkeypatch.setattr(_truth, "samples", few)
+    monkeypatch.setattr(truth, "samples", few)
 
 
 def exit_status() -> int:
@@ -222,14 +222,14 @@ def test_truths_match_scipy_where_scipy_is_accurate() -> None:
     special = pytest.importorskip("scipy.special")
     generator = torch.Generator().manual_seed(7)
     p, q = (torch.randn(20, generator=generator, dtype=torch.float64) for _ in range(2))
-    with mp.workprec(_truth.BITS):
-        exact = _truth.Exact(_truth.Sample("", p, q, 3))
+    with mp.workprec(truth.BITS):
+        exact = truth.Exact(truth.Sample("", p, q, 3))
         found = {
-            "kl": float(_truth.true_kl(exact).value),
-            "reverse": float(_truth.true_reverse_kl(exact).value),
-            "entropy": float(_truth.true_entropy(exact).value),
-            "nll": float(_truth.true_nll(exact).value),
-            "lse": float(_truth.true_lse(exact).value),
+            "kl": float(truth.true_kl(exact).value),
+            "reverse": float(truth.true_reverse_kl(exact).value),
+            "entropy": float(truth.true_entropy(exact).value),
+            "nll": float(truth.true_nll(exact).value),
+            "lse": float(truth.true_lse(exact).value),
         }
     dense_p, dense_q = special.softmax(p.numpy()), special.softmax(q.numpy())
     expected = {

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import logitless as ll
 import logitless.functional as LF
-from logitless.kernels import reference
+from logitless.kernels import definitions as reference
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless.kernels import cpu_elementwise
+from logitless.kernels.cpu import elementwise as cpu_elementwise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import logitless as ll
 import logitless.functional as LF
-from logitless import _dispatch
+from logitless._rules import dispatch
 
 ROWS, FEATURES, CLASSES = 1000, 32, 49999
 
@@ -103,8 +103,8 @@ def test_the_kernels_are_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("the reference served it")
 
     monkeypatch.setenv("LOGITLESS_BACKEND", "cpu")
-    for module in ("_head_loss", "binary", "measures"):
-        monkeypatch.setattr(f"logitless.{module}.fold_rows", no_fold)
+    for module in ("head_classification", "binary", "measures"):
+        monkeypatch.setattr(f"logitless.losses.{module}.fold_rows", no_fold)
     CALLS[name](torch.randn(5, 3, requires_grad=True), torch.randn(7, 3))
 
 
@@ -113,6 +113,6 @@ def test_what_the_kernels_do_not_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     logits, target = ll.linear(torch.randn(5, 3), torch.randn(7, 3)), torch.zeros(5, dtype=torch.int64)
     weight = torch.ones(7, requires_grad=True)
     choice = ll.explain(LF.cross_entropy, logits, target, weight)
-    assert choice == _dispatch.Choice("reference", "weight requires a gradient")
+    assert choice == dispatch.Choice("reference", "weight requires a gradient")
     with pytest.raises(RuntimeError, match="weight requires a gradient"):
         LF.cross_entropy(logits, target, weight, backend="cpu")

@@ -11,8 +11,7 @@ from torch import Tensor
 import logitless as ll
 import logitless.functional as LF
 import oracles
-from logitless import _tiles
-from logitless.kernels import cpu
+from logitless.kernels import cpu, interface
 
 ROWS, WIDTH, CLASSES = 150, 9, 131  # more rows than a tile has at least, nothing a multiple of anything
 
@@ -173,7 +172,7 @@ TILES = {"one tile": 2**27, "rows": 66 * CLASSES * 4 * 2, "rows and classes": 40
 @pytest.fixture(params=TILES, ids=TILES.keys())
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Bytes for one tile, for a few tiles of rows, and for so few that classes are cut."""
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", TILES[request.param])
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", TILES[request.param])
     return str(request.param)
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import logitless as ll
-from logitless import _tiles
-from logitless.log_probs import LazyLogProbs
+from logitless.kernels import interface
+from logitless.lazy.log_probs import LazyLogProbs
 
 BATCH, TIME, CLASSES, WIDTH = 3, 5, 7, 3
 
@@ -39,7 +39,7 @@ class NoTensorOf(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def nothing_is_computed_unseen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Here every logit is large, and a warning is an error."""
-    monkeypatch.setattr("logitless._proxy._SMALL_BYTES", 0)
+    monkeypatch.setattr("logitless.lazy.proxy._SMALL_BYTES", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -229,8 +229,8 @@ WITHOUT_THE_LOGITS: dict[str, Callable[[Any], Tensor]] = {
 @pytest.mark.parametrize("name", WITHOUT_THE_LOGITS)
 def test_is_computed_without_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lazy, dense, leaves = made()
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", 1)  # a row is a tile
-    monkeypatch.setattr("logitless.lazy._FEW", 1)  # so that one class of 7 is few
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", 1)  # a row is a tile
+    monkeypatch.setattr("logitless.lazy.logits._FEW", 1)  # so that one class of 7 is few
     expected = WITHOUT_THE_LOGITS[name](dense)
     limit = dense.numel() + ("soft" in name or "binary" in name) * 1  # their targets are of the logits' size
     with NoTensorOf(limit):
@@ -312,9 +312,9 @@ def test_the_warning_comes_once_a_place() -> None:
 def test_small_logits_and_one_row_a_sequence_need_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     lazy, dense, _ = made()
     assert_same(lazy[:, -1:, :].softmax(-1), dense[:, -1:, :].softmax(-1))
-    monkeypatch.setattr("logitless._proxy._SMALL_BYTES", dense.numel() * 8)
+    monkeypatch.setattr("logitless.lazy.proxy._SMALL_BYTES", dense.numel() * 8)
     assert_same(lazy.softmax(-1), dense.softmax(-1))
-    monkeypatch.setattr("logitless._proxy._SMALL_BYTES", dense.numel() * 8 - 1)
+    monkeypatch.setattr("logitless.lazy.proxy._SMALL_BYTES", dense.numel() * 8 - 1)
     with pytest.warns(ll.MaterializeWarning):
         lazy.softmax(-1)
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
-from logitless import _tiles
-from logitless._products import widens
+from logitless._heads.products import widens
+from logitless.kernels import cpu, interface
 from test_lazy import NoTensorOf
 
 pytestmark = [
@@ -85,8 +85,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def every_logit_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 4 rows, and a warning, which is an error, for the smallest logits."""
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", 4 * VOCABULARY * 8 * 8)
-    monkeypatch.setattr("logitless._proxy._SMALL_BYTES", 0)
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", 4 * VOCABULARY * 8 * 8)
+    monkeypatch.setattr("logitless.lazy.proxy._SMALL_BYTES", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ll.MaterializeWarning)
         yield
@@ -263,7 +263,7 @@ def test_a_bfloat16_model_is_as_right_as_without() -> None:
     hidden = model.model(inputs["input_ids"]).last_hidden_state[:, :-1].double()
     exact = F.cross_entropy((hidden @ model.lm_head.weight.double().T).flatten(0, 1), inputs["labels"][:, 1:].flatten())
     true, naive, mine = exact.item(), theirs[0].loss.item(), ours[0].loss.item()
-    assert abs(mine - true) <= (1e-6 * true if widens(torch.bfloat16) else 1.1 * abs(naive - true))
+    assert abs(mine - true) <= (1e-6 * true if widens(cpu, torch.bfloat16) else 1.1 * abs(naive - true))
     for name, gradient in truth[1].items():
         ours_off, theirs_off = (float((step[1][name] - gradient).norm()) for step in (ours, theirs))
         assert ours_off <= 1.1 * theirs_off + 0.004 * float(gradient.norm()), name
@@ -530,7 +530,7 @@ def smollm2() -> tuple[Any, Tensor]:
 def test_smollm2(smollm2: tuple[Any, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = smollm2
     rows, classes = ids.shape[1], model.config.vocab_size
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", 16 * classes * 8 * 8)
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", 16 * classes * 8 * 8)
     inputs = {"input_ids": ids, "labels": ids}
     theirs = trained(model, **inputs)
     assert 1.0 < theirs[0].loss.item() < 3.0  # it reads English

@@ -17,7 +17,9 @@ from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless import _library, _library_pairs
+from logitless._operators import pairs as pair_operators
+from logitless._operators import rows as row_operators
+from logitless.kernels import cpu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # on importing inductor
@@ -99,7 +101,7 @@ def test_pair_operators_pass_opcheck(dtype: torch.dtype, asked: str) -> None:
 def test_an_operator_refuses_a_gradient_that_it_does_not_have() -> None:
     weight = torch.rand(65, requires_grad=True)
     with pytest.raises(NotImplementedError, match="the logits alone"):
-        _library.row_stats(rows_of(), classes_of(), caller="f", class_weight=weight, smooth=True)
+        row_operators.row_stats(rows_of(), classes_of(), backend=cpu, caller="f", class_weight=weight, smooth=True)
 
 
 # --- gradients of every output at once, against float64 formulas
@@ -117,8 +119,16 @@ def row_formula(logits: Tensor, target: Tensor, weight: Tensor, dense: Tensor) -
 
 
 def row_operator(logits: Tensor, target: Tensor, weight: Tensor, dense: Tensor) -> list[Tensor]:
-    stats = _library.row_stats(
-        logits, target, caller="f", class_weight=weight, dense_target=dense, lse=True, entropy=True, smooth=True
+    stats = row_operators.row_stats(
+        logits,
+        target,
+        backend=cpu,
+        caller="f",
+        class_weight=weight,
+        dense_target=dense,
+        lse=True,
+        entropy=True,
+        smooth=True,
     )
     named = (stats.nll, stats.lse, stats.entropy, stats.smooth_sum, stats.dense_sum)
     return [value for value in named if value is not None]
@@ -141,8 +151,8 @@ def pair_formula(first: Tensor, second: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def pair_operator(first: Tensor, second: Tensor, target: Tensor) -> list[Tensor]:
-    stats = _library_pairs.pair_row_stats(
-        first, second, target, caller="f", reverse_kl=True, js=True, cross_entropy=True, entropy=True
+    stats = pair_operators.pair_row_stats(
+        first, second, target, backend=cpu, caller="f", reverse_kl=True, js=True, cross_entropy=True, entropy=True
     )
     return [value for value in stats[:8] if value is not None]
 

@@ -20,7 +20,9 @@ from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless import _elements, _library_cosine, _library_elementwise
+from logitless._operators import cosines as cosine_operators
+from logitless._operators import elements as element_operators
+from logitless.kernels import cpu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # on importing inductor
@@ -126,12 +128,14 @@ def test_cosine_operators_pass_opcheck(call: str, summed: bool) -> None:
 def test_an_operator_refuses_a_gradient_that_it_does_not_have() -> None:
     x, t = operands("kl_div", (7, 65))
     with pytest.raises(NotImplementedError, match="the input alone"):
-        _library_elementwise.elementwise(_elements.KL_DIV, x, t.requires_grad_(), dtype=None)
+        element_operators.elementwise("kl_div", x, t.requires_grad_(), backend=cpu, dtype=None)
 
 
 def test_an_operator_has_no_second_derivative_and_says_so() -> None:
     x, t = operands("kl_div", (7,))
-    out = _library_elementwise.elementwise(_elements.BCE_LOGITS, x.requires_grad_(), t, dtype=None)
+    out = element_operators.elementwise(
+        "binary_cross_entropy_with_logits", x.requires_grad_(), t, backend=cpu, dtype=None
+    )
     (first,) = torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"elementwise_grad.default but no autograd formula"):
         first.sum().backward()
@@ -156,8 +160,8 @@ def test_vmap_of_the_elementwise_operator(name: str, batched: tuple[int | None, 
         for arg, dim in zip(operands(name, (7, 65), torch.float64), batched, strict=True)
     )
     x = args[0].requires_grad_()
-    kernel, dtype = _elements.KERNELS[name], None if summed else torch.float64
-    ours = vmap(lambda x, t: _library_elementwise.elementwise(kernel, x, t, dtype=dtype), in_dims=batched)
+    dtype = None if summed else torch.float64
+    ours = vmap(lambda x, t: element_operators.elementwise(name, x, t, backend=cpu, dtype=dtype), in_dims=batched)
     definition = partial(LOSSES[name], reduction="sum" if summed else "none", backend="reference")
     theirs = vmap(definition, in_dims=batched)
     got, want = ours(*args), theirs(*args)
@@ -179,7 +183,7 @@ def test_vmap_of_the_cosine_operator(batched: tuple[int | None, ...], reduction:
     )
     free = [arg.requires_grad_() for arg in args[:2]]
     options: dict[str, Any] = {"dim": -1, "eps": 0.0, "margin": 0.1, "summed": reduction == "sum"}
-    got = vmap(lambda x, y, t: _library_cosine.cosine(x, y, t, **options), in_dims=batched)(*args)
+    got = vmap(lambda x, y, t: cosine_operators.cosine(cpu, x, y, t, **options), in_dims=batched)(*args)
     want = vmap(partial(F.cosine_embedding_loss, margin=0.1, reduction=reduction), in_dims=batched)(*args)
     torch.testing.assert_close(got, want)
     upstream = torch.randn(4, *want.shape, dtype=torch.float64)

@@ -14,11 +14,14 @@ from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless import _library_head_measures, _tiles
+from logitless._operators.head_measures import Measures, Source
+from logitless.kernels import interface
+from logitless.kernels.interface import ClassTarget
+from logitless.losses.head_measures import rows_of
+from logitless.losses.measures import PairStats, TokenStats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # on importing inductor
 WIDTH, CLASSES = 8, 1000
-Measures = _library_head_measures.Measures
 
 
 @pytest.fixture(autouse=True)
@@ -97,17 +100,21 @@ def problem(name: str, rows: int, dtype: torch.dtype = torch.float32) -> tuple[C
 # --- as torch asks
 
 
+def source(logits: Tensor | ll.LazyLogits) -> Source:
+    return Source(rows_of(logits), logits.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["token_stats", "entropy", "kl", "pair_stats", "dense"])
 def test_operators_pass_opcheck(name: str, dtype: torch.dtype) -> None:
     p, q = (lazy(*head_of(7, dtype)) for _ in range(2))
-    target = _library_head_measures.ClassTarget(1, CLASSES, -100, classes_of(7, ignored=name == "token_stats"))
+    target = ClassTarget(1, CLASSES, -100, classes_of(7, ignored=name == "token_stats"))
     told = {
-        "token_stats": lambda: Measures.of("f", ll.measures.TokenStats._fields, p, target=target),
-        "entropy": lambda: Measures.of("f", ["entropy"], p),
-        "kl": lambda: Measures.of("f", ["kl"], p, q),
-        "pair_stats": lambda: Measures.of("f", ll.measures.PairStats._fields, p, q, target),
-        "dense": lambda: Measures.of("f", ["js"], torch.randn(7, CLASSES).to(dtype), q),
+        "token_stats": lambda: Measures.of("f", TokenStats._fields, source(p), target=target),
+        "entropy": lambda: Measures.of("f", ["entropy"], source(p)),
+        "kl": lambda: Measures.of("f", ["kl"], source(p), source(q)),
+        "pair_stats": lambda: Measures.of("f", PairStats._fields, source(p), source(q), target),
+        "dense": lambda: Measures.of("f", ["js"], source(torch.randn(7, CLASSES).to(dtype)), source(q)),
     }[name]()
     still = Measures._make(value.detach() if isinstance(value, Tensor) else value for value in told)
     asking = [None if part is None else part.clone().requires_grad_() for part in still.parts]
@@ -120,13 +127,13 @@ def test_operators_pass_opcheck(name: str, dtype: torch.dtype) -> None:
 
 
 def test_an_operator_refuses_gradients_that_it_was_not_asked_for() -> None:
-    told = Measures.of("f", ["entropy"], lazy(*head_of(7)))
+    told = Measures.of("f", ["entropy"], source(lazy(*head_of(7))))
     with pytest.raises(NotImplementedError, match="the parts of a head that it was asked for"):
         torch.ops.logitless.head_measures(*told, False)
 
 
 def test_vmap_goes_through_the_batch() -> None:
-    told = Measures.of("f", ["kl"], *(lazy(*(part.detach() for part in head_of(7))) for _ in range(2)))
+    told = Measures.of("f", ["kl"], *(source(lazy(*(part.detach() for part in head_of(7)))) for _ in range(2)))
     batch = torch.stack([told.p_logits, -told.p_logits], 1)
     got = vmap(lambda hidden: torch.ops.logitless.head_measures(hidden, *told[1:], True)[0], in_dims=1)(batch)
     for i, hidden in enumerate(batch.unbind(1)):
@@ -159,7 +166,7 @@ def test_compiled_is_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(MEASURES))
 def test_compiled_is_eager_in_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", 40 * CLASSES * 4)
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", 40 * CLASSES * 4)
     for dtype in (torch.float64, torch.bfloat16):
         torch._dynamo.reset()
         assert_compiles_to_eager(*problem(name, 65, dtype), "aot_eager")

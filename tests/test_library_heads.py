@@ -20,8 +20,10 @@ from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless import _dispatch, _library_heads
-from logitless._products import widens
+from logitless._heads.products import widens
+from logitless._operators import heads as operators
+from logitless._rules import dispatch
+from logitless.kernels import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # on importing inductor
 WIDTH, CLASSES = 8, 1000
@@ -405,8 +407,9 @@ def test_a_graph_without_gradients_makes_none() -> None:
         loss = graphs.compile(LF.linear_cross_entropy)(hidden, weight, target)
     assert graphs.kernels == [["head_loss"]]
     same_bits([loss], [LF.linear_cross_entropy(hidden, weight, target).detach()])
-    empty = _library_heads.loss(
-        _library_heads.Head(
+    empty = operators.loss(
+        cpu,
+        operators.Head(
             hidden.detach(),
             weight.detach(),
             None,
@@ -550,7 +553,7 @@ def test_explain_answers_for_the_compiled_graph() -> None:
         eager, choice = (
             ll.explain(call, hidden, weight, target, **options) for call in (LF.linear_cross_entropy, compiled)
         )
-        assert choice == eager == _dispatch.Choice("cpu", "the tensors are on the CPU")
+        assert choice == eager == dispatch.Choice("cpu", "the tensors are on the CPU")
         assert choice.tile is not None
         assert (choice.tile, choice.peak_bytes) == (eager.tile, eager.peak_bytes)
 
@@ -560,7 +563,7 @@ def test_explain_knows_what_a_graph_widens() -> None:
     hidden, weight, *_ = head_of(200, dtype=torch.bfloat16)
     compiled = torch.compile(LF.linear_cross_entropy, backend="eager")
     target = classes_of(200)
-    row_bytes = CLASSES * (4 if widens(torch.bfloat16) else 2)
+    row_bytes = CLASSES * (4 if widens(cpu, torch.bfloat16) else 2)
     for kept, more in ((200, 0), (100, 4 * weight.numel())):
         target[kept:] = -100
         choices = [

@@ -14,8 +14,9 @@ from torch import Tensor
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 import checks
 import logitless as ll
-from logitless import _accuracy
-from logitless.kernels import cpu, reference
+from logitless._verify import accuracy
+from logitless.kernels import cpu
+from logitless.kernels import definitions as reference
 from oracles import RejectedError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -449,6 +450,6 @@ def test_nothing_of_the_logits_size_but_the_gradient(name: str) -> None:
 
 
 def test_the_check_says_which_backend_it_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _accuracy.row_backend(torch.float32) == "cpu"
+    assert accuracy.row_backend(torch.float32) == "cpu"
     monkeypatch.setenv("LOGITLESS_BACKEND", "reference")
-    assert _accuracy.row_backend(torch.float32) == "reference"
+    assert accuracy.row_backend(torch.float32) == "reference"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import checks
-import logitless._reduce as reduce_module
-import logitless._tiles as tiles
-from logitless import binary, classification, divergence, lazy, measures, similarity
-from logitless.kernels import reference
+import logitless._rules.reduction as reduce_module
+from logitless._heads import fold as tiles
+from logitless._heads import rows as head_rows
+from logitless.kernels import definitions as reference
+from logitless.losses import binary, classification, divergence, measures, similarity
 from oracles import RejectedError
 
 Patch = tuple[Any, str, Callable[..., Any]]
@@ -289,10 +290,12 @@ MUTANTS: dict[str, Mutant] = {
         wrapped(tiles, "_add_tile", last_row_of_a_tile_dropped), on("lazy token_stats")
     ),
     "tile boundary off by one": Mutant(wrapped(tiles._Plan, "tiles", tile_rows_overlap), on("linear_cross_entropy")),
-    "scale ignored by a head": Mutant(wrapped(lazy.HeadRows, "activate", activate_without_scale), on("lazy entropy")),
-    "bias ignored by a head": Mutant(wrapped(lazy.HeadRows, "raw", raw_without_bias), on("lazy kl")),
+    "scale ignored by a head": Mutant(
+        wrapped(head_rows.HeadRows, "activate", activate_without_scale), on("lazy entropy")
+    ),
+    "bias ignored by a head": Mutant(wrapped(head_rows.HeadRows, "raw", raw_without_bias), on("lazy kl")),
     "weight gradient of the last tile only": Mutant(
-        wrapped(lazy.HeadRows, "accumulate", gradient_only_of_last_tile), on("linear_cross_entropy")
+        wrapped(head_rows.HeadRows, "accumulate", gradient_only_of_last_tile), on("linear_cross_entropy")
     ),
 }
 

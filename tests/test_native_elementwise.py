@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless.kernels import cpu_elementwise as kernels
+from logitless.kernels.cpu import elementwise as kernels
 from logitless.kernels.cpu import native_info, pool_clear
 
 SIZES = (1, 7, 65, 1000, 49153)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless import _native, _products
+from logitless import _native
+from logitless._heads import products
 from logitless.kernels import cpu
 
 ORDERS = tuple(combinations((False, True), repeat=2))
@@ -127,15 +128,15 @@ def test_infinities_and_nans_pass(isa: str) -> None:
 def test_factors_that_no_kernel_reads_are_copied() -> None:
     first, second = matrix(1, 80, 60, FLOAT32, False)[::2, ::3], matrix(2, 20, 9, FLOAT32, False)
     out = poisoned(40, 9, FLOAT32)
-    _products.multiply(first, second, out)
+    products.multiply(cpu, first, second, out)
     assert_is_product(out, first, second)
 
 
 def test_without_depth_a_product_is_0() -> None:
     out = poisoned(4, 5, FLOAT32)
-    _products.multiply(torch.empty(4, 0), torch.empty(0, 5), out)
+    products.multiply(cpu, torch.empty(4, 0), torch.empty(0, 5), out)
     assert bool((out == 0).all())
-    _products.multiply(torch.empty(4, 0), torch.empty(0, 5), out.fill_(2.0), accumulate=True)
+    products.multiply(cpu, torch.empty(4, 0), torch.empty(0, 5), out.fill_(2.0), accumulate=True)
     assert bool((out == 2).all())
 
 
@@ -144,12 +145,12 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
     served = []
     monkeypatch.setattr(cpu, "product", lambda *factors, **_: served.append(factors))
     first, second, out = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(2, 4)
-    _products.multiply(first, second, out)
+    products.multiply(cpu, first, second, out)
     assert served
     served.clear()
     torch.set_float32_matmul_precision("medium")
     try:
-        _products.multiply(first, second, out)
+        products.multiply(cpu, first, second, out)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not served
@@ -159,13 +160,13 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
 def test_where_torch_serves_sums_are_widened_part_by_part(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
-    assert _products.needs_spare(dtype)
-    assert not _products.widens(dtype)
+    assert products.needs_spare(cpu, dtype)
+    assert not products.widens(cpu, dtype)
     first, second = matrix(1, 50, 20, dtype, False), matrix(2, 20, 8, dtype, False)
     out = poisoned(50, 8, FLOAT32)
-    _products.multiply(first, second, out, spare=torch.full((7 * 8,), torch.nan, dtype=dtype))
+    products.multiply(cpu, first, second, out, spare=torch.full((7 * 8,), torch.nan, dtype=dtype))
     assert torch.equal(out, (first @ second).float())
-    _products.multiply(first, second, out, accumulate=True, spare=torch.empty(7 * 8, dtype=dtype))
+    products.multiply(cpu, first, second, out, accumulate=True, spare=torch.empty(7 * 8, dtype=dtype))
     assert torch.equal(out, 2 * (first @ second).float())
 
 

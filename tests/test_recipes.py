@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
-from logitless import _tiles
+from logitless.kernels import interface
 from test_lazy import NoTensorOf
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
@@ -25,8 +25,8 @@ def page() -> dict[str, Any]:
     names: dict[str, Any] = {}
     text = PAGE.read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), NoTensorOf(ROWS * CLASSES):
-        patch.setattr(_tiles, "DEFAULT_MAX_BYTES", 8 * CLASSES * 8 * 8)
-        patch.setattr("logitless._proxy._SMALL_BYTES", 0)
+        patch.setattr(interface, "DEFAULT_MAX_BYTES", 8 * CLASSES * 8 * 8)
+        patch.setattr("logitless.lazy.proxy._SMALL_BYTES", 0)
         warnings.simplefilter("error")
         for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             above = text[: block.start(1)].count("\n")  # so that a failure names its line of the page

@@ -13,7 +13,7 @@ from torch import Tensor
 import logitless as ll
 import logitless.functional as LF
 import logitless.nn as LN
-from logitless import _ops
+from logitless._autograd import rows as dense_rows
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,13 +28,13 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call that took the short way."""
     calls: list[bool] = []
-    whole_loss = _ops._whole_loss
+    whole_loss = dense_rows._whole_loss
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(True)
         return whole_loss(*args, **options)
 
-    monkeypatch.setattr(_ops, "_whole_loss", counted)
+    monkeypatch.setattr(dense_rows, "_whole_loss", counted)
     return calls
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
-from logitless import _tiles, sparse
+from logitless.kernels import interface
+from logitless.lazy import sparse
 from test_lazy import NoTensorOf
 
 ROWS, CLASSES, WIDTH, K = 6, 40, 5, 4
@@ -18,8 +19,8 @@ ROWS, CLASSES, WIDTH, K = 6, 40, 5, 4
 
 @pytest.fixture(autouse=True)
 def one_row_is_a_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_tiles, "DEFAULT_MAX_BYTES", 1)
-    monkeypatch.setattr("logitless._proxy._SMALL_BYTES", 0)
+    monkeypatch.setattr(interface, "DEFAULT_MAX_BYTES", 1)
+    monkeypatch.setattr("logitless.lazy.proxy._SMALL_BYTES", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

@@ -1,12 +1,12 @@
 """Losses and similarity measures for PyTorch that never need the logits in memory, and are exact."""
 
 from logitless import functional, nn
-from logitless._dispatch import BackendStatus, backends, explain
-from logitless._proxy import MaterializeWarning
-from logitless.heads import LazyHead, lazy_head
-from logitless.lazy import LazyLogits, linear
-from logitless.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
-from logitless.sparse import SparseLogits
+from logitless._rules.dispatch import BackendStatus, backends, explain
+from logitless.lazy.logits import LazyLogits, linear
+from logitless.lazy.model_head import LazyHead, lazy_head
+from logitless.lazy.proxy import MaterializeWarning
+from logitless.lazy.sparse import SparseLogits
+from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
 
 __all__ = [
     "BackendStatus",

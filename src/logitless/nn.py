@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from logitless import functional as F
-from logitless._reduce import Empty, Normalizer, check_empty, check_normalizer
-from logitless.lazy import LazyLogits
+from logitless._rules.reduction import Empty, Normalizer, check_empty, check_normalizer
+from logitless.lazy.logits import LazyLogits
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from logitless import functional, measures
+from logitless import functional
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, FORWARD, MODES, Inputs, Provider, bare, eager, optax, ours
-from logitless.lazy import linear
+from logitless.lazy.logits import linear
+from logitless.losses import measures
 
 SMOLLM2 = (2048, 576, 49152)
 GEMMA = (2048, 640, 262144)

@@ -16,7 +16,7 @@ from logitless._bench.losses import indexed_logits
 from logitless._bench.passes import copy, limits
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, FORWARD, Inputs, bare, ours
-from logitless._dispatch import cpu_missing
+from logitless.kernels import cpu
 
 _PAGE_BYTES = 4096
 
@@ -30,20 +30,16 @@ def limit_case(shape: tuple[int, int]) -> Case:
         bare("stage: a gradient of the allocator, touched", "stage", {BOTH: _allocated}),
     )
     loss = torch_functional.cross_entropy
-    providers = (ours(functional.cross_entropy), *limits(), copy(), *(stages if cpu_missing() is None else ()))
+    providers = (ours(functional.cross_entropy), *limits(), copy(), *(stages if cpu.missing() is None else ()))
     make = indexed_logits(shape[1], torch.float32)
     return Case("limit", "cross_entropy", shape, torch.float32, make, providers, loss)
 
 
 def _row_stats(inputs: Inputs) -> Callable[[], object]:
-    from logitless.kernels import cpu
-
     return lambda: cpu.row_stats(*inputs)
 
 
 def _row_grad(inputs: Inputs) -> Callable[[], object]:
-    from logitless.kernels import cpu
-
     logits, target = inputs
     stats, out = cpu.row_stats(logits, target), torch.zeros_like(logits)
     upstream = torch.tensor(1 / logits.shape[0])
@@ -53,8 +49,6 @@ def _row_grad(inputs: Inputs) -> Callable[[], object]:
 
 
 def _pooled(inputs: Inputs) -> Callable[[], object]:
-    from logitless.kernels import cpu
-
     return lambda: _touch(cpu.empty_like_pooled(inputs[0]))
 
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from logitless import functional, measures
+from logitless import functional
 from logitless._bench.passes import limits
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, Inputs, Loss, compiled, eager, optax, ours
+from logitless.losses import measures
 
 LARGE = ((4096, 32000), (1024, 151936), (262144, 100), (8192, 1000))
 SMALL = ((8, 10), (256, 100), (1024, 100))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from typing import TypeVar
 
 import torch
 
-from logitless import _dispatch
 from logitless._bench.protocol import Case
 from logitless._bench.providers import Provider, as_tensor
+from logitless.kernels import cpu
 
 Result = TypeVar("Result")
 
@@ -65,7 +64,7 @@ def extra_bytes_apart(case: Case, provider: Provider, mode: str, *, quick: bool)
     """Return `extra_bytes` of a process of its own, on as many threads as this one has."""
     asked = {"case": case.name, "provider": provider.name, "mode": mode, "quick": quick}
     asked["threads"] = torch.get_num_threads()
-    command = [sys.executable, "-m", "logitless._bench.memory", json.dumps(asked)]
+    command = [sys.executable, "-m", "logitless._bench.peak_of_one", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -96,26 +95,8 @@ def _process_peak() -> int:
 
 def give_back() -> None:
     """Return freed memory to the system: the gradient pool's, and the C library's."""
-    if _dispatch.cpu_missing() is None:
-        from logitless.kernels import cpu
-
+    if cpu.missing() is None:
         cpu.pool_clear()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
-
-
-def _main() -> None:
-    from logitless._bench.suite import cases
-
-    asked = json.loads(sys.argv[1])
-    torch.set_num_threads(asked["threads"])
-    case = next(case for case in cases(quick=asked["quick"]) if case.name == asked["case"])
-    provider = next(provider for provider in case.providers if provider.name == asked["provider"])
-    sys.stdout.write(json.dumps(extra_bytes(case, provider, asked["mode"])))
-    sys.stdout.flush()
-    os._exit(0)  # JAX's threads, joined beside OpenMP's, now and then abort the exit
-
-
-if __name__ == "__main__":
-    _main()

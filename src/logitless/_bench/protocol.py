@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless import _dispatch
 from logitless._bench.providers import BOTH, MODES, Call, Inputs, Loss, Outcome, Provider, as_tensor, eager
+from logitless._rules import dispatch
+from logitless.kernels import cpu
 
 # A round of a slow case is worth minutes: it gets fewer of them, and at least three.
 _SECONDS_A_CASE = 45.0
@@ -117,11 +118,9 @@ def machine() -> dict[str, str]:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         processor = named[0] if named else processor
-    backend = _dispatch.pick("cross_entropy", [torch.zeros(1)])
-    if backend == "cpu":
-        from logitless.kernels import cpu
-
-        backend = f"cpu, {cpu.native_info()['isa']}"
+    backend = dispatch.pick("cross_entropy", [torch.zeros(1)]).NAME
+    if backend == cpu.NAME:
+        backend = f"{backend}, {cpu.native_info()['isa']}"
     return {
         "processor": processor,
         "cores": str(os.cpu_count()),

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from logitless._accuracy import Accuracy, accuracy_steps, row_backend
-from logitless._identities import Identity, identity_steps
-from logitless._truth import BITS
+from logitless._verify.accuracy import Accuracy, accuracy_steps, row_backend
+from logitless._verify.identities import Identity, identity_steps
+from logitless._verify.truth import BITS
 from logitless.cli.outputs import staged
 from logitless.cli.progress import Steps
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import logitless as ll
 from logitless.cli.errors import InputError
 from logitless.cli.rounding import ROUNDINGS, round_weight
-from logitless.lazy import LazyLogits
+from logitless.lazy.logits import LazyLogits
 
 # By name: its annotations call for types that its own loaders do not return.
 transformers: Any = importlib.import_module("transformers")

@@ -1,1 +1,1 @@
-"""The backends: each file computes the same rows; `reference` is the definition."""
+"""Who computes: the interface that every backend offers, the definitions, and the backends, a file or folder each."""

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 MISSING: str | None = None
 
 if TYPE_CHECKING:
@@ -11,6 +13,9 @@ else:
         from logitless import _native as extension
     except ImportError as error:
         MISSING = f"this installation has no compiled kernels ({error}); reinstall with a C++ compiler present"
-        extension = None  # nothing calls it: `_dispatch` sends every call to the reference
+        extension = None  # nothing calls it: `dispatch` sends every call to the reference
 
-__all__ = ["MISSING", "extension"]
+# As numbered in kernels.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+__all__ = ["DTYPES", "MISSING", "extension"]

@@ -1,319 +1,501 @@
-"""The readable reference: every loss and measure as a plain composition of torch operations.
+"""The reference as a backend: the definitions, on any device, and each kernel's formula in plain torch operations.
 
-This is the definition the faster kernels are held to, and what runs under transforms, compilers and on
-devices without a kernel of their own. Every function takes tensors already in their computation dtype
-(float32 or wider) and already checked; none reduces over rows, and none divides by a count.
-
-Precision policy: a row's log-sum-exp is kept as the pair (top, log_sum) with
-
-    top = max z        log_sum = log1p(sum over the other classes of exp(z - top))
-
-so the loss of a row whose target is the top class is log_sum itself, exact to a relative rounding even when
-it is 1e-12. Divergences are sums of terms that cannot be negative. 0 log 0 is 0, in value and gradient.
+Torch differentiates it (`PLAIN`), so a call that it serves is its definition and none of the functions below runs. They
+are what another backend's kernels are held to: the same names, written to be read, of arithmetic in float64 that is
+rounded once. See `interface` for what each promises.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from logitless._targets import ClassTarget
+from logitless.kernels import definitions, interface
+from logitless.kernels.interface import (
+    ClassTarget,
+    CosineRows,
+    ElementLoss,
+    PairRowStats,
+    RowStats,
+    TileRules,
+    times_zero_safe,
+)
+
+NAME = "reference"
+DEVICE_TYPES: frozenset[str] = frozenset()  # any, without a kernel
+PLAIN = True
+READS_VALUES = True
+# `pair_row_grad` makes everything again.
+PAIR_SAVED = 1
+PRODUCT_DTYPES: frozenset[torch.dtype] = frozenset()
 
 
-class LogSumExp(NamedTuple):
-    """`lse = top + log_sum`, kept apart; both keep the class dimension."""
-
-    top: Tensor
-    log_sum: Tensor
+def missing() -> None:
+    """Return None: torch is there."""
 
 
-def log_sum_exp(logits: Tensor, dim: int) -> LogSumExp:
-    """Return the log-sum-exp of each row in two parts."""
-    top, argmax = logits.max(dim, keepdim=True)
-    classes = torch.arange(logits.shape[dim], device=logits.device)
-    classes = classes.view([-1 if axis == dim % logits.dim() else 1 for axis in range(logits.dim())])
-    others = torch.exp(logits - top).masked_fill(classes == argmax, 0)
-    # 1, or NaN where the top is infinite: an overflow shows itself in the value and in every gradient.
-    finite = 1 + (top - top).detach()
-    return LogSumExp(top, torch.log1p(others.sum(dim, keepdim=True) * finite))
+def detail() -> str:
+    """Return what it is."""
+    return "plain torch operations on any device: the definition"
 
 
-def negative_log_softmax(logits: Tensor, dim: int) -> Tensor:
-    """Return `lse - z`, formed without rounding `lse`."""
-    top, log_sum = log_sum_exp(logits, dim)
-    return (top - logits) + log_sum
+def served() -> str:
+    """Return why a call goes to it."""
+    return "no other backend is here"
 
 
-def times_zero_safe(coefficient: Tensor, value: Tensor) -> Tensor:
-    """Return `coefficient * value` where a zero coefficient wins over an infinite value."""
-    excluded = (coefficient == 0) & torch.isinf(value)
-    return coefficient * value.masked_fill(excluded, 0)
+def obstacle(tensors: Sequence[Tensor | None]) -> None:
+    """Return None: it takes whatever torch takes."""
 
 
-class ClassRows(NamedTuple):
-    """Per-row losses, and per row what a weighted mean counts it as."""
-
-    loss: Tensor
-    weight: Tensor
-
-
-def cross_entropy(logits: Tensor, target: ClassTarget, weight: Tensor | None, label_smoothing: float) -> ClassRows:
-    """Return the cross-entropy of each row: `lse - z[target]`, or `sum_j t_j w_j (lse - z_j)`."""
-    if target.probabilities is not None:
-        return _soft_cross_entropy(logits, target, weight, label_smoothing)
-    dim, indices = target.class_dim, _kept_dim(target)
-    if target.ignored is not None:
-        logits = logits.masked_fill(target.ignored.view_as(indices), 0)
-    top, log_sum = log_sum_exp(logits, dim)
-    nll = (top - logits.gather(dim, indices)) + log_sum
-    row_weight = _row_weight(target, weight, logits)
-    loss = times_zero_safe(row_weight, nll.squeeze(dim))
-    if label_smoothing > 0:
-        surprise = (top - logits) + log_sum
-        if weight is not None:
-            surprise = times_zero_safe(_along(weight, logits, dim), surprise)
-        loss = (1 - label_smoothing) * loss + label_smoothing / target.classes * surprise.sum(dim)
-    return _without_ignored(ClassRows(loss, row_weight), target)
+def tile_rules() -> TileRules:
+    """Return tiles that hold few rows: every operation makes a tensor of a tile's size."""
+    return TileRules(
+        default_bytes=interface.DEFAULT_MAX_BYTES,
+        gradient_share=0.1,
+        value_share=0.1,
+        least_rows=1,
+        cut_rows=64,
+        least_classes=64,
+        round_rows=1,
+        class_major=False,
+    )
 
 
-def nll(
-    log_probs: Tensor,
-    target: ClassTarget,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-    gather: Callable[[Tensor, int, Tensor], Tensor] = torch.gather,
-) -> ClassRows:
-    """Return `-w[target] log_probs[target]` for each row in `dtype`, to which no other element is converted.
+def workspace_bytes() -> int:
+    """Return 0: torch's products hold what they hold."""
+    return 0
 
-    `gather` is torch's or one of the same result.
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory that is not initialised."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Return memory that is not initialised."""
+    return torch.empty_like(tensor)
+
+
+def scalar(value: Tensor) -> Tensor:
+    """Return the number where it is."""
+    return value
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(tensor: Tensor, class_dim: int) -> Tensor:
+    """Return logits, or what has their shape, as float64 [..., classes]."""
+    return tensor.movedim(class_dim, -1).double()
+
+
+def _row_target(target: Tensor | None, classes: int, ignore_index: int) -> ClassTarget | None:
+    """Return indices that are safe to gather with; what they name is never read on the host."""
+    if target is None:
+        return None
+    ignored = target == ignore_index
+    impossible = ((target < 0) | (target >= classes)) & ~ignored
+    return ClassTarget(-1, classes, ignore_index, target.masked_fill(ignored | impossible, 0), ignored, impossible)
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    dense_target: Tensor | None = None,
+    lse: bool = False,
+    entropy: bool = False,
+    argmax: bool = False,
+    rank: bool = False,
+    smooth: bool = False,
+) -> RowStats:
+    """Return `Backend.row_stats`: a surprise is `lse - z_j`, formed as `(top - z_j) + log_sum`."""
+    real, z = _real(logits.dtype), _rows(logits, class_dim)
+    meaning = _row_target(target, z.shape[-1], ignore_index)
+    if meaning is not None and meaning.ignored is not None:
+        z = z.masked_fill(meaning.ignored.unsqueeze(-1), 0)
+    top, log_sum = definitions.log_sum_exp(z, -1)
+    gap = top - z
+    surprise = gap + log_sum
+    weight = torch.ones((), dtype=z.dtype, device=z.device) if class_weight is None else class_weight.double()
+    nll = at_target = dense_sum = dense_mass = smooth_sum = None
+    if meaning is not None and meaning.indices is not None:
+        at_target = z.gather(-1, meaning.indices.unsqueeze(-1))
+        nll = ((top - at_target) + log_sum).squeeze(-1)
+        if meaning.impossible is not None:
+            nll = nll.masked_fill(meaning.impossible, torch.nan)
+    if dense_target is not None:
+        mass = _rows(dense_target, class_dim) * weight
+        dense_sum, dense_mass = times_zero_safe(mass, surprise).sum(-1), mass.sum(-1)
+    if smooth:
+        smooth_sum = times_zero_safe(weight.expand_as(surprise), surprise).sum(-1)
+    spread = definitions.entropy(z, -1) if entropy else None
+
+    def kept(value: Tensor | None, dtype: torch.dtype, fill: int = 0) -> Tensor | None:
+        if value is None:
+            return None
+        if meaning is not None and meaning.ignored is not None:
+            value = value.masked_fill(meaning.ignored, fill)
+        return value.to(dtype)
+
+    best = z.argmax(-1) if argmax else None
+    above = (z > at_target).sum(-1) if rank and at_target is not None else None
+    row_max, row_log_sum = kept(top.squeeze(-1), real), kept(log_sum.squeeze(-1), torch.float64)
+    assert row_max is not None
+    assert row_log_sum is not None
+    return RowStats(
+        row_max,
+        row_log_sum,
+        kept(nll, real),
+        kept((top + log_sum).squeeze(-1), real) if lse else None,
+        kept(spread, real),
+        kept(best, torch.int64, -1),
+        kept(above, torch.int64, -1),
+        kept(smooth_sum, real),
+        kept(dense_sum, real),
+        kept(dense_mass, real),
+        -1,
+    )
+
+
+def row_grad(
+    logits: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    index_weight: bool = False,
+    dense_target: Tensor | None = None,
+    upstream: Tensor | None = None,
+    a_scale: float = 0.0,
+    b_scale: float = 0.0,
+    c_scale: float = 0.0,
+    e_scale: float = 0.0,
+    f_scale: float = 0.0,
+    a_extra: Tensor | float = 0.0,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    e: Tensor | None = None,
+    f: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `Backend.row_grad`: p_j (A + B (z_j - lse)) + C [j = target] + E t_j w_j + F w_j."""
+    z = _rows(logits, class_dim)
+    meaning = _row_target(target, z.shape[-1], ignore_index)
+    if meaning is not None and meaning.ignored is not None:
+        z = z.masked_fill(meaning.ignored.unsqueeze(-1), 0)
+    one = torch.ones((), dtype=torch.float64, device=z.device)
+    given = one if upstream is None else upstream.double()
+    weight = one if class_weight is None else class_weight.double()
+    picked = one
+    if index_weight and class_weight is not None and meaning is not None and meaning.indices is not None:
+        picked = weight[meaning.indices]
+
+    def row(coefficient: Tensor | None, scale: float) -> Tensor:
+        return (given * scale * (one if coefficient is None else coefficient.double())).unsqueeze(-1)
+
+    below = (z - row_max.double().unsqueeze(-1)) - log_sum.unsqueeze(-1)  # z_j - lse
+    p = torch.exp(below)
+    gradient = p * (row(a, a_scale) * picked.unsqueeze(-1) + (given * a_extra).unsqueeze(-1))
+    if b_scale:
+        gradient = gradient + times_zero_safe(p, below) * row(b, b_scale)
+    if c_scale and target is not None:
+        hit = torch.arange(z.shape[-1], device=z.device) == target.unsqueeze(-1)  # none where the class lies elsewhere
+        gradient = torch.where(hit, gradient + row(c, c_scale) * picked.unsqueeze(-1), gradient)
+    if e_scale and dense_target is not None:
+        gradient = gradient + row(e, e_scale) * (_rows(dense_target, class_dim) * weight)
+    if f_scale:
+        gradient = gradient + row(f, f_scale) * weight
+    if meaning is not None and meaning.ignored is not None:
+        gradient = gradient.masked_fill(meaning.ignored.unsqueeze(-1), 0)
+    made = torch.empty_like(logits) if out is None else out
+    return made.copy_(gradient.movedim(-1, class_dim))
+
+
+def pair_row_stats(
+    first: Tensor,
+    second: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    kl: bool = True,
+    reverse_kl: bool = False,
+    js: bool = False,
+    cross_entropy: bool = False,
+    entropy: bool = False,
+    same_top: bool = True,
+) -> PairRowStats:
+    """Return `Backend.pair_row_stats`: the definitions of all, of which those that are asked for are given."""
+    real, p, q = _real(first.dtype), _rows(first, class_dim), _rows(second, class_dim)
+    values = _pair_values(p, q, _row_target(target, p.shape[-1], ignore_index))
+    asked = (kl, reverse_kl, js, cross_entropy, entropy, entropy, target is not None, target is not None)
+    given = [value.to(real) if want else None for value, want in zip(values, asked, strict=True)]
+    same = p.argmax(-1) == q.argmax(-1) if same_top else None
+    saved = torch.zeros((*p.shape[:-1], PAIR_SAVED), dtype=torch.float64, device=p.device)
+    return PairRowStats._make([*given, same, saved, -1])
+
+
+def _pair_values(p: Tensor, q: Tensor, target: ClassTarget | None) -> list[Tensor]:
+    """Return the eight measures that have a gradient, of which the last two are 0 without a target."""
+    values = list(definitions.pair_stats(p, q, target))
+    del values[6]  # same_top
+    return values if target is not None else [*values, *[torch.zeros_like(values[0])] * 2]
+
+
+def pair_row_grad(
+    first: Tensor,
+    second: Tensor,
+    saved: Tensor,
+    target: Tensor | None = None,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    kl: Tensor | None = None,
+    reverse_kl: Tensor | None = None,
+    js: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
+    entropy_p: Tensor | None = None,
+    entropy_q: Tensor | None = None,
+    nll_p: Tensor | None = None,
+    nll_q: Tensor | None = None,
+    need_first: bool = True,
+    need_second: bool = True,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `Backend.pair_row_grad`.
+
+    With d_j = log q_j - log p_j and m = (p + q) / 2, of p's logits:
+    dKL = p_j (-d_j - KL), dreverse = p_j - q_j, dJS = p_j (log p_j / m_j - KL(p || m)) / 2,
+    dCE = p_j (-log q_j - CE), dH(p) = p_j (-log p_j - H(p)), dnll_p = p_j - [j = target];
+    of q's logits the same with p and q exchanged, where KL is reverse_kl's part and CE gives q_j - p_j.
     """
-    dim, indices = target.class_dim, _kept_dim(target)
-    picked = gather(log_probs, dim, indices).squeeze(dim).to(dtype)
-    if target.ignored is not None:
-        picked = picked.masked_fill(target.ignored.view_as(picked), 0)
-    row_weight = _row_weight(target, weight, picked)
-    return _without_ignored(ClassRows(times_zero_safe(-row_weight, picked), row_weight), target)
+    p_logits, q_logits = _rows(first, class_dim), _rows(second, class_dim)
+    meaning = _row_target(target, p_logits.shape[-1], ignore_index)
+    pair = definitions.pair_of(p_logits, q_logits)
+    turned = definitions.pair_of(q_logits, p_logits)
+    grads = (
+        _one_side(pair, (kl, reverse_kl, js, cross_entropy, entropy_p, nll_p), meaning),
+        _one_side(turned, (reverse_kl, kl, js, None, entropy_q, nll_q), meaning),
+    )
+    if cross_entropy is not None:
+        grads = grads[0], grads[1] + cross_entropy.double().unsqueeze(-1) * (pair.q - pair.p)
+    places = out or (torch.empty_like(first), torch.empty_like(second))
+    made_first, made_second = (
+        place.copy_(grad.movedim(-1, class_dim)) if need else None
+        for place, grad, need in zip(places, grads, (need_first, need_second), strict=True)
+    )
+    return made_first, made_second
 
 
-def _soft_cross_entropy(
-    logits: Tensor, target: ClassTarget, weight: Tensor | None, label_smoothing: float
-) -> ClassRows:
-    dim, probabilities = target.class_dim, target.probabilities
-    assert probabilities is not None
-    probabilities = probabilities.to(logits.dtype)
-    if label_smoothing > 0:
-        probabilities = probabilities * (1 - label_smoothing) + label_smoothing / target.classes
-    coefficient = probabilities if weight is None else probabilities * _along(weight, logits, dim)
-    loss = times_zero_safe(coefficient, negative_log_softmax(logits, dim)).sum(dim)
-    return ClassRows(loss, coefficient.sum(dim))
+def _one_side(pair: definitions.Pair, upstream: tuple[Tensor | None, ...], target: ClassTarget | None) -> Tensor:
+    """Return the gradient for p's logits of KL(p || q), KL(q || p), JS, CE(p, q), H(p) and the nll of p."""
+    kl, reverse_kl, js, cross_entropy, entropy, nll = (
+        None if grad is None else grad.double().unsqueeze(-1) for grad in upstream
+    )
+    total = torch.zeros_like(pair.p)
+
+    def about_its_mean(values: Tensor) -> Tensor:
+        """Return p_j (v_j - sum_k p_k v_k): what a mean of v under p changes by with p's logits."""
+        weighted = times_zero_safe(pair.p, values)
+        return weighted - times_zero_safe(pair.p, weighted.sum(-1, keepdim=True))
+
+    if kl is not None:
+        total = total + kl * about_its_mean(-pair.log_ratio)
+    if reverse_kl is not None:
+        total = total + reverse_kl * (pair.p - pair.q)
+    if js is not None:
+        # log p / m = log 2 - log(1 + q / p), by which a class that p excludes stays out.
+        to_mixture = -torch.nn.functional.softplus(pair.log_ratio)
+        total = total + js * about_its_mean(to_mixture) / 2
+    if cross_entropy is not None:
+        total = total + cross_entropy * about_its_mean(pair.surprise_q)
+    if entropy is not None:
+        total = total + entropy * about_its_mean(pair.surprise_p)
+    if nll is not None and target is not None and target.indices is not None:
+        hit = torch.arange(pair.p.shape[-1], device=pair.p.device) == target.indices.unsqueeze(-1)
+        to_target = nll * (pair.p - hit.double())
+        if target.ignored is not None and target.impossible is not None:
+            to_target = to_target.masked_fill(target.impossible.unsqueeze(-1), torch.nan)
+            to_target = to_target.masked_fill(target.ignored.unsqueeze(-1), 0)
+        total = total + to_target
+    return total
 
 
-def _kept_dim(target: ClassTarget) -> Tensor:
-    assert target.indices is not None
-    return target.indices.unsqueeze(target.class_dim)
-
-
-def _along(weight: Tensor, logits: Tensor, dim: int) -> Tensor:
-    return weight.to(logits.dtype).view([-1 if axis == dim else 1 for axis in range(logits.dim())])
-
-
-def _row_weight(target: ClassTarget, weight: Tensor | None, logits: Tensor) -> Tensor:
-    assert target.indices is not None
-    if weight is None:
-        return torch.ones(target.indices.shape, dtype=logits.dtype, device=logits.device)
-    return weight.to(logits.dtype)[target.indices]
-
-
-def _without_ignored(rows: ClassRows, target: ClassTarget) -> ClassRows:
-    loss, weight = rows
-    if target.ignored is not None:
-        loss, weight = loss.masked_fill(target.ignored, 0), weight.masked_fill(target.ignored, 0)
-    if target.impossible is not None:
-        loss = loss.masked_fill(target.impossible, math.nan)
-    return ClassRows(loss, weight)
-
-
-def binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
-    """Return `-(t log p + (1 - t) log(1 - p))` with torch's clamp of each logarithm at -100.
-
-    The gradient is torch's documented one, `(p - t) / max(p (1 - p), 1e-12)`: at the two ends, where the clamped
-    value is flat, it is carried by a parabola with that slope, so that transforms of any order see it too.
-    """
-    inside = probabilities * (1 - probabilities) >= 1e-12
-    p = probabilities.masked_fill(~inside, 0.5)
-    interior = -(target * torch.log(p) + (1 - target) * torch.log1p(-p))
-    end = probabilities.detach()
-    clamped = -(target * torch.log(end).clamp(min=-100) + (1 - target) * torch.log1p(-end).clamp(min=-100))
-    parabola = (probabilities * probabilities / 2 - target.detach() * probabilities) * 1e12
-    return torch.where(inside, interior, clamped + (parabola - parabola.detach()))
-
-
-def binary_cross_entropy_with_logits(logits: Tensor, target: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """Return `-(w t log sigmoid(z) + (1 - t) log sigmoid(-z))`: two terms of one sign, nothing cancels."""
-    positive = target if pos_weight is None else target * pos_weight
-    return times_zero_safe(positive, -F.logsigmoid(logits)) + times_zero_safe(1 - target, -F.logsigmoid(-logits))
-
-
-def kl_div(log_probs: Tensor, target: Tensor, log_target: bool) -> Tensor:
-    """Return `t (log t - input)` for each element; 0 where the target is 0, in value and gradient."""
-    if log_target:
-        absent = torch.exp(target) == 0
-        log_t = target.masked_fill(absent, 0)
-        t = torch.exp(log_t)
+def _elements(
+    loss: ElementLoss, input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> Tensor:
+    target = target.double()
+    if loss == "binary_cross_entropy":
+        values = definitions.binary_cross_entropy(input, target)
+    elif loss == "binary_cross_entropy_with_logits":
+        positive = None if pos_weight is None else pos_weight.double()
+        values = definitions.binary_cross_entropy_with_logits(input, target, positive)
     else:
-        absent = target == 0
-        t = target.masked_fill(absent, 1)
-        log_t = torch.log(t)
-    return (t * (log_t - log_probs.masked_fill(absent, 0))).masked_fill(absent, 0)
+        values = definitions.kl_div(input, target, loss == "kl_div_log_target")
+    return values if weight is None else times_zero_safe(weight.double(), values)
 
 
-def cosine_similarity(x1: Tensor, x2: Tensor, dim: int, eps: float) -> Tensor:
-    """Return `x1 . x2 / (max(|x1|, eps) max(|x2|, eps))` within [-1, 1].
+def elements(
+    loss: ElementLoss,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, bool]:
+    """Return `Backend.elements`; what lies outside a range is not looked for."""
+    values = _elements(loss, input.double(), target, weight, pos_weight)
+    return torch.empty_like(input, dtype=dtype or input.dtype).copy_(values), False
 
-    Each vector is first divided by its largest element, so no square overflows or vanishes; the last rounding
-    above 1 is cut off without touching the gradient.
+
+def elements_sum(
+    loss: ElementLoss,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> tuple[Tensor, bool]:
+    """Return `Backend.elements_sum`."""
+    return _elements(loss, input.double(), target, weight, pos_weight).sum(), False
+
+
+def elements_grad(
+    loss: ElementLoss,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    upstream: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `Backend.elements_grad`.
+
+    (p - t) / max(p (1 - p), 1e-12) of probabilities, (1 - t) sigmoid(x) - pos_weight t sigmoid(-x) of logits, -t of a
+    divergence, each times the weight.
     """
-    unit1, norm1 = _scaled(x1, dim, eps)
-    unit2, norm2 = _scaled(x2, dim, eps)
-    cosine = (unit1 * unit2).sum(dim) / (norm1 * norm2)
-    return cosine + (cosine.clamp(-1, 1) - cosine).detach()
+    x, t = input.double(), target.double()
+    if loss == "binary_cross_entropy":
+        grad = (x - t) / (x * (1 - x)).clamp(min=1e-12)
+    elif loss == "binary_cross_entropy_with_logits":
+        positive = t if pos_weight is None else t * pos_weight.double()
+        grad = (1 - t) * torch.sigmoid(x) - positive * torch.sigmoid(-x)
+    else:
+        grad = -torch.exp(t) if loss == "kl_div_log_target" else -t
+    if weight is not None:
+        grad = grad * weight.double()
+    if upstream is not None:
+        grad = times_zero_safe(grad, upstream.double())
+    return (torch.empty_like(input) if out is None else out).copy_(grad * scale)
 
 
-def _scaled(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
-    largest = x.detach().abs().amax(dim)
-    largest = torch.where((largest == 0) | torch.isinf(largest), 1, largest)
-    unit = x / largest.unsqueeze(dim)
-    return unit, torch.maximum(torch.linalg.vector_norm(unit, dim=dim), eps / largest)
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *, save: bool = False) -> CosineRows:
+    """Return `Backend.cosine_similarity`."""
+    return _cosine_rows(x1, definitions.cosine_similarity(*_wide_vectors(x1, x2), dim, eps), save)
 
 
-def cosine_embedding_loss(x1: Tensor, x2: Tensor, target: Tensor, margin: float, dim: int) -> Tensor:
-    """Return `1 - cos` where the target is 1, `max(0, cos - margin)` where it is -1, and 0 elsewhere.
+def cosine_embedding(x1: Tensor, x2: Tensor, target: Tensor, margin: float = 0.0, *, save: bool = False) -> CosineRows:
+    """Return `Backend.cosine_embedding`."""
+    return _cosine_rows(x1, definitions.cosine_embedding_loss(*_wide_vectors(x1, x2), target, margin, -1), save)
 
-    torch's own rule for small vectors stands: 1e-12 is added to each squared norm.
+
+def _wide_vectors(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = torch.broadcast_tensors(x1.double(), x2.double())
+    return first, second
+
+
+def _cosine_rows(x1: Tensor, values: Tensor, save: bool) -> CosineRows:
+    saved = torch.zeros((3, *values.shape), dtype=torch.float64, device=values.device) if save else None
+    return CosineRows(values.to(_real(x1.dtype)), saved)
+
+
+def cosine_similarity_grad(
+    x1: Tensor,
+    x2: Tensor,
+    saved: Tensor,
+    dim: int = 1,
+    eps: float = 1e-8,
+    *,
+    upstream: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `Backend.cosine_similarity_grad`: (x2 / |x2| - cos x1 / |x1|) / |x1|, and its mirror image.
+
+    A norm raised to eps is a constant; one that equals eps pulls halfway, as `torch.maximum`.
     """
-    large1 = x1.detach().abs().amax(dim).clamp(min=1)
-    large2 = x2.detach().abs().amax(dim).clamp(min=1)
-    u1, u2 = x1 / large1.unsqueeze(dim), x2 / large2.unsqueeze(dim)
-    norm1 = torch.sqrt((u1 * u1).sum(dim) + 1e-12 / large1**2)
-    norm2 = torch.sqrt((u2 * u2).sum(dim) + 1e-12 / large2**2)
-    cosine = (u1 * u2).sum(dim) / (norm1 * norm2)
-    similar = torch.where(target == 1, 1 - cosine, 0)
-    return similar + torch.where(target == -1, (cosine - margin).clamp(min=0), 0)
+    first, second = x1.double().movedim(dim, -1), x2.double().movedim(dim, -1)
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (first, second)]
+    free = [torch.where(norm > eps, 1.0, torch.where(norm == eps, 0.5, 0.0)) for norm in norms]
+    norms = [norm.clamp(min=eps) for norm in norms]
+    grads = _turned_towards(first, second, norms, free, None if upstream is None else upstream.double(), scale)
+    return _placed(grads, (x1, x2), dim, wanted)
 
 
-PairMeasure = Callable[[Tensor, Tensor], Tensor]
+def cosine_embedding_grad(
+    x1: Tensor,
+    x2: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    margin: float = 0.0,
+    *,
+    upstream: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `Backend.cosine_embedding_grad`: minus the cosine's for 1, the cosine's above the margin for -1."""
+    first, second = x1.double(), x2.double()
+    norms = [torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-12) for x in (first, second)]
+    cosine = (first * second).sum(-1) / (norms[0] * norms[1]).squeeze(-1)
+    sign = torch.where(target == 1, -1.0, torch.where((target == -1) & (cosine > margin), 1.0, 0.0))
+    above = sign if upstream is None else times_zero_safe(sign, upstream.double())
+    one = torch.ones((), dtype=torch.float64, device=x1.device)
+    grads = _turned_towards(first, second, norms, [one, one], above, scale)
+    return _placed(grads, (x1, x2), -1, wanted)
 
 
-def entropy(logits: Tensor, dim: int) -> Tensor:
-    """Return `sum_j p_j (lse - z_j)` as `log_sum + sum_j p_j (top - z_j)`: no term is negative."""
-    top, log_sum = log_sum_exp(logits, dim)
-    gap = top - logits
-    probabilities = torch.exp(-gap - log_sum)
-    return log_sum.squeeze(dim) + times_zero_safe(probabilities, gap).sum(dim)
+def _turned_towards(
+    first: Tensor,
+    second: Tensor,
+    norms: Sequence[Tensor],
+    free: Sequence[Tensor],
+    upstream: Tensor | None,
+    scale: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of upstream times the cosine of vectors that lie last, of these norms.
 
-
-def token_stats(logits: Tensor, target: ClassTarget) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return nll, lse, entropy, argmax and rank of rows [rows, classes]."""
-    indices = _kept_dim(target)
-    if target.ignored is not None:
-        logits = logits.masked_fill(target.ignored.view_as(indices), 0)
-    top, log_sum = log_sum_exp(logits, 1)
-    at_target = logits.gather(1, indices)
-    floats = [((top - at_target) + log_sum).squeeze(1), (top + log_sum).squeeze(1), entropy(logits, 1)]
-    integers = [logits.argmax(1), (logits > at_target).sum(1)]
-    if target.ignored is not None:
-        floats = [value.masked_fill(target.ignored, 0) for value in floats]
-        integers = [value.masked_fill(target.ignored, -1) for value in integers]
-    if target.impossible is not None:
-        floats[0] = floats[0].masked_fill(target.impossible, math.nan)
-        integers[1] = integers[1].masked_fill(target.impossible, -1)
-    return floats[0], floats[1], floats[2], integers[0], integers[1]
-
-
-class _Pair(NamedTuple):
-    """Two rows' probabilities and surprises `-log p`, and `log_ratio = log q - log p`."""
-
-    p: Tensor
-    q: Tensor
-    surprise_p: Tensor
-    surprise_q: Tensor
-    log_ratio: Tensor
-
-
-def _pair(logits_p: Tensor, logits_q: Tensor) -> _Pair:
-    surprise_p, surprise_q = negative_log_softmax(logits_p, -1), negative_log_softmax(logits_q, -1)
-    # A class both exclude has no ratio; it must not turn inf - inf into NaN, nor into a gradient.
-    excluded = torch.isinf(surprise_p) & torch.isinf(surprise_q)
-    log_ratio = surprise_p.masked_fill(excluded, 0) - surprise_q.masked_fill(excluded, 0)
-    return _Pair(torch.exp(-surprise_p), torch.exp(-surprise_q), surprise_p, surprise_q, log_ratio)
-
-
-def _divergence_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return `p (exp(r) - 1 - r) = q - p - p r` with `r = log q - log p`: never negative, 0 where r is 0.
-
-    Where r is small `q - p - p r` would lose the term to rounding, and where it is tiny so would `expm1(r) - r`.
+    `free` says how much of a norm changes with its vector.
     """
-    near = log_ratio.abs() < 1
-    r = log_ratio.masked_fill(~near, 0)
-    series = r * r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7)))))
-    bracket = torch.where(r.abs() < 0.02, series, torch.expm1(r) - r)
-    absent = p == 0
-    far = (q - p) - p * log_ratio.masked_fill(absent, 0)
-    return torch.where(near, p * bracket, torch.where(absent, q, far))
+    units = first / norms[0], second / norms[1]
+    cosine = (units[0] * units[1]).sum(-1, keepdim=True)
+    above = (torch.ones_like(cosine) if upstream is None else upstream.unsqueeze(-1)) * scale
+    to_first = times_zero_safe(above, (units[1] - free[0] * cosine * units[0]) / norms[0])
+    to_second = times_zero_safe(above, (units[0] - free[1] * cosine * units[1]) / norms[1])
+    return to_first, to_second
 
 
-def kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """Return `KL(p || q)` of rows whose classes come last."""
-    pair = _pair(logits_p, logits_q)
-    return _divergence_terms(pair.p, pair.q, pair.log_ratio).sum(-1)
+def _placed(
+    grads: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], dim: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    first, second = (
+        torch.empty_like(x).copy_(grad.movedim(-1, dim)) if want else None
+        for x, grad, want in zip(vectors, grads, wanted, strict=True)
+    )
+    return first, second
 
 
-def js(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of rows whose classes come last."""
-    return _jensen_shannon(_pair(logits_p, logits_q))
-
-
-def _jensen_shannon(pair: _Pair) -> Tensor:
-    """Return `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`, from `log m / p` and `log m / q`.
-
-    The mixture is nearer the larger of the two: `log(m / larger) = log1p(expm1(-|r|) / 2)` lies within [-log 2, 0].
-    """
-    q_smaller = pair.log_ratio <= 0
-    minus = torch.where(q_smaller, pair.log_ratio, -pair.log_ratio)
-    to_larger = torch.log1p(torch.expm1(minus) / 2)
-    to_smaller = to_larger - minus
-    mixture = (pair.p + pair.q) / 2
-    from_p = _divergence_terms(pair.p, mixture, torch.where(q_smaller, to_larger, to_smaller))
-    from_q = _divergence_terms(pair.q, mixture, torch.where(q_smaller, to_smaller, to_larger))
-    return (from_p.sum(-1) + from_q.sum(-1)) / 2
-
-
-def pair_stats(logits_p: Tensor, logits_q: Tensor, target: ClassTarget | None) -> tuple[Tensor, ...]:
-    """Return kl, reverse_kl, js, cross_entropy, entropy_p, entropy_q, same_top, and with a target nll_p and nll_q.
-
-    The cross-entropy is its own sum, not H + KL, so that the identity between them can be checked.
-    """
-    pair = _pair(logits_p, logits_q)
-    stats = [
-        _divergence_terms(pair.p, pair.q, pair.log_ratio).sum(-1),
-        _divergence_terms(pair.q, pair.p, -pair.log_ratio).sum(-1),
-        _jensen_shannon(pair),
-        times_zero_safe(pair.p, pair.surprise_q).sum(-1),
-        times_zero_safe(pair.p, pair.surprise_p).sum(-1),
-        times_zero_safe(pair.q, pair.surprise_q).sum(-1),
-        logits_p.argmax(-1) == logits_q.argmax(-1),
-    ]
-    if target is not None:
-        for surprise in (pair.surprise_p, pair.surprise_q):
-            picked = surprise.gather(-1, _kept_dim(target)).squeeze(-1)
-            if target.ignored is not None:
-                picked = picked.masked_fill(target.ignored, 0)
-            if target.impossible is not None:
-                picked = picked.masked_fill(target.impossible, math.nan)
-            stats.append(picked)
-    return tuple(stats)
+def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """Refuse: it has no product of its own (PRODUCT_DTYPES is empty), so torch's serves."""
+    raise RuntimeError(f"the reference multiplies nothing: {tuple(first.shape)} @ {tuple(second.shape)} is torch's")

@@ -1,0 +1,1 @@
+"""Kernels as differentiable operations in eager mode."""

@@ -1,0 +1,190 @@
+"""The measures of dense logits by a backend's kernels, as differentiable operations; see `rows`.
+
+An operation keeps its logits and O(rows). What it is asked for is all that is computed, and all that is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless._operators import pairs as pair_operators
+from logitless._operators import rows as row_operators
+from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.targets import index_error
+from logitless.kernels.interface import Backend, ClassTarget
+
+# The same measure in plain operations: what is differentiated where a gradient must be differentiated again.
+Definition = Callable[..., Sequence[Tensor]]
+
+
+def token_stats(backend: Backend, logits: Tensor, target: ClassTarget, definition: Definition) -> tuple[Tensor, ...]:
+    """Return nll, lse, entropy, argmax and rank of each row of logits whose classes come last."""
+    if torch.compiler.is_compiling():
+        rows = row_operators.row_stats(
+            logits,
+            target.indices,
+            backend=backend,
+            caller="token_stats",
+            ignore_index=target.ignore_index,
+            lse=True,
+            entropy=True,
+            argmax=True,
+            rank=True,
+        )
+        return tuple(getattr(rows, name) for name in ("nll", "lse", "entropy", "argmax", "rank"))
+    stats: tuple[Tensor, ...] = _TokenStats.apply(logits, backend, target, definition)  # type: ignore[no-untyped-call] # torch types it not
+    return stats
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, backend: Backend, target: ClassTarget, definition: Definition
+    ) -> tuple[Tensor | None, ...]:
+        stats = backend.row_stats(
+            logits,
+            target.indices,
+            ignore_index=target.ignore_index,
+            lse=True,
+            entropy=True,
+            argmax=True,
+            rank=True,
+        )
+        if stats.bad_row >= 0:
+            raise index_error("token_stats", target)
+        ctx.save_for_backward(logits, stats.entropy)
+        ctx.row_max, ctx.log_sum = stats.row_max, stats.log_sum
+        ctx.backend, ctx.target, ctx.definition = backend, target, definition
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats.argmax, stats.rank)
+        return stats.nll, stats.lse, stats.entropy, stats.argmax, stats.rank
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        nll, lse, spread = grad_outputs[:3]
+        asked = [grad for grad in (nll, lse, spread) if grad is not None]
+        if not asked:
+            return None, None, None, None
+        logits, entropy = ctx.saved_tensors
+        if needs_plain_backward(*asked):
+            return plain_backward(ctx.definition, [logits], grad_outputs)[0], None, None, None
+        # dH/dz_j = -p_j ((z_j - lse) + H)
+        parts = [*(g for g in (nll, lse) if g is not None), *(() if spread is None else (-spread * entropy,))]
+        grad = ctx.backend.row_grad(
+            logits,
+            ctx.row_max,
+            ctx.log_sum,
+            ctx.target.indices,
+            ignore_index=ctx.target.ignore_index,
+            a_scale=1.0,
+            a=sum(parts[1:], parts[0]),
+            b_scale=0.0 if spread is None else -1.0,
+            b=spread,
+            c_scale=0.0 if nll is None else -1.0,
+            c=nll,
+        )
+        return grad, None, None, None
+
+
+def entropy(backend: Backend, logits: Tensor, definition: Definition) -> Tensor:
+    """Return the entropy of each row of logits whose classes come last."""
+    if torch.compiler.is_compiling():
+        rows = row_operators.row_stats(logits, backend=backend, caller="entropy", entropy=True).entropy
+        assert rows is not None
+        return rows
+    value: Tensor = _Entropy.apply(logits, backend, definition)  # type: ignore[no-untyped-call] # torch types it not
+    return value
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, backend: Backend, definition: Definition) -> Tensor | None:
+        stats = backend.row_stats(logits, entropy=True)
+        ctx.save_for_backward(logits, stats.entropy)
+        ctx.row_max, ctx.log_sum = stats.row_max, stats.log_sum
+        ctx.backend, ctx.definition = backend, definition
+        return stats.entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        logits, entropy = ctx.saved_tensors
+        if needs_plain_backward(grad_output):
+            return plain_backward(ctx.definition, [logits], [grad_output])[0], None, None
+        grad = ctx.backend.row_grad(
+            logits, ctx.row_max, ctx.log_sum, upstream=grad_output, a_scale=-1.0, a=entropy, b_scale=-1.0
+        )
+        return grad, None, None
+
+
+class PairCall(NamedTuple):
+    """What one call asks of its pairs of rows: who computes, its name, outputs in order, and its definition."""
+
+    backend: Backend
+    name: str
+    outputs: tuple[str, ...]
+    target: ClassTarget | None
+    definition: Definition
+
+
+def pair_stats(p: Tensor, q: Tensor, call: PairCall) -> tuple[Tensor, ...]:
+    """Return the measures that a call asks for of rows whose classes come last; p and q have one dtype."""
+    if torch.compiler.is_compiling():
+        arguments = _kernel_arguments(call)
+        rows = pair_operators.pair_row_stats(p, q, **arguments, backend=call.backend, caller=call.name)
+        return tuple(getattr(rows, name) for name in call.outputs)
+    stats: tuple[Tensor, ...] = _PairStats.apply(p, q, call)  # type: ignore[no-untyped-call] # torch types it not
+    return stats
+
+
+def _kernel_arguments(call: PairCall) -> dict[str, Any]:
+    target, outputs = call.target, call.outputs
+    return {
+        "target": None if target is None else target.indices,
+        "ignore_index": -100 if target is None else target.ignore_index,
+        **{name: name in outputs for name in ("kl", "reverse_kl", "js", "cross_entropy")},
+        "entropy": "entropy_p" in outputs,
+    }
+
+
+class _PairStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, call: PairCall) -> tuple[Tensor, ...]:
+        target = call.target
+        stats = call.backend.pair_row_stats(p, q, **_kernel_arguments(call), same_top="same_top" in call.outputs)
+        if target is not None and stats.bad_row >= 0:
+            raise index_error(call.name, target)
+        ctx.save_for_backward(p, q)
+        ctx.saved, ctx.call = stats.saved, call
+        ctx.set_materialize_grads(False)
+        if stats.same_top is not None:
+            ctx.mark_non_differentiable(stats.same_top)
+        return tuple(getattr(stats, name) for name in call.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        call: PairCall = ctx.call
+        upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
+        if not upstream:
+            return None, None, None
+        p, q = ctx.saved_tensors
+        need_p, need_q = ctx.needs_input_grad[:2]
+        if needs_plain_backward(*upstream.values()):
+            wanted = [logits for logits, need in ((p, need_p), (q, need_q)) if need]
+            grads = iter(plain_backward(lambda *_: call.definition(p, q), wanted, grad_outputs))
+            return next(grads) if need_p else None, next(grads) if need_q else None, None
+        target = call.target
+        grad_p, grad_q = call.backend.pair_row_grad(
+            p,
+            q,
+            ctx.saved,
+            None if target is None else target.indices,
+            ignore_index=-100 if target is None else target.ignore_index,
+            need_first=need_p,
+            need_second=need_q,
+            **upstream,
+        )
+        return grad_p, grad_q, None

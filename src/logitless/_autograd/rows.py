@@ -1,0 +1,271 @@
+"""The row kernels as differentiable operations: forward, backward, and where they hand over to the definition.
+
+An operation keeps its inputs and O(rows). Where its gradient must itself be differentiated, or upstream gradients come
+in a batch, the backward pass is the definition's, differentiated by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless._operators import rows as operators
+from logitless._rules import dispatch
+from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.precision import HALF
+from logitless._rules.targets import index_error
+from logitless._rules.transforms import surroundings
+from logitless.kernels.definitions import ClassRows
+from logitless.kernels.interface import Backend, ClassTarget, RowStats, WholeCalls
+
+
+class Reduced(NamedTuple):
+    """A reduced loss, and what its sum was divided by."""
+
+    loss: Tensor
+    denominator: Tensor | float
+
+
+RowReduction = Callable[[ClassRows], Reduced]
+
+
+class CrossEntropyCall(NamedTuple):
+    """What one call of `cross_entropy` asks of its rows, without its tensors' graph, and who computes it."""
+
+    backend: Backend
+    name: str
+    target: ClassTarget
+    weight: Tensor | None
+    label_smoothing: float
+    reduce: RowReduction
+    definition: Callable[[Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
+    """Return the reduced cross-entropy of dense logits."""
+    if torch.compiler.is_compiling():
+        return _compiled_cross_entropy(logits, call)
+    result: Tensor = _CrossEntropy.apply(logits, call)  # type: ignore[no-untyped-call] # torch types it not
+    return result
+
+
+def _compiled_cross_entropy(logits: Tensor, call: CrossEntropyCall) -> Tensor:
+    target = call.target
+    stats = operators.row_stats(
+        logits,
+        target.indices,
+        backend=call.backend,
+        caller=call.name,
+        class_dim=target.class_dim,
+        ignore_index=target.ignore_index,
+        class_weight=call.weight,
+        dense_target=target.probabilities,
+        smooth=call.label_smoothing > 0,
+    )
+    return call.reduce(_cross_entropy_rows(stats, target, call.weight, call.label_smoothing)).loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: CrossEntropyCall) -> Tensor:
+        target, weight, smoothing = call.target, call.weight, call.label_smoothing
+        stats = call.backend.row_stats(
+            logits,
+            target.indices,
+            class_dim=target.class_dim,
+            ignore_index=target.ignore_index,
+            class_weight=weight,
+            dense_target=target.probabilities,
+            smooth=smoothing > 0,
+        )
+        if stats.bad_row >= 0:
+            raise index_error(call.name, target)
+        rows = _cross_entropy_rows(stats, target, weight, smoothing)
+        loss, denominator = call.reduce(rows)
+        ctx.save_for_backward(logits)
+        ctx.call, ctx.stats, ctx.denominator = call, stats, denominator
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        (logits,) = ctx.saved_tensors
+        call: CrossEntropyCall = ctx.call
+        if needs_plain_backward(grad_output):
+            return plain_backward(lambda z: (call.definition(z),), [logits], [grad_output])[0], None
+        stats: RowStats = ctx.stats
+        target, smoothing = call.target, call.label_smoothing
+        spread = smoothing / target.classes
+        total: Tensor | float = target.classes
+        if call.weight is not None and smoothing > 0:
+            total = call.backend.scalar(call.weight.sum(dtype=torch.float64))
+        kept = 1 - smoothing
+        dense = target.probabilities is not None
+        upstream = grad_output.to(stats.row_max.dtype)
+        if not (isinstance(ctx.denominator, float) and ctx.denominator == 1.0):
+            upstream = upstream / ctx.denominator
+        grad = call.backend.row_grad(
+            logits,
+            stats.row_max,
+            stats.log_sum,
+            target.indices,
+            class_dim=target.class_dim,
+            ignore_index=target.ignore_index,
+            class_weight=call.weight,
+            index_weight=call.weight is not None and not dense,
+            dense_target=target.probabilities,
+            upstream=upstream,
+            a_scale=kept,
+            a=stats.dense_mass,
+            a_extra=spread * total if smoothing > 0 else 0.0,
+            c_scale=0.0 if dense else -kept,
+            e_scale=-kept if dense else 0.0,
+            f_scale=-spread if smoothing > 0 else 0.0,
+        )
+        return grad, None
+
+
+def _cross_entropy_rows(stats: RowStats, target: ClassTarget, weight: Tensor | None, smoothing: float) -> ClassRows:
+    """Return per-row losses, and what a weighted mean counts each row as (a number where that is the same for all)."""
+    if target.probabilities is not None:
+        assert stats.dense_mass is not None
+        return ClassRows(stats.losses(None, smoothing, target.classes), stats.dense_mass)
+    assert stats.nll is not None
+    row_weight = _row_weight(target, weight, stats.nll)
+    losses = stats.losses(None if weight is None else row_weight, smoothing, target.classes)
+    return ClassRows(losses, row_weight)
+
+
+def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Tensor:
+    assert target.indices is not None
+    ignored = target.indices == target.ignore_index
+    if weight is None:
+        return ~ignored
+    return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def whole_cross_entropy(
+    definition: Callable[..., Tensor],
+    logits: object,
+    target: object,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+) -> Tensor | None:
+    """Return torch's own loss over contiguous rows [rows, classes], or None where this is another case.
+
+    Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
+    `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(logits) not in _PLAIN
+        or type(target) is not Tensor
+        or not (weight is None or type(weight) in _PLAIN)
+    ):
+        return None
+    assert isinstance(logits, Tensor)
+    shape, dtype = logits.shape, logits.dtype
+    if (
+        len(shape) != 2
+        or not (shape[0] and shape[1])
+        or dtype not in dispatch.WHOLE_CALLS.WHOLE_DTYPES
+        or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
+        or not _plain_target(target, shape, dtype, ignore_index)
+        or not (weight is None or _plain_weight(weight, shape[1], dtype))
+        or not (reduction == "mean" or reduction == "sum" or reduction == "none")
+        or not 0.0 <= smoothing <= 1.0
+        or logits.is_neg()
+        or (backend := dispatch.whole_calls()) is None
+        or surroundings() is not None
+    ):
+        return None
+    if dtype in HALF and torch.is_autocast_enabled("cpu"):
+        return None  # it asks for another dtype
+    call = backend, definition, target, weight, ignore_index, reduction, smoothing
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _whole_loss(logits, call, save=False)[0]
+    loss: Tensor = _apply_whole(logits, call)  # type: ignore[no-untyped-call] # torch types it not
+    return loss
+
+
+def _plain_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_index: int) -> bool:
+    if target.dtype is torch.int64:
+        return target.shape == shape[:1]
+    return (
+        target.dtype is dtype
+        and target.shape == shape
+        and ignore_index < 0
+        and not (target.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
+    return (
+        weight.dtype is dtype
+        and weight.shape == (classes,)
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _whole_loss(logits: Tensor, call: tuple[Any, ...], save: bool) -> tuple[Tensor, tuple[Tensor | None, bytes, float]]:
+    """Return the loss, and beside `call` for its gradient: the weight in the compute dtype, saved, denominator."""
+    backend: WholeCalls
+    backend, _, target, weight, ignore_index, reduction, smoothing = call
+    dtype = logits.dtype
+    losses = None
+    if reduction == "none":
+        losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
+    if weight is not None and dtype in HALF:
+        weight = weight.float()
+    bad_row, loss, denominator, saved = backend.cross_entropy(
+        logits, target, weight, ignore_index, smoothing, reduction == "mean", losses, save
+    )
+    if bad_row >= 0:
+        raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
+    result = torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
+    return result, (weight, saved, denominator)
+
+
+class _WholeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
+        loss, saved = _whole_loss(logits, call, save=True)
+        ctx.save_for_backward(logits)
+        ctx.call = call, *saved
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        (logits,) = ctx.saved_tensors
+        call, weight, saved, denominator = ctx.call
+        backend: WholeCalls
+        backend, definition, target, given_weight, ignore_index, reduction, smoothing = call
+        if needs_plain_backward(grad_output):
+
+            def plain(z: Tensor) -> Sequence[Tensor]:
+                options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+                return (definition(z, target, given_weight, **options, backend=dispatch.DEFINITION),)
+
+            return plain_backward(plain, [logits], [grad_output])[0], None
+        scale, upstream = 1.0, None
+        if reduction != "none":
+            scale = float(backend.scalar(grad_output))
+        else:
+            upstream = (grad_output.float() if logits.dtype in HALF else grad_output).contiguous()
+        grad = backend.cross_entropy_grad(
+            logits, target, weight, ignore_index, smoothing, saved, scale, denominator, upstream
+        )
+        return grad, None
+
+
+# Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
+_apply_whole = super(torch.autograd.Function, _WholeCrossEntropy).apply

@@ -1,0 +1,337 @@
+"""Where tiles of logits come from and where their gradients go: a linear head's two products, made by hand.
+
+A tile of a head lies in a buffer that every tile reuses, its gradient in the same place. Where nothing else asks for
+another order the tile is class-major, [classes, rows]: the product that makes it then reads the weight in the order in
+which it lies, which is the faster one where a tile has far fewer rows than classes.
+
+Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider. Where the backend
+multiplies bfloat16, a tile is in float32 from the first, and its gradient is rounded to bfloat16 as a factor only.
+Elsewhere products are rounded to the hidden state's dtype; where scale, softcap or the logits' own dtype ask for it the
+tile is then widened before anything else, and half precision without any of them is read by the kernels as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless._heads.products import multiply, needs_spare, widens
+from logitless._heads.rows import HeadRows
+from logitless._rules.precision import HALF
+from logitless.kernels.interface import Backend, TileRules
+
+# Of the bytes a caller allows; the rest is for what the products need and for a few numbers a row.
+_BUFFER_SHARE = 15 / 16
+_SPARE_ROWS = 8192  # of a half-precision gradient, widened while it is in the cache
+_SCALE_ROWS = 256  # whose float64 copies stay small
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a call's logits are cut: so many rows by so many classes at a time, in so many bytes of buffers."""
+
+    rows: int
+    classes: int
+    buffer_bytes: int
+
+
+def tiling(
+    rules: TileRules,
+    rows: int,
+    classes: int,
+    row_bytes: int,
+    *,
+    max_bytes: int | None,
+    gradient: bool,
+    cut_classes: bool,
+) -> Tiling:
+    """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
+    budget = _budget(rules, max_bytes, gradient)
+    fit = rows_that_fit(rules, row_bytes, max_bytes=max_bytes, gradient=gradient)
+    unit = rules.round_rows
+    if fit >= min(rows, rules.least_rows) or not cut_classes:
+        fit = max(1, min(fit, rows))
+        if rows > fit > unit:
+            fit = fit // unit * unit
+        even = math.ceil(rows / math.ceil(rows / fit)) if rows else 1
+        if even > unit:
+            even = min(fit, -(-even // unit) * unit)
+        return Tiling(even, classes, even * row_bytes)
+    number_bytes = max(1, row_bytes // classes)
+    tile_rows = max(1, min(rows, rules.cut_rows, budget // (rules.least_classes * number_bytes)))
+    tile_classes = max(1, min(classes, budget // (tile_rows * number_bytes)))
+    return Tiling(tile_rows, tile_classes, tile_rows * tile_classes * number_bytes)
+
+
+def rows_that_fit(rules: TileRules, row_bytes: int, *, max_bytes: int | None, gradient: bool) -> int:
+    """Return how many rows of all classes the buffers of a call may hold; so many or fewer are one tile."""
+    return _budget(rules, max_bytes, gradient) // max(1, row_bytes)
+
+
+def _budget(rules: TileRules, max_bytes: int | None, gradient: bool) -> int:
+    if max_bytes is None:
+        return int(rules.default_bytes * (rules.gradient_share if gradient else rules.value_share))
+    return int(max_bytes * _BUFFER_SHARE)
+
+
+class Tile(NamedTuple):
+    """A tile's logits, their classes in dimension `class_dim`, and where their gradient is to be written."""
+
+    logits: Tensor
+    class_dim: int
+    gradient: Tensor
+
+
+def _product_dtype(backend: Backend, factors: torch.dtype, tile: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tile's product is written: the tile's own where the backend can."""
+    return tile if tile == torch.float32 and widens(backend, factors) else factors
+
+
+def _spare_rows(shape: Tiling, dtype: torch.dtype) -> int:
+    return min(_SPARE_ROWS, max(shape.rows, shape.classes)) if dtype in HALF else shape.rows
+
+
+class HeadTiles:
+    """Tiles of a head's logits, and the gradients of its parts; see `rows.HeadRows`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        rows: HeadRows,
+        tensors: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        shape: Tiling,
+        dtype: torch.dtype,
+        class_major: bool,
+    ) -> None:
+        hidden, weight, self._bias, scale = tensors
+        assert hidden is not None
+        assert weight is not None
+        self._hidden, self._weight = hidden, weight
+        self._backend = backend
+        self._scale = rows.scale if scale is None else backend.scalar(scale)
+        self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
+        self._one_tile = shape.rows >= rows.rows and shape.classes >= rows.classes
+        numbers = shape.rows * shape.classes
+        self._raw = buffer(backend, numbers, _product_dtype(backend, hidden.dtype, dtype), hidden.device)
+        self._wide = None if dtype == self._raw.dtype else buffer(backend, numbers, dtype, hidden.device)
+        self._slope = None
+        if rows.softcap is not None and any(needed):
+            self._slope = buffer(backend, numbers, dtype, hidden.device)
+        self.gradients = _Gradients(backend, tensors, needed, shape, self._one_tile)
+
+    @staticmethod
+    def row_bytes(backend: Backend, rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
+        """Return what one row of logits takes in the buffers."""
+        hidden = rows.tensors[0]
+        assert hidden is not None
+        raw = _product_dtype(backend, hidden.dtype, dtype)
+        bytes_each = raw.itemsize
+        if dtype != raw:
+            bytes_each += dtype.itemsize
+        if rows.softcap is not None and gradient:
+            bytes_each += dtype.itemsize
+        return rows.classes * bytes_each
+
+    @staticmethod
+    def accumulator_bytes(backend: Backend, rows: HeadRows, shape: Tiling, one_tile: bool) -> int:
+        """Return what the gradients take that is not theirs to keep: the products of a tile, and wider sums."""
+        hidden, weight, _, scale = rows.tensors
+        assert hidden is not None
+        assert weight is not None
+        bytes_held = 0
+        if hidden.requires_grad and hidden.dtype in HALF:
+            bytes_held += hidden.numel() * 4
+        elif scale is not None and scale.requires_grad and not hidden.requires_grad:
+            bytes_held += hidden.numel() * sum_dtype(hidden.dtype).itemsize
+        if weight.requires_grad and weight.dtype in HALF and not one_tile:
+            bytes_held += weight.numel() * 4
+        if needs_spare(backend, hidden.dtype):
+            bytes_held += _spare_rows(shape, hidden.dtype) * hidden.shape[1] * hidden.itemsize
+        return bytes_held
+
+    def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
+        """Return the logits of some rows and classes."""
+        hidden, weight = self._hidden[start:stop], self._weight[first:last]
+        bias = None if self._bias is None else self._bias[first:last]
+        scaled = not _is_one(self._scale)
+        folded = self._dtype == hidden.dtype and scaled
+        if folded:
+            hidden = hidden * self._scale
+            bias = None if bias is None else bias * self._scale
+        shape = (last - first, stop - start) if self._class_major else (stop - start, last - first)
+        raw = view(self._raw, shape)
+        first_factor, second_factor = (weight, hidden.T) if self._class_major else (hidden, weight.T)
+        if bias is None:
+            multiply(self._backend, first_factor, second_factor, raw)
+        else:
+            spread = (bias.unsqueeze(1) if self._class_major else bias).expand(shape)
+            if raw.dtype in HALF:  # before the product is rounded
+                torch.addmm(spread, first_factor, second_factor, out=raw)
+            else:
+                multiply(self._backend, first_factor, second_factor, raw.copy_(spread), accumulate=True)
+        logits = raw
+        if self._wide is not None:
+            logits = view(self._wide, shape).copy_(raw)
+        if scaled and not folded:
+            logits *= self._scale
+        if self._softcap is not None:
+            logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        gradient = logits if self._slope is None else view(self._slope, shape)
+        return Tile(logits, 0 if self._class_major else 1, gradient)
+
+    def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
+        """Take a tile's gradient back through the head."""
+        gradient = tile.gradient
+        if self._softcap is not None:
+            slope = tile.logits.div_(self._softcap)
+            gradient *= slope.mul_(slope).neg_().add_(1)
+        if self._wide is not None:
+            gradient = view(self._raw, tuple(gradient.shape)).copy_(gradient)
+        by_class = gradient if self._class_major else gradient.T
+        self.gradients.add(by_class, self._hidden, self._weight, self._bias, start, stop, first, last)
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the gradients of hidden, weight, bias and scale, in the dtypes they were accumulated in."""
+        return self.gradients.finish(self._scale)
+
+
+class _Gradients:
+    """What the tiles' gradients add up to; None: not needed."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tensors: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        shape: Tiling,
+        one_tile: bool,
+    ) -> None:
+        hidden, weight, bias, _ = tensors
+        self._backend = backend
+        self._needed = tuple(needed)
+        assert hidden is not None
+        assert weight is not None
+        # One place for all tiles: blocks of every tile's own size, freed and asked for again, would leave gaps that the
+        # allocator does not fill.
+        spare = _spare_rows(shape, hidden.dtype) * hidden.shape[1]
+        self._spare = None
+        if needs_spare(backend, hidden.dtype) and any(needed):
+            self._spare = buffer(backend, spare, hidden.dtype, hidden.device)
+        # What the tiles add up to before the scale, from which the scale's own gradient follows.
+        sums = needed[0] or needed[3]
+        self._hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden.dtype)) if sums else None
+        self._given = hidden
+        # A half-precision product of all rows at once is rounded once anyway.
+        dtype = weight.dtype if one_tile else sum_dtype(weight.dtype)
+        self._weight = backend.empty(weight.shape, dtype, weight.device) if needed[1] else None
+        self._written = 0  # classes of the weight's gradient that hold something
+        self._bias = None
+        if bias is not None and needed[2]:
+            self._bias = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
+        # Of the scale's gradient, what the bias gives.
+        self._bias_inner = torch.zeros((), dtype=torch.float64, device=hidden.device)
+
+    def add(
+        self,
+        gradient: Tensor,  # [classes, rows]
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        start: int,
+        stop: int,
+        first: int,
+        last: int,
+    ) -> None:
+        part = hidden[start:stop]
+        if self._hidden is not None:
+            to_hidden = self._hidden[start:stop].T
+            multiply(self._backend, weight[first:last].T, gradient, to_hidden, accumulate=True, spare=self._spare)
+        if self._weight is not None:
+            self._add_weight(gradient, part, first, last)
+        if (self._bias is not None or self._needed[3]) and bias is not None:
+            sums = gradient.sum(1, dtype=sum_dtype(gradient.dtype)).double()
+            if self._bias is not None:
+                self._bias[first:last] += sums
+            if self._needed[3]:
+                self._bias_inner += (bias[first:last].double() * sums).sum()
+
+    def _add_weight(self, gradient: Tensor, part: Tensor, first: int, last: int) -> None:
+        total = self._weight
+        assert total is not None
+        fresh = last > self._written
+        self._written = max(self._written, last)
+        spare = None if total.dtype == gradient.dtype else self._spare
+        multiply(self._backend, gradient, part, total[first:last], accumulate=not fresh, spare=spare)
+
+    def finish(self, scale: Tensor | float) -> list[Tensor | None]:
+        hidden, weight = self._hidden, self._weight
+        scalar = None
+        if self._needed[3] and hidden is not None:
+            # Few rows at a time: in float64 all of them would take more than the tiles.
+            pairs = zip(self._given.split(_SCALE_ROWS), hidden.split(_SCALE_ROWS), strict=True)
+            inner = torch.zeros_like(self._bias_inner)
+            for given, to_given in pairs:
+                inner += (given.double() * to_given.double()).sum()
+            scalar = self._bias_inner + inner
+        if weight is not None:
+            weight[self._written :] = 0
+        for grad in (hidden, weight):
+            if grad is not None and not _is_one(scale):
+                grad *= scale
+        bias = None if self._bias is None else self._bias * scale
+        return [hidden if self._needed[0] else None, weight, bias, scalar]
+
+
+class DenseTiles:
+    """Tiles of logits that the user gave, row-major; their gradient is written where it stays."""
+
+    def __init__(
+        self, backend: Backend, tensors: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype
+    ) -> None:
+        (logits,) = tensors
+        assert logits is not None
+        self._logits, self._dtype = logits, dtype
+        self._gradient = backend.empty(logits.shape, logits.dtype, logits.device) if needed[0] else None
+
+    def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
+        """Return the rows; all their classes, always."""
+        logits = self._logits[start:stop]
+        if self._gradient is not None and logits.dtype == self._dtype:
+            return Tile(logits, 1, self._gradient[start:stop])
+        wide = logits.to(self._dtype)
+        return Tile(wide, 1, torch.empty_like(wide) if self._gradient is not None else wide)
+
+    def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
+        """Keep a tile's gradient."""
+        if self._gradient is not None and tile.gradient.dtype != self._gradient.dtype:
+            self._gradient[start:stop] = tile.gradient
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the gradient."""
+        return [self._gradient]
+
+
+def buffer(backend: Backend, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for a tile, not initialised."""
+    return backend.empty(torch.Size((numbers,)), dtype, device)
+
+
+def _is_one(scale: Tensor | float) -> bool:
+    """Say whether a scale changes nothing; one that nobody has read may."""
+    return isinstance(scale, float) and scale == 1.0
+
+
+def view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the first numbers of a buffer in a shape."""
+    return flat[: math.prod(shape)].view(shape)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of tensors of this one add up."""
+    return torch.float32 if dtype in HALF else dtype

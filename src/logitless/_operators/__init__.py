@@ -1,0 +1,1 @@
+"""Kernels as operators of torch.library, for graphs that are compiled."""

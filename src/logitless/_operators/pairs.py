@@ -1,0 +1,202 @@
+"""The two-row kernels as torch operators; see `rows`.
+
+`logitless::pair_row_stats` is differentiable in both rows' logits, and `logitless::pair_row_grad` is its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitless._operators.rows import (
+    Outputs,
+    asked_for,
+    backend_of,
+    batching,
+    fake_backend_of,
+    fake_outputs,
+    raise_if_bad,
+    row_shape,
+    with_layout_of,
+    with_placeholders,
+)
+from logitless.kernels.interface import Backend, PairRowStats
+
+
+def pair_row_stats(
+    first: Tensor,
+    second: Tensor,
+    target: Tensor | None = None,
+    *,
+    backend: Backend,
+    caller: str,
+    class_dim: int = -1,
+    ignore_index: int = -100,
+    kl: bool = True,
+    reverse_kl: bool = False,
+    js: bool = False,
+    cross_entropy: bool = False,
+    entropy: bool = False,
+) -> PairRowStats:
+    """Return `Backend.pair_row_stats` as an operator, differentiable in both by all its outputs but same_top."""
+    wanted = _pair_wanted(target, kl, reverse_kl, js, cross_entropy, entropy)
+    told = (first, second, target, class_dim, ignore_index, caller, kl, reverse_kl, js, cross_entropy, entropy)
+    outputs = _pair_row_stats(*told, backend=backend.NAME)
+    return PairRowStats._make([*asked_for(outputs, wanted), -1])
+
+
+_PAIR_FIELDS = PairRowStats._fields[:-1]
+_PAIR_MEASURES = _PAIR_FIELDS[:8]  # those with a gradient
+_PAIR_DTYPES = {"same_top": torch.bool, "saved": torch.float64}
+
+
+def _pair_wanted(
+    target: Tensor | None, kl: bool, reverse_kl: bool, js: bool, cross_entropy: bool, entropy: bool
+) -> list[bool]:
+    aimed = target is not None
+    return [kl, reverse_kl, js, cross_entropy, entropy, entropy, aimed, aimed, True, True]
+
+
+@torch.library.custom_op(
+    "logitless::pair_row_stats",
+    mutates_args=(),
+    schema="(Tensor first, Tensor second, Tensor? target, int class_dim, int ignore_index, str caller, bool kl, "
+    "bool reverse_kl, bool js, bool cross_entropy, bool entropy, *, str? backend=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _pair_row_stats(
+    first: Tensor,
+    second: Tensor,
+    target: Tensor | None,
+    class_dim: int,
+    ignore_index: int,
+    caller: str,
+    kl: bool,
+    reverse_kl: bool,
+    js: bool,
+    cross_entropy: bool,
+    entropy: bool,
+    *,
+    backend: str | None = None,
+) -> Outputs:
+    stats = backend_of(backend, first, second, target).pair_row_stats(
+        first,
+        second,
+        target,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        kl=kl,
+        reverse_kl=reverse_kl,
+        js=js,
+        cross_entropy=cross_entropy,
+        entropy=entropy,
+    )
+    raise_if_bad(stats.bad_row, caller, first, target, class_dim, ignore_index)
+    return with_placeholders(first, stats[:-1], _PAIR_FIELDS, _PAIR_DTYPES)
+
+
+@_pair_row_stats.register_fake
+def _(
+    first: Tensor,
+    second: Tensor,
+    target: Tensor | None,
+    class_dim: int,
+    ignore_index: int,
+    caller: str,
+    *asked: bool,
+    backend: str | None = None,
+) -> Outputs:
+    outputs = fake_outputs(first, class_dim, _PAIR_FIELDS, _pair_wanted(target, *asked), _PAIR_DTYPES)
+    saved = fake_backend_of(backend, first).PAIR_SAVED
+    outputs[-1] = first.new_empty([*row_shape(first, class_dim), saved], dtype=torch.float64)
+    return tuple(outputs)
+
+
+@torch.library.custom_op(
+    "logitless::pair_row_grad",
+    mutates_args=(),
+    schema="(Tensor first, Tensor second, Tensor saved, Tensor? target, Tensor? kl, Tensor? reverse_kl, Tensor? js, "
+    "Tensor? cross_entropy, Tensor? entropy_p, Tensor? entropy_q, Tensor? nll_p, Tensor? nll_q, int class_dim, "
+    "int ignore_index, bool need_first, bool need_second, *, str? backend=None) -> (Tensor, Tensor)",
+)
+def _pair_row_grad(
+    first: Tensor,
+    second: Tensor,
+    saved: Tensor,
+    target: Tensor | None,
+    kl: Tensor | None,
+    reverse_kl: Tensor | None,
+    js: Tensor | None,
+    cross_entropy: Tensor | None,
+    entropy_p: Tensor | None,
+    entropy_q: Tensor | None,
+    nll_p: Tensor | None,
+    nll_q: Tensor | None,
+    class_dim: int,
+    ignore_index: int,
+    need_first: bool,
+    need_second: bool,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    grads = backend_of(backend, first, second, target).pair_row_grad(
+        first,
+        second,
+        saved.contiguous(),
+        target,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        kl=kl,
+        reverse_kl=reverse_kl,
+        js=js,
+        cross_entropy=cross_entropy,
+        entropy_p=entropy_p,
+        entropy_q=entropy_q,
+        nll_p=nll_p,
+        nll_q=nll_q,
+        need_first=need_first,
+        need_second=need_second,
+    )
+    grad_first, grad_second = (
+        logits.new_empty(0) if grad is None else with_layout_of(grad, logits)
+        for grad, logits in zip(grads, (first, second), strict=True)
+    )
+    return grad_first, grad_second
+
+
+@_pair_row_grad.register_fake
+def _(first: Tensor, second: Tensor, *rest: Any, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    need_first, need_second = rest[-2:]
+    return (
+        torch.empty_like(first) if need_first else first.new_empty([0]),
+        torch.empty_like(second) if need_second else second.new_empty([0]),
+    )
+
+
+def _pair_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Outputs) -> None:
+    first, second, target, class_dim, ignore_index, _, *asked = inputs
+    same_top, saved = output[-2:]
+    wanted = _pair_wanted(target, *asked)
+    absent = [value for value, want in zip(output, wanted, strict=True) if not want]
+    ctx.mark_non_differentiable(same_top, saved, *absent)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(first, second, saved, target)
+    ctx.class_dim, ctx.ignore_index = class_dim, ignore_index
+    ctx.backend = keyword_only_inputs["backend"]
+
+
+def _pair_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = grads[: len(_PAIR_MEASURES)]
+    if all(grad is None for grad in upstream):
+        return (None,) * 11
+    needed = ctx.needs_input_grad[:2]
+    told = (*ctx.saved_tensors, *upstream, ctx.class_dim, ctx.ignore_index, *needed)
+    both = _pair_row_grad(*told, backend=ctx.backend)
+    return *(grad if need else None for grad, need in zip(both, needed, strict=True)), *(None,) * 9
+
+
+_pair_row_stats.register_autograd(_pair_backward, setup_context=_pair_setup)
+_pair_row_stats.register_vmap(batching(_pair_row_stats, 3, None))
+_pair_row_grad.register_vmap(batching(_pair_row_grad, 12, None))

@@ -1,0 +1,1 @@
+"""The truth that `logitless check` holds losses and measures to."""

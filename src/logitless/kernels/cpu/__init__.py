@@ -1,0 +1,146 @@
+"""The compiled kernels on tensors of the CPU, as a backend: see `interface`.
+
+Allocate the outputs, pass addresses and strides, nothing else: no autograd, and no check of a target's values but by
+the kernel, which reports the first bad row. `float32` is the compute type of float16 and bfloat16 logits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from logitless.kernels import interface
+from logitless.kernels.cpu.elementwise import (
+    cosine_embedding,
+    cosine_embedding_grad,
+    cosine_similarity,
+    cosine_similarity_grad,
+    elements,
+    elements_grad,
+    elements_sum,
+)
+from logitless.kernels.cpu.memory import POOLED_BYTES, empty_like_pooled, empty_pooled, native_info, pool_clear
+from logitless.kernels.cpu.pairs import pair_row_grad, pair_row_stats
+from logitless.kernels.cpu.products import product
+from logitless.kernels.cpu.rows import cross_entropy, cross_entropy_grad, row_grad, row_stats
+from logitless.kernels.interface import TileRules
+from logitless.kernels.native import DTYPES, MISSING
+from logitless.kernels.native import extension as _native
+
+__all__ = [
+    "DEVICE_TYPES",
+    "DTYPES",
+    "NAME",
+    "PAIR_SAVED",
+    "PLAIN",
+    "POOLED_BYTES",
+    "PRODUCT_DTYPES",
+    "READS_VALUES",
+    "WHOLE_DTYPES",
+    "cosine_embedding",
+    "cosine_embedding_grad",
+    "cosine_similarity",
+    "cosine_similarity_grad",
+    "cross_entropy",
+    "cross_entropy_grad",
+    "detail",
+    "elements",
+    "elements_grad",
+    "elements_sum",
+    "empty",
+    "empty_like",
+    "empty_like_pooled",
+    "empty_pooled",
+    "missing",
+    "native_info",
+    "obstacle",
+    "pair_row_grad",
+    "pair_row_stats",
+    "pool_clear",
+    "product",
+    "row_grad",
+    "row_stats",
+    "scalar",
+    "served",
+    "tile_rules",
+    "workspace_bytes",
+]
+
+NAME = "cpu"
+DEVICE_TYPES = frozenset(("cpu",))
+PLAIN = False
+READS_VALUES = True
+PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
+WHOLE_DTYPES = frozenset(DTYPES)
+
+# Of which the processor and the instruction set chosen at the start have a product faster than torch's. A set: a graph
+# that is being compiled can ask it, and not the extension.
+PRODUCT_DTYPES = frozenset(dtype for dtype, code in DTYPES.items() if _native and _native.product_supported(code))
+
+# What a thread's share of a product packs its operands into, measured.
+_WORKSPACE_BYTES = 3 * 10**6
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+empty_like = empty_like_pooled
+
+
+def missing() -> str | None:
+    """Return why the compiled kernels are not there, or None if they are."""
+    return MISSING
+
+
+def detail() -> str:
+    """Return what the kernels were built for and found here."""
+    facts = ", ".join(f"{name} {value}" for name, value in native_info().items())
+    return f"compiled kernels for tensors on the CPU: {facts}"
+
+
+def served() -> str:
+    """Return why a call goes to the kernels."""
+    return "the tensors are on the CPU"
+
+
+def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why the kernels cannot take these tensors, or None if they can."""
+    compiling = torch.compiler.is_compiling()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
+            return f"no kernel for {tensor.dtype} in layout {tensor.layout}"
+        if not compiling and tensor.is_neg():  # an operator gets such a tensor written out
+            return "a tensor's memory holds its negative; resolve_neg() writes it out"
+    return None
+
+
+def tile_rules() -> TileRules:
+    """Return the tiles of a head, measured: rows of 49152 classes enough for products at full speed."""
+    return TileRules(
+        default_bytes=interface.DEFAULT_MAX_BYTES,
+        gradient_share=0.7,
+        value_share=0.455,
+        least_rows=64,
+        cut_rows=256,
+        least_classes=64,
+        round_rows=16,  # a vector of rows
+        class_major=True,  # the product then reads the weight in the order in which it lies
+    )
+
+
+def workspace_bytes() -> int:
+    """Return what the products of all threads pack their factors into."""
+    return _WORKSPACE_BYTES * torch.get_num_threads()
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory that is not initialised, from the pool where it is large."""
+    return empty_pooled(shape, dtype)
+
+
+def scalar(value: Tensor) -> float:
+    """Return the number: nothing waits for it here."""
+    return value.item()

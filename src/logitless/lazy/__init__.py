@@ -1,0 +1,1 @@
+"""What a user holds in place of logits that are not built."""

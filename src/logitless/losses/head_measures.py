@@ -1,0 +1,98 @@
+"""The measures of logits that are not built: how a call on LazyLogits becomes rows and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from logitless._heads.measure_plan import entropy_call, pair_call, placed, token_call
+from logitless._heads.rows import LogitRows, dense_rows
+from logitless._heads.sweep import HeadCall, Reduction, per_row, reduced
+from logitless._operators import head_measures as operators
+from logitless._rules.precision import precision_of
+from logitless._rules.reduction import reduce_rows
+from logitless._rules.targets import checked_values
+from logitless.kernels.interface import Backend, ClassTarget
+from logitless.lazy.logits import LazyLogits
+
+Plan = Callable[[Backend], HeadCall]
+
+
+def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
+    """Return logits as rows to be made tile by tile."""
+    return logits.rows() if isinstance(logits, LazyLogits) else dense_rows(logits)
+
+
+def token_plan(logits: LazyLogits, target: ClassTarget) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
+    """Return how a backend will make nll, lse, entropy, argmax and rank; the target is as given."""
+
+    def plan(backend: Backend) -> tuple[HeadCall, Tensor | None]:
+        checked = checked_values("token_stats", target, reads=backend.READS_VALUES)
+        return token_call(backend, logits.rows(), checked, _wide(logits))
+
+    return plan
+
+
+def entropy_plan(logits: LazyLogits) -> Plan:
+    """Return how a backend will make the entropy of each row."""
+    return partial(entropy_call, source=logits.rows(), wide=_wide(logits))
+
+
+def pair_plan(
+    name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, names: tuple[str, ...], target: ClassTarget | None
+) -> Plan:
+    """Return how a backend will make the measures of that name; the target is as given."""
+
+    def plan(backend: Backend) -> HeadCall:
+        if target is not None and backend.READS_VALUES:
+            checked_values(name, target)
+        wide = torch.promote_types(_wide(p), _wide(q))
+        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, wide)
+
+    return plan
+
+
+def token_stats(call: HeadCall, kept: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return the planned statistics; 0 and -1 for ignored rows."""
+    return placed(per_row(call), kept, shape)
+
+
+def rows(call: HeadCall, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return planned measures, one value a row."""
+    return tuple(value.view(shape) for value in per_row(call))
+
+
+def result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
+    """Return the one planned measure, reduced."""
+    if reduction == "none":
+        return rows(call, shape)[0]
+    count = float(shape.numel()) if reduction == "mean" else 1.0
+
+    def value(each: Tensor) -> Tensor:
+        return reduce_rows(each, reduction, denominator=count, dtype=each.dtype)
+
+    return reduced(call, Reduction(count, value))
+
+
+def in_graph(
+    backend: Backend,
+    name: str,
+    outputs: Sequence[str],
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits | None = None,
+    target: ClassTarget | None = None,
+) -> list[Tensor]:
+    """Return measures of logits that are not built, one value a row, by an operator of a compiled graph."""
+    told = operators.Measures.of(name, outputs, _source(p), None if q is None else _source(q), target)
+    return [value.view(p.shape[:-1]) for value in operators.rows(told, backend)]
+
+
+def _source(logits: Tensor | LazyLogits) -> operators.Source:
+    return operators.Source(rows_of(logits), logits.dtype)
+
+
+def _wide(logits: Tensor | LazyLogits) -> torch.dtype:
+    return precision_of(logits).compute

@@ -1,0 +1,391 @@
+"""What torch lacks: per-row measures of one distribution or of two, each given by its logits, dense or lazy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitless._autograd import measures as dense_measures
+from logitless._heads.fold import fold_rows
+from logitless._heads.measure_plan import PairFunction, pair_function
+from logitless._heads.rows import HeadRows, at_positions
+from logitless._heads.sweep import forecast
+from logitless._rules import dispatch
+from logitless._rules.precision import check_input
+from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.targets import checked_values, class_target
+from logitless.kernels import definitions
+from logitless.kernels.interface import Backend, ClassTarget
+from logitless.lazy import sparse
+from logitless.lazy.logits import LazyLogits
+from logitless.lazy.proxy import as_tensor
+from logitless.lazy.sparse import SparseLogits
+from logitless.losses import head_measures
+
+
+class TokenStats(NamedTuple):
+    """One number a row: what one distribution says of one target."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    rank: Tensor
+
+
+class PairStats(NamedTuple):
+    """One number a row: how two distributions p and q differ. `nll_p` and `nll_q` need a target."""
+
+    kl: Tensor
+    reverse_kl: Tensor
+    js: Tensor
+    cross_entropy: Tensor
+    entropy_p: Tensor
+    entropy_q: Tensor
+    same_top: Tensor
+    nll_p: Tensor | None
+    nll_q: Tensor | None
+
+
+def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100) -> TokenStats:
+    """Return each row's negative log-likelihood, log-sum-exp, entropy, top class and the target's rank.
+
+    Equals, for dense `z`: `nll = F.cross_entropy(z, target, reduction="none")`, `lse = z.logsumexp(-1)`,
+    `entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)`, `argmax = z.argmax(-1)` and
+    `rank = (z > z.gather(-1, target[..., None])).sum(-1)`, with LazyLogits in O(rows) and one tile of memory.
+
+    Args:
+        logits: (..., classes), floating, or LazyLogits.
+        target: class indices (...), any integer dtype.
+        ignore_index: rows with this index are never read: their nll, lse and entropy are 0 with no gradient, their
+            argmax and rank -1.
+
+    Returns:
+        TokenStats of the target's shape: nll, lse and entropy in nats, float32 (float64 for float64 logits) and
+        differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top class.
+
+    Raises:
+        IndexError: a target is not a class. ValueError, RuntimeError, TypeError: shapes and dtypes.
+
+    Source: definitions of Shannon (1948); the per-token primitive of perplexity, DPO, GRPO and z-loss. In training
+    `nll.mean()` is cross-entropy, `lse.square().mean()` is z-loss, and `-entropy.mean()` keeps a policy exploring.
+
+    >>> import torch, logitless as ll
+    >>> stats = ll.token_stats(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([1]))
+    >>> stats.nll, stats.rank
+    (tensor([2.2395]), tensor([1]))
+    """
+    check_input("token_stats", logits, target)
+    if logits.dim() < 1:
+        raise ValueError("token_stats: expected logits (..., classes), got a 0-d tensor")
+    meaning = class_target(
+        "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
+    )
+    logits = _computed(logits)
+    if isinstance(logits, LazyLogits):
+        return _lazy_token_stats(logits, meaning)
+
+    def definition(z: Tensor) -> tuple[Tensor, ...]:
+        return _token_rows(z, checked_values("token_stats", meaning))
+
+    backend = dispatch.pick("token_stats", (logits, target), obstacle=_kernel_obstacle(logits), compiles=True)
+    if backend.PLAIN:
+        return TokenStats(*definition(logits))
+    return TokenStats(*dense_measures.token_stats(backend, logits, meaning, definition))
+
+
+def _lazy_token_stats(logits: LazyLogits, meaning: ClassTarget) -> TokenStats:
+    plan = head_measures.token_plan(logits, meaning)
+    backend = _picked(
+        "token_stats", (*_parts(logits), meaning.indices), _kernel_obstacle(logits), lambda taken: plan(taken)[0]
+    )
+    if backend.PLAIN:
+        return TokenStats(*_token_rows(logits, checked_values("token_stats", meaning)))
+    if torch.compiler.is_compiling():
+        outputs = TokenStats._fields
+        return TokenStats(*head_measures.in_graph(backend, "token_stats", outputs, logits, target=meaning))
+    return TokenStats(*head_measures.token_stats(*plan(backend), logits.shape[:-1]))
+
+
+def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None) -> PairStats:
+    """Return each row's divergences between two distributions, their entropies, and whether their tops agree.
+
+    Equals, with `P = p.softmax(-1)` and `Q = q.softmax(-1)`: `kl = (P * (P / Q).log()).sum(-1)`,
+    `reverse_kl = (Q * (Q / P).log()).sum(-1)`, `js = (KL(P, M) + KL(Q, M)) / 2` with `M = (P + Q) / 2`,
+    `cross_entropy = -(P * Q.log()).sum(-1) = entropy_p + kl`, `same_top = p.argmax(-1) == q.argmax(-1)`.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits (of any hidden width).
+        target: class indices (...) for nll_p and nll_q, or None.
+
+    Returns:
+        PairStats of shape (...), in nats, float32 (float64 if either is), differentiable but for same_top. A
+        divergence is a sum of terms that are not negative: it never is, is 0 for equal rows, and is right to a few
+        relative roundings when it is 1e-10. It is infinite where P > 0 and Q = 0.
+
+    Raises:
+        ValueError: the shapes differ. IndexError: a target is not a class.
+
+    Source: Kullback and Leibler (1951); Lin (1991). In training, `kl` with p fixed makes q cover all of p (forward,
+    as distillation); `reverse_kl` makes q settle on a mode of p; `js` lies between and is bounded by log 2.
+
+    >>> import torch, logitless as ll
+    >>> stats = ll.pair_stats(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    >>> stats.kl, stats.js, stats.same_top
+    (tensor([0.4621]), tensor([0.1109]), tensor([False]))
+    """
+    check_input("pair_stats", p, q)
+    _check_pair("pair_stats", p, q)
+    meaning = None
+    if target is not None:
+        meaning = class_target(
+            "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
+        )
+    outputs = PairStats._fields if target is not None else PairStats._fields[:-2]
+    stats = _pair("pair_stats", outputs, p, q, meaning)
+    return PairStats(*stats, *([None, None] if target is None else []))
+
+
+def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
+    """Return the entropy of each row's distribution.
+
+    Equals `torch.distributions.Categorical(logits=logits).entropy()`.
+
+    Args:
+        logits: (..., classes), floating, or LazyLogits.
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+
+    Returns:
+        (...), or a scalar, in nats, float32 (float64 for float64 logits): 0 for a certain outcome, log(classes) for a
+        flat row. A -inf logit counts for nothing, in value and gradient.
+
+    Raises:
+        TypeError, NotImplementedError, ValueError: not floating logits of one or more dimensions.
+
+    Source: Shannon (1948). In training, adding it to the loss makes predictions confident, subtracting it flat.
+
+    >>> import torch, logitless as ll
+    >>> ll.entropy(torch.zeros(2, 4))
+    tensor([1.3863, 1.3863])
+    """
+    check_input("entropy", logits, logits)
+    if logits.dim() < 1:
+        raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
+    reduction = resolve_reduction(reduction, None, None)
+    logits = _computed(logits)
+    plan = head_measures.entropy_plan(logits) if isinstance(logits, LazyLogits) else None
+    backend = _picked("entropy", _parts(logits), _kernel_obstacle(logits), plan)
+    if backend.PLAIN:
+        return _reduced(_entropy_rows(logits)[0], reduction)
+    if not isinstance(logits, LazyLogits):
+        return _reduced(dense_measures.entropy(backend, logits, _entropy_rows), reduction)
+    assert plan is not None
+    if torch.compiler.is_compiling():
+        return _reduced(head_measures.in_graph(backend, "entropy", ["entropy"], logits)[0], reduction)
+    return head_measures.result(plan(backend), logits.shape[:-1], reduction)
+
+
+def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
+    """Return the Kullback-Leibler divergence KL(p || q) of each row, from logits.
+
+    Equals `(p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)`: p is the true distribution.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits; p may be SparseLogits, a top-k teacher with
+            no gradient, over whose k + 1 buckets the divergence then is (a lower bound of the full one).
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+
+    Returns:
+        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for
+        equal rows.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Kullback and Leibler (1951). In training with p fixed it is distillation: q learns to cover all of p.
+
+    >>> import torch, logitless as ll
+    >>> ll.kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.4621])
+    """
+    if isinstance(p, SparseLogits):
+        return _reduced(sparse.kl(p, q), resolve_reduction(reduction, None, None))
+    return _divergence("kl", p, q, reduction)
+
+
+def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
+    """Return the Jensen-Shannon divergence of each row, from logits.
+
+    Equals `(kl(p, m) + kl(q, m)) / 2` with `m = ((p.softmax(-1) + q.softmax(-1)) / 2).log()`.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+
+    Returns:
+        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; between 0 and log 2,
+        symmetric.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Lin (1991). In training it lies between covering all of p and settling on a mode of it.
+
+    >>> import torch, logitless as ll
+    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1109])
+    """
+    return _divergence("js", p, q, reduction)
+
+
+def _divergence(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str) -> Tensor:
+    reduction = resolve_reduction(reduction, None, None)
+    check_input(name, p, q)
+    _check_pair(name, p, q)
+
+    return _pair(name, (name,), p, q, None, reduction)[0]
+
+
+def _reduced(rows: Tensor, reduction: str) -> Tensor:
+    denominator = float(rows.numel()) if reduction == "mean" else 1.0
+    return reduce_rows(rows, reduction, denominator=denominator, dtype=rows.dtype)
+
+
+def _check_pair(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> None:
+    if p.shape != q.shape or p.dim() < 1:
+        raise ValueError(
+            f"{name}: expected p and q of one shape (..., classes), got {tuple(p.shape)} and {tuple(q.shape)}"
+        )
+
+
+def _pair(
+    name: str,
+    outputs: tuple[str, ...],
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    target: ClassTarget | None,
+    reduction: str = "none",
+) -> Sequence[Tensor]:
+    """Return measures of two rows and a target, by whichever backend serves the call.
+
+    With a reduction there is one output.
+    """
+    p, q = _computed(p), _computed(q)
+
+    def definition(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> tuple[Tensor, ...]:
+        checked = None if target is None else checked_values(name, target)
+        return _folded_pair(pair_function(outputs), p, q, checked)
+
+    tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
+    if target is not None:
+        tensors.append(target.indices)
+    lazy = isinstance(p, LazyLogits) or isinstance(q, LazyLogits)
+    plan = head_measures.pair_plan(name, p, q, outputs, target) if lazy else None
+    backend = _picked(name, tensors, _kernel_obstacle(p, None if lazy else q), plan)
+    rows: Sequence[Tensor]
+    if backend.PLAIN:
+        rows = definition(p, q)
+    elif plan is None:
+        assert isinstance(p, Tensor)
+        assert isinstance(q, Tensor)
+        call = dense_measures.PairCall(backend, name, outputs, target, definition)
+        rows = dense_measures.pair_stats(p, q, call)
+    elif torch.compiler.is_compiling():
+        rows = head_measures.in_graph(backend, name, outputs, p, q, target)
+    elif reduction == "none":
+        return head_measures.rows(plan(backend), p.shape[:-1])
+    else:
+        return [head_measures.result(plan(backend), p.shape[:-1], reduction)]
+    return rows if reduction == "none" else [_reduced(rows[0], reduction)]
+
+
+def _kernel_obstacle(logits: Tensor | LazyLogits, other: Tensor | LazyLogits | None = None) -> str | None:
+    """Return what about this call the compiled kernels do not do, if anything."""
+    if logits.numel() == 0:
+        return "there is nothing to compute"
+    if other is not None and other.dtype != logits.dtype:
+        return f"p and q differ in dtype ({logits.dtype}, {other.dtype})"
+    return None
+
+
+# --- the definitions: float64, tile by tile
+
+
+def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget) -> tuple[Tensor, ...]:
+    rows, kept = head_measures.rows_of(logits), None
+    indices, ignored, impossible = (_flat(part) for part in (target.indices, target.ignored, target.impossible))
+    if isinstance(rows, HeadRows):
+        rows, kept = rows.without(ignored, selectable=impossible is None)
+    if kept is not None and indices is not None:
+        indices, ignored = indices[kept], None
+
+    def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = ClassTarget(1, target.classes, target.ignore_index, *parts)
+        stats = definitions.token_stats(tile.double(), row_target)
+        return tuple(_rounded(value, logits) for value in stats)
+
+    shape = logits.shape[:-1]
+    stats = fold_rows(function, [rows], [indices, ignored, impossible])
+    return tuple(
+        at_positions(value, kept, shape.numel(), fill).view(shape)
+        for value, fill in zip(stats, (0, 0, 0, -1, -1), strict=True)
+    )
+
+
+def _entropy_rows(logits: Tensor | LazyLogits) -> tuple[Tensor, ...]:
+    def function(tile: Tensor) -> tuple[Tensor, ...]:
+        return (_rounded(definitions.entropy(tile.double(), -1), logits),)
+
+    return tuple(value.view(logits.shape[:-1]) for value in fold_rows(function, [head_measures.rows_of(logits)]))
+
+
+def _folded_pair(
+    function: PairFunction,
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    target: ClassTarget | None,
+) -> tuple[Tensor, ...]:
+    parts = (None, None, None) if target is None else (target.indices, target.ignored, target.impossible)
+
+    def rounded(tile_p: Tensor, tile_q: Tensor, *tile_parts: Tensor | None) -> tuple[Tensor, ...]:
+        row_target = None if target is None else ClassTarget(1, target.classes, target.ignore_index, *tile_parts)
+        stats = function(tile_p.double(), tile_q.double(), row_target)
+        return tuple(_rounded(value, p, q) for value in stats if value is not None)
+
+    sources = [head_measures.rows_of(p), head_measures.rows_of(q)]
+    stats = fold_rows(rounded, sources, [_flat(part) for part in parts])
+    return tuple(value.view(p.shape[:-1]) for value in stats)
+
+
+def _computed(logits: Tensor | LazyLogits) -> Tensor | LazyLogits:
+    """Return lazy log-probabilities as the tensor they stand for; lazy logits stay."""
+    return logits if isinstance(logits, LazyLogits) else as_tensor(logits, "a measure")
+
+
+def _picked(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    obstacle: str | None,
+    plan: head_measures.Plan | None = None,
+) -> Backend:
+    """Return the backend; `plan` is what a call on logits that are not built will do."""
+    foreseen = None if plan is None else lambda backend: forecast(plan(backend))
+    return dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True)
+
+
+def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
+    return logits.rows().tensors if isinstance(logits, LazyLogits) else (logits,)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def _rounded(value: Tensor, *logits: Tensor | LazyLogits) -> Tensor:
+    """Round once from float64 to what the caller gets; integers and booleans stay."""
+    if not value.dtype.is_floating_point or any(given.dtype == torch.float64 for given in logits):
+        return value
+    return value.float()

@@ -1,0 +1,160 @@
+"""Cosine similarity, and the embedding loss made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logitless._autograd.elements import CosineCall, Reduction, cosine
+from logitless._rules import dispatch
+from logitless._rules.precision import no_autocast, precision_of
+from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless.kernels import definitions
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *, backend: str | None = None) -> Tensor:
+    """Return the cosine of the angle between vectors along a dimension, within [-1, 1].
+
+    Equals `torch.nn.functional.cosine_similarity(x1, x2, dim, eps)`:
+    `(x1 * x2).sum(dim) / (x1.norm(dim=dim).clamp(min=eps) * x2.norm(dim=dim).clamp(min=eps))`.
+
+    Args:
+        x1, x2: floating, shapes that broadcast against each other.
+        dim: the vectors' dimension in the broadcast shape.
+        eps: the least norm, per vector; 0 is right for vectors of any length but 0.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        The broadcast shape without `dim`, in the promoted dtype. Never above 1 by rounding, never NaN for a zero
+        vector, and right for vectors whose squares overflow or vanish.
+
+    Raises:
+        RuntimeError: an integer dtype, a negative eps, shapes that do not broadcast. IndexError: no such dimension.
+
+    Source: `torch.nn.functional.cosine_similarity`. In training its gradient is orthogonal to each vector: it turns
+    them and never changes their length to first order.
+
+    >>> import torch, logitless.functional as F
+    >>> F.cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+    tensor([0.9600])
+    """
+    for name, tensor in (("x1", x1), ("x2", x2)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cosine_similarity: argument '{name}' must be Tensor, not {type(tensor).__name__}")
+    if not (x1.is_floating_point() or x2.is_floating_point()):
+        raise RuntimeError(
+            "cosine_similarity: expected common dtype to be floating point, yet common dtype is "
+            f"{torch.promote_types(x1.dtype, x2.dtype)}"
+        )
+    if eps < 0:
+        raise RuntimeError(f"cosine_similarity: eps must be non-negative, got: {eps}")
+    sizes = x1.shape if x1.shape == x2.shape else torch.broadcast_shapes(x1.shape, x2.shape)
+    dims = max(len(sizes), 1)
+    if not -dims <= dim < dims:
+        raise IndexError(
+            "cosine_similarity: Dimension out of range (expected to be in range of "
+            f"[{-dims}, {dims - 1}], but got {dim})"
+        )
+    # On CPU torch's autocast leaves this function alone; elsewhere it answers in float32.
+    precision = precision_of(x1, x2, autocast=x1.device.type != "cpu")
+
+    def definition(x1: Tensor, x2: Tensor) -> Tensor:
+        with no_autocast(x1):
+            first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
+            return definitions.cosine_similarity(first, second, dim, eps).to(precision.result)
+
+    obstacle = _obstacle(sizes, x1, x2)
+    picked = dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=obstacle, compiles=True)
+    if picked.PLAIN:
+        return definition(x1, x2)
+    call = CosineCall(picked, sizes, dim, eps, 0.0, Reduction("none", 1.0, precision.result), definition)
+    return cosine(call, *_of_one_dtype(x1, x2))
+
+
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Return `1 - cos` for similar pairs (target 1) and `max(0, cos - margin)` for others (target -1).
+
+    Equals `torch.nn.functional.cosine_embedding_loss(input1, input2, target, margin, ...)`. Its cosine adds 1e-12 to
+    each squared norm, as torch's does, where `cosine_similarity` has `eps`.
+
+    Args:
+        input1, input2: (N, D), or (D,) for one pair; floating.
+        target: (N,), or () for one pair; 1 or -1. Any other value gives 0, as in torch: for labels 0 and 1 pass
+            `2 * labels - 1`.
+        margin: the cosine below which a dissimilar pair costs nothing, -1 to 1.
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        reduction: "none", "mean" (over the pairs) or "sum".
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        A scalar, or with "none" (N,); in the inputs' promoted dtype (float32 under autocast).
+
+    Raises:
+        RuntimeError: shapes that do not fit, as torch raises. ValueError: an unknown reduction.
+
+    Source: `torch.nn.functional.cosine_embedding_loss`. In training it turns similar pairs towards each other and
+    others apart until their cosine is below the margin.
+
+    >>> import torch, logitless.functional as F
+    >>> F.cosine_embedding_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]), torch.tensor([1]))
+    tensor(0.0400)
+    """
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    for name, tensor in (("input1", input1), ("input2", input2), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cosine_embedding_loss: argument '{name}' must be Tensor, not {type(tensor).__name__}")
+    shapes = f"input1 {tuple(input1.shape)}, input2 {tuple(input2.shape)}, target {tuple(target.shape)}"
+    if target.dim() > 1:
+        raise RuntimeError(
+            f"cosine_embedding_loss: 0D or 1D target tensor expected, multi-target not supported; {shapes}"
+        )
+    if input1.dim() != target.dim() + 1 or input2.dim() != target.dim() + 1:
+        raise RuntimeError(
+            f"cosine_embedding_loss: {target.dim()}D target tensor expects {target.dim() + 1}D input tensors; {shapes}"
+        )
+    sizes = torch.broadcast_shapes(input1.shape, input2.shape, (*target.shape, 1))
+    precision = precision_of(input1, input2)
+    denominator = float(sizes[:-1].numel())
+
+    def definition(input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        with no_autocast(input1):
+            first, second = torch.broadcast_tensors(input1.to(precision.compute), input2.to(precision.compute))
+            loss = definitions.cosine_embedding_loss(first, second, target, float(margin), target.dim())
+        return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
+
+    obstacle = _obstacle(sizes, input1, input2, target)
+    tensors = (input1, input2, target)
+    picked = dispatch.pick("cosine_embedding_loss", tensors, backend, obstacle=obstacle, compiles=True)
+    if picked.PLAIN:
+        return definition(input1, input2, target)
+    call = CosineCall(
+        picked, sizes, -1, 0.0, float(margin), Reduction(reduction, denominator, precision.result), definition
+    )
+    return cosine(call, *_of_one_dtype(input1, input2), target)
+
+
+def _obstacle(sizes: torch.Size, *tensors: Tensor) -> str | None:
+    """Return what about these vectors of broadcast shape `sizes` the compiled kernels do not do, if anything."""
+    if not sizes or sizes.numel() == 0:
+        return "there are no vectors, or none with elements"
+    if any(tensor.is_complex() for tensor in tensors):
+        return "a tensor is complex"
+    return None
+
+
+def _of_one_dtype(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the vectors in their promoted floating dtype, which the kernels read in place."""
+    if x1.dtype == x2.dtype and x1.is_floating_point():
+        return x1, x2
+    common = precision_of(x1, x2, autocast=False).result
+    return x1.to(common), x2.to(common)
