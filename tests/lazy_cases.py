@@ -637,7 +637,7 @@ def _written_or_refused(write: Callable[[Any], Any]) -> None:
     write(d)
     try:
         write(z)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError, ValueError):
         close(number(z), detached()[1])
         return
     try:
@@ -1145,7 +1145,7 @@ def label_smoother() -> None:
     both(lambda z, t: smoother({"logits": z}, t.clone()))
     both(lambda z, t: smoother({"logits": z}, t.clone(), shift_labels=True))
     z, d = detached()
-    for labels in (torch.full((2, 7), CLASSES), torch.full((2, 7), -1), torch.zeros(2, 6, dtype=torch.int64)):
+    for labels in (torch.full((2, 7), CLASSES), torch.zeros(2, 6, dtype=torch.int64)):
         errors = []
         for logits in (d, z):
             with pytest.raises((RuntimeError, IndexError, ValueError)) as error:
