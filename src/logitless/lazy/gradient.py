@@ -27,8 +27,8 @@ def form_of(tensor: Tensor) -> Form:
 def without_memory(kind: type, form: Form, strides: Sequence[int] | None = None) -> Any:
     """Return a tensor that torch owns and that has no memory: C++ code that asks for it gets an error."""
     shape, dtype, device = form
-    tensor = Tensor._make_wrapper_subclass(kind, shape, strides, dtype=dtype, device=device)
-    torch._C._set_throw_on_mutable_data_ptr(tensor)  # type: ignore[attr-defined] # no stub
+    tensor: Any = Tensor._make_wrapper_subclass(kind, shape, strides, dtype=dtype, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
     return tensor
 
 
@@ -53,18 +53,18 @@ class LazyGradient(Tensor):
         """Return a dense gradient as one of these; of nothing, 0."""
         return LazyGradient.of(form, (*[None] * (parts - 1), dense))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # an odd stub
         """Say whose gradient it may be."""
         return f"LazyGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # as in torch
 
     def _each(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LazyGradient:
         form = Form(self.shape, dtype or self.dtype, self.device)
         return LazyGradient.of(form, [None if part is None else function(part) for part in self.parts])
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # torch's stub is of a static method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer what autograd, its accumulation and hooks do with gradients; refuse the rest."""
@@ -72,8 +72,8 @@ class LazyGradient(Tensor):
         result = NotImplemented if rule is None else rule(func, *args, **(kwargs or {}))
         if result is NotImplemented:
             raise TypeError(
-                f"{func}: the gradient of lazy logits is that of its head's parts, which adds and scales; for the values "
-                "of d loss / d logits differentiate with respect to logits.materialize()"
+                f"{func}: the gradient of lazy logits is that of its head's parts, which adds and scales; for the "
+                "values of d loss / d logits differentiate with respect to logits.materialize()"
             )
         return result
 

@@ -36,12 +36,12 @@ class LogProbs:
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         """Say what they are made of."""
         z: Any = self
-        return f"LazyLogProbs({z.logits!r}, sign={z.sign})"
+        return f"LazyLogProbs({z.logits!r}, sign={z.multiplier})"
 
     def neg(self) -> Any:
         """Return them with the other sign."""
         z: Any = self
-        return log_probs_of(z.logits, -z.sign)
+        return log_probs_of(z.logits, -z.multiplier)
 
     __neg__ = neg
     negative = neg
@@ -60,11 +60,11 @@ class LogProbs:
         check_classes(index, z.shape[-1])
         logits = z.logits
         if index.shape[-1] != 1:
-            return z.sign * (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))
+            return z.multiplier * (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))
         flat = logits.flatten(0, -2) if z.dim() > 2 else logits
         target = index.reshape(flat.shape[:-1])
         nll: Tensor = meaning_of(F.cross_entropy)(flat, target, reduction="none", ignore_index=_NO_INDEX)
-        return (-z.sign * nll).to(z.dtype).view(index.shape)
+        return (-z.multiplier * nll).to(z.dtype).view(index.shape)
 
     def sum(self, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
         """Return their sum over the classes of each row."""
@@ -73,7 +73,7 @@ class LogProbs:
             return self.fall_back("sum", *([] if dim is None else [dim, keepdim]), dtype=dtype)
         wide = dtype or z.dtype
         (total,) = z.logits._per_row(lambda tile: (definitions.negative_log_softmax(tile, -1).sum(-1, dtype=wide),))
-        return -z.sign * (total.unsqueeze(-1) if keepdim else total)
+        return -z.multiplier * (total.unsqueeze(-1) if keepdim else total)
 
     def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
         """Return their mean over the classes of each row."""
@@ -85,7 +85,7 @@ class LogProbs:
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         """Return the top class of each row."""
         z: Any = self
-        if not self._is_class_dim(dim) or z.sign < 0:
+        if not self._is_class_dim(dim) or z.multiplier < 0:
             return self.fall_back("argmax", dim, keepdim)
         return z.logits.argmax(dim, keepdim)
 
@@ -126,9 +126,10 @@ class LazyLogProbs(LogProbs, LazyTensor):  # type: ignore[misc] # methods of tor
         return LazyLogits.form_of_parts(parts, settings[:4])
 
     @classmethod
-    def values(cls, parts: Parts, settings: Settings) -> Tensor:
+    def dense_values(cls, parts: Parts, settings: Settings) -> Tensor:
         """Return the log-probabilities, differentiable in the parts."""
-        return LazyLogits.values(parts, settings[:4]).log_softmax(-1) * settings[4]
+        multiplier: float = settings[4]
+        return LazyLogits.dense_values(parts, settings[:4]).log_softmax(-1) * multiplier
 
     @classmethod
     def gradients_of_dense(
@@ -140,7 +141,7 @@ class LazyLogProbs(LogProbs, LazyTensor):  # type: ignore[misc] # methods of tor
         )
 
     @property
-    def sign(self) -> float:
+    def multiplier(self) -> float:
         """1, or -1 after a negation."""
         return self.settings[4]  # type: ignore[no-any-return] # settings hold anything
 
@@ -161,7 +162,7 @@ class LazyLogProbs(LogProbs, LazyTensor):  # type: ignore[misc] # methods of tor
     def changed(self, *, view: bool = False, **changes: Any) -> Any:
         """Return the same of other rows, or in another dtype."""
         _refuse_classes(changes)
-        made = log_probs_of(self.logits.changed(**changes), self.sign)
+        made = log_probs_of(self.logits.changed(**changes), self.multiplier)
         return made.share_memory_of(self) if view and isinstance(made, LazyTensor) else made
 
     def cast_below_autograd(self, dtype: torch.dtype) -> Any:
@@ -189,11 +190,11 @@ class LazyLogProbs(LogProbs, LazyTensor):  # type: ignore[misc] # methods of tor
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class TracedLogProbs(LogProbs, TensorProxy):  # type: ignore[misc] # the first's methods are the second's
+class TracedLogProbs(LogProbs, TensorProxy):
     """LazyLogProbs in a graph that is being traced, or under a function transform: a plain object."""
 
     logits: Any
-    sign: float = 1.0
+    multiplier: float = 1.0
 
     @property
     def class_dim(self) -> int:
@@ -227,19 +228,19 @@ class TracedLogProbs(LogProbs, TensorProxy):  # type: ignore[misc] # the first's
     def changed(self, *, view: bool = False, **changes: Any) -> Any:
         """Return the same of other rows, or in another dtype."""
         _refuse_classes(changes)
-        return log_probs_of(self.logits.changed(**changes), self.sign)
+        return log_probs_of(self.logits.changed(**changes), self.multiplier)
 
     def materialize(self) -> Tensor:
         """Return them as a tensor, all of them."""
-        return self.logits.materialize().log_softmax(-1) * self.sign  # type: ignore[no-any-return] # a tensor
+        return self.logits.materialize().log_softmax(-1) * self.multiplier  # type: ignore[no-any-return] # a tensor
 
     def detach(self) -> Any:
         """Return them cut from the graph."""
-        return log_probs_of(self.logits.detach(), self.sign)
+        return log_probs_of(self.logits.detach(), self.multiplier)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copy and pickle as the parts."""
-        return log_probs_of, (self.logits, self.sign)
+        return log_probs_of, (self.logits, self.multiplier)
 
     __hash__ = object.__hash__
 
@@ -254,7 +255,7 @@ class TracedLogProbs(LogProbs, TensorProxy):  # type: ignore[misc] # the first's
 
 def _nll_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = args[0] if args else kwargs.get("input")
-    if func is not F.nll_loss or not isinstance(first, LogProbs) or first.sign != 1:  # type: ignore[attr-defined] # of both kinds
+    if func is not F.nll_loss or not isinstance(first, LogProbs) or first.multiplier != 1:  # type: ignore[attr-defined] # of both kinds
         return None
     rest = {name: value for name, value in kwargs.items() if name != "input" or args}
     return meaning_of(F.cross_entropy)(first.logits, *args[1:], **rest)  # type: ignore[attr-defined] # of both kinds

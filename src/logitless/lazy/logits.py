@@ -40,7 +40,7 @@ class HeadLogits:
 
     # What the two kinds tell: `head()` gives hidden, weight, bias and scale, attached to the graph of these logits;
     # `changed` the same logits with other parts or settings (`view`: what dense logits would share memory with);
-    # `fall_back` what torch's method of a name gives; `hand_out` marks values that dense logits would share memory with.
+    # `fall_back` what torch's method of a name gives; `hand_out` marks values that dense logits share memory with.
     head: Callable[[], tuple[Tensor, Tensor, Tensor | None, float | Tensor]]
     changed: Callable[..., Any]
     fall_back: Callable[..., Any]
@@ -122,7 +122,8 @@ class HeadLogits:
         return meaning_of(F.log_softmax)(logits) if isinstance(logits, HeadLogits) else logits.log_softmax(-1)
 
     def _is_class_dim(self, dim: Any) -> bool:
-        return isinstance(dim, int) and axis_of(dim, len(self.shape)) == self._axis  # type: ignore[attr-defined] # of both kinds
+        z: Any = self
+        return isinstance(dim, int) and axis_of(dim, z.dim()) == self._axis
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         """Return the top class of each row without the logits, for the classes' dimension."""
@@ -206,7 +207,8 @@ class HeadLogits:
 
     def tanh(self) -> Any:
         """Return the hyperbolic tangent: a softcap of 1, which a later factor raises."""
-        return self.changed(softcap=1.0) if self.softcap is None else self.fall_back("tanh")  # type: ignore[attr-defined] # of both kinds
+        z: Any = self
+        return self.changed(softcap=1.0) if z.softcap is None else self.fall_back("tanh")
 
     def neg(self) -> Any:
         """Return the logits with the other sign."""
@@ -307,14 +309,16 @@ def _side_by_side(first: Any, second: Any) -> Any:
 
 def _joined(tensors: Sequence[Any], dim: int = 0) -> Any:
     """Return one head's logits joined along a leading dimension; None where they are not one head's."""
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(each, HeadLogits) and each._last for each in tensors):
+    if not isinstance(tensors, (list, tuple)) or not all(
+        isinstance(each, HeadLogits) and each._last for each in tensors
+    ):
         return None
     first: Any = tensors[0]
     if first._is_class_dim(dim):
         return None
     heads = [each.head() for each in tensors]
-    (_, weight, bias, scale), kind = heads[0], (first.softcap, first.dtype, first.requires_grad)
-    for each, (_, other_weight, other_bias, other_scale) in zip(tensors, heads, strict=True):
+    scale, kind = heads[0][3], (first.softcap, first.dtype, first.requires_grad)
+    for each, (*_, other_scale) in zip(tensors, heads, strict=True):
         same = _is_one_tensor(each, first, 1) and _is_one_tensor(each, first, 2) and each.dim() == first.dim()
         numbers = not isinstance(scale, Tensor) and not isinstance(other_scale, Tensor)
         same_scale = other_scale == scale if numbers else _is_one_tensor(each, first, 3)
@@ -341,7 +345,7 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _LOSSES = (F.cross_entropy, F.binary_cross_entropy_with_logits)
 
 
-class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc] # methods of torch that take more than lazy logits do
+class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torch's methods take more
     """The logits `softcap * tanh((hidden @ weight.T + bias) * scale / softcap)`, not computed: a tensor without memory.
 
     Stands wherever logits stand: in every function and module of logitless, in torch's own losses, and in whatever
@@ -368,7 +372,7 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc] # methods of tor
         return Form(torch.Size(shape), dtype or hidden.dtype, hidden.device)
 
     @classmethod
-    def values(cls, parts: Parts, settings: Settings) -> Tensor:
+    def dense_values(cls, parts: Parts, settings: Settings) -> Tensor:
         """Return the logits, differentiable in the parts."""
         hidden, weight, bias, factor = parts
         assert hidden is not None
@@ -505,7 +509,7 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc] # methods of tor
 
     def _filled(self, name: str, classes: Tensor | None, value: Any) -> Any:
         number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad else value
-        filled = None
+        filled: dict[str, Any] | None = None
         if classes is not None and isinstance(number, Real):
             filled = classes_filled(self.head(), self.softcap, classes, float(number))
         if filled is None:
@@ -539,8 +543,8 @@ def _special(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class TracedLogits(HeadLogits, TensorProxy):  # type: ignore[misc] # the first's methods are the second's
-    """LazyLogits in a graph that is being traced, or under a function transform: a plain object, no tensor of torch's."""
+class TracedLogits(HeadLogits, TensorProxy):
+    """LazyLogits in a graph that is being traced, or under a function transform: a plain object, no tensor."""
 
     hidden: Tensor
     weight: Tensor
@@ -663,9 +667,11 @@ def gradients_of_rows(
     if torch.is_grad_enabled() or not is_eager(dense, *parts):
         again = torch.is_grad_enabled()
         with torch.enable_grad(), opened(window, parts):
-            leaves = [p if p is None or again else p.detach().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)]
-            value = function(kind.values(leaves, settings))
-            chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+            leaves = [
+                p if p is None or again else p.detach().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)
+            ]
+            value = function(kind.dense_values(leaves, settings))
+            chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
             found = iter(torch.autograd.grad(value, chosen, dense, create_graph=again, allow_unused=True))
         return [next(found) if want else None for want in wanted]
     rows = _rows_of(hidden, weight, bias, scale, softcap, window)

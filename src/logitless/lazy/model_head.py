@@ -131,7 +131,9 @@ class _Watch:
             self._unhook(self._head)
 
     def _unhook(self, module: nn.Module) -> None:
-        for hooks in (module._forward_hooks,) if module is self._head else (module._forward_pre_hooks, module._forward_hooks):
+        for hooks in (
+            (module._forward_hooks,) if module is self._head else (module._forward_pre_hooks, module._forward_hooks)
+        ):
             for key in [key for key, hook in hooks.items() if hook is self]:
                 del hooks[key]
 

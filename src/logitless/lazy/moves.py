@@ -209,7 +209,9 @@ def select(logits: Logits, dim: int, index: int) -> Any:
     """Return one slice along a dimension."""
     axis, size = axis_of(dim, logits.dim()), logits.shape[dim]
     if not -size <= index < size:
-        raise IndexError(f"select(): index {index} out of range for tensor of size {list(logits.shape)} at dimension {dim}")
+        raise IndexError(
+            f"select(): index {index} out of range for tensor of size {list(logits.shape)} at dimension {dim}"
+        )
     return getitem(logits, (slice(None),) * axis + (index,))
 
 
@@ -252,7 +254,9 @@ def getitem(logits: Logits, index: Any) -> Any:
         return logits.fall_back("__getitem__", index)
     *leading, classes = items
     gathered = any(isinstance(item, (Tensor, list)) for item in leading)
-    if not isinstance(classes, slice) and (gathered or any(isinstance(item, int) for item in leading) or None in leading):
+    if not isinstance(classes, slice) and (
+        gathered or any(isinstance(item, int) for item in leading) or None in leading
+    ):
         return logits.fall_back("__getitem__", index)
     hidden, weight, bias, _ = logits.head()
     rows = hidden[(*leading, slice(None))]

@@ -1,6 +1,6 @@
 """Parts to a lazy tensor and back, as autograd sees it.
 
-    lazy = pack(kind, settings, *parts)        parts = Unpack.apply(lazy)
+    lazy = pack(kind, settings, *parts)        parts = unpack(lazy)
 
 The two are inverse to each other, so the gradient of a lazy tensor is the tuple of its parts' gradients, a
 `LazyGradient`. What is made of a lazy tensor without computing it (a slice, a scale, a loss) is made of its parts by
@@ -39,7 +39,7 @@ class Kind(Protocol):
         ...
 
 
-class PackGradient(torch.autograd.Function):
+class _PackGradient(torch.autograd.Function):
     """The parts' gradients to the lazy tensor's; differentiable, as its own gradient is unpacked the same way."""
 
     @staticmethod
@@ -51,10 +51,10 @@ class PackGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: LazyGradient | None) -> Any:
         if gradient is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, *UnpackGradient.apply(gradient))  # type: ignore[no-untyped-call] # torch types it not
+        return (None, *_UnpackGradient.apply(gradient))  # type: ignore[no-untyped-call] # torch types it not
 
 
-class UnpackGradient(torch.autograd.Function):
+class _UnpackGradient(torch.autograd.Function):
     """The way back."""
 
     @staticmethod
@@ -67,10 +67,10 @@ class UnpackGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         if all(gradient is None for gradient in gradients):
             return None
-        return PackGradient.apply(ctx.form, *gradients)  # type: ignore[no-untyped-call] # torch types it not
+        return _PackGradient.apply(ctx.form, *gradients)  # type: ignore[no-untyped-call] # torch types it not
 
 
-class Pack(torch.autograd.Function):
+class _Pack(torch.autograd.Function):
     """The parts as a lazy tensor; it runs where the head's forward runs, so the head has a `grad_fn`."""
 
     @staticmethod
@@ -107,14 +107,14 @@ def _gradients_of_parts(ctx: Any, gradient: Tensor | None) -> Sequence[Tensor | 
     dense: Tensor | None = gradient
     if isinstance(gradient, LazyGradient):
         again = torch.is_grad_enabled()
-        *parts, dense = UnpackGradient.apply(gradient) if again else gradient.parts  # type: ignore[no-untyped-call] # torch types it not
+        *parts, dense = _UnpackGradient.apply(gradient) if again else gradient.parts  # type: ignore[no-untyped-call] # torch types it not
     if dense is not None:
         more = ctx.kind.gradients_of_dense(ctx.saved_tensors, wanted, ctx.settings, ctx.window, dense)
         parts = [b if a is None else a if b is None else a + b for a, b in zip(parts, more, strict=True)]
     return [part if want else None for part, want in zip(parts, wanted, strict=True)]
 
 
-class Unpack(torch.autograd.Function):
+class _Unpack(torch.autograd.Function):
     """A lazy tensor's parts; what is computed of them sends their gradients back as the lazy tensor's."""
 
     @staticmethod
@@ -122,7 +122,9 @@ class Unpack(torch.autograd.Function):
         ctx.form = lazy.form
         ctx.set_materialize_grads(False)
         parts = tuple(None if part is None else part.detach() for part in lazy.raw)
-        ctx.mark_non_differentiable(*(p for p, want in zip(parts, lazy.wanted, strict=True) if p is not None and not want))
+        ctx.mark_non_differentiable(
+            *(p for p, want in zip(parts, lazy.wanted, strict=True) if p is not None and not want)
+        )
         return parts
 
     @staticmethod
@@ -130,11 +132,11 @@ class Unpack(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):
             return None
         if torch.is_grad_enabled():
-            return PackGradient.apply(ctx.form, *gradients, None)  # type: ignore[no-untyped-call] # torch types it not
+            return _PackGradient.apply(ctx.form, *gradients, None)  # type: ignore[no-untyped-call] # torch types it not
         return LazyGradient.of(ctx.form, (*gradients, None))
 
 
-class Written(torch.autograd.Function):
+class _Written(torch.autograd.Function):
     """A write: the lazy tensor takes other parts, and autograd is told."""
 
     @staticmethod
@@ -152,6 +154,7 @@ class Written(torch.autograd.Function):
         return (None, None, *_gradients_of_parts(ctx, gradient))
 
 
-# What `Function.apply` does for function transforms is not needed where packs are made: outside them.
-pack = super(torch.autograd.Function, Pack).apply
-unpack = super(torch.autograd.Function, Unpack).apply
+# What `Function.apply` does for function transforms is not needed where these are called: outside them.
+pack: Any = super(torch.autograd.Function, _Pack).apply
+unpack: Any = super(torch.autograd.Function, _Unpack).apply
+write: Any = super(torch.autograd.Function, _Written).apply

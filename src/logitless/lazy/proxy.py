@@ -176,8 +176,7 @@ def warn_of_computing(operation: str, kind: str, shape: torch.Size, dtype: torch
     if shape.numel() * dtype.itemsize > _SMALL_BYTES and not one_row:
         size = f"{shape[-1]} classes" if shape else "no dimension"
         warnings.warn(
-            f"{operation} computes all of {kind} with {size}; "
-            "call .materialize() to say that this is meant",
+            f"{operation} computes all of {kind} with {size}; call .materialize() to say that this is meant",
             MaterializeWarning,
             stacklevel=_frames_to_caller(),
         )

@@ -100,4 +100,5 @@ def _(tensors: list[Tensor]) -> Tensor:
 
 def versions_in_graph(tensors: Sequence[Tensor | None]) -> Tensor:
     """Return how often tensors were written to by the time a compiled graph runs; removed where nobody asks."""
-    return _versions([tensor.detach() for tensor in tensors if tensor is not None])
+    seen: Tensor = _versions([tensor.detach() for tensor in tensors if tensor is not None])
+    return seen

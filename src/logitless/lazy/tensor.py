@@ -1,10 +1,10 @@
 """Tensors that torch owns and that are not computed: what all lazy tensors share.
 
 A `LazyTensor` has a shape, a dtype, a device and a `grad_fn`, and no memory. What is asked of it meets two walls. The
-first, `__torch_function__`, knows functions by their names in Python: those with a lazy or an efficient form are methods
-of ours. The second, `__torch_dispatch__`, lies below autograd, where all C++ code arrives: copies stay lazy, writes raise,
-views are `LazyView`s, and anything else computes the values. Gradients come right by construction: an operation that
-computed the values is torch's own node above, whose dense gradient arrives at the head's (see `pack`).
+first, `__torch_function__`, knows functions by their names in Python: those with a lazy or an efficient form are
+methods of ours. The second, `__torch_dispatch__`, lies below autograd, where all C++ code arrives: copies stay lazy,
+writes raise, views are `LazyView`s, and anything else computes the values. Gradients come right by construction: an
+operation that computed the values is torch's own node above, whose dense gradient arrives at the head's (see `pack`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules.transforms import hold_data, transform_reason
 from logitless.lazy.gradient import Form, LazyGradient, aten, without_memory
-from logitless.lazy.pack import Parts, Settings, Unpack, Written
+from logitless.lazy.pack import Parts, Settings, unpack, write
 from logitless.lazy.proxy import COMMUTATIVE, TensorProxy, callers_line, warn_of_computing
 from logitless.lazy.staleness import Marks
 
@@ -65,7 +65,7 @@ class LazyTensor(Tensor):
         raise NotImplementedError
 
     @classmethod
-    def values(cls, parts: Parts, settings: Settings) -> Tensor:
+    def dense_values(cls, parts: Parts, settings: Settings) -> Tensor:
         """Return the values, differentiable in the parts."""
         raise NotImplementedError
 
@@ -101,11 +101,11 @@ class LazyTensor(Tensor):
         with no_torch_functions():
             if self.requires_grad and not torch.is_grad_enabled():
                 raise TypeError(
-                    f"{type(self).__name__} that require a gradient are written into under no_grad, at {callers_line()}: "
-                    "make them under no_grad too, or give the result a name of its own (z = z / 2)"
+                    f"{type(self).__name__} that require a gradient are written into under no_grad, at "
+                    f"{callers_line()}: make them under no_grad too, or give the result a name of its own (z = z / 2)"
                 )
             given = new.given
-            Written.apply(self, new.settings, *new.parts())  # type: ignore[no-untyped-call] # torch types it not
+            write(self, new.settings, *new.parts())
             self.given = given
         return self
 
@@ -139,8 +139,8 @@ class LazyTensor(Tensor):
         self._marks.check(self.raw, sharded=self.window is not None)
         if self.window is None and is_freed(self.raw[1]):
             raise RuntimeError(
-                f"the head's parameters were freed since these {type(self).__name__} were made (their module is sharded "
-                "on its own): compute the loss inside that module's forward, or shard the head with the root"
+                f"the head's parameters were freed since these {type(self).__name__} were made (their module is "
+                "sharded on its own): compute the loss inside that module's forward, or shard the head with the root"
             )
 
     def parts(self) -> tuple[Tensor | None, ...]:
@@ -155,23 +155,23 @@ class LazyTensor(Tensor):
                 return self.given
             node = self.grad_fn
             if node is None:  # a leaf: kept, its parts would keep it alive
-                return cast("tuple[Tensor | None, ...]", Unpack.apply(self))  # type: ignore[no-untyped-call] # torch types it not
+                return cast("tuple[Tensor | None, ...]", unpack(self))
             if self._unpacked is None or self._unpacked[0] is not node:
-                self._unpacked = (node, Unpack.apply(self))  # type: ignore[no-untyped-call] # torch types it not
+                self._unpacked = (node, unpack(self))
             return self._unpacked[1]
 
     def materialize(self) -> Tensor:
         """Return the values as a tensor, all of them."""
         parts = self.parts()
         with opened(self.window, parts):
-            return type(self).values(parts, self.settings)
+            return type(self).dense_values(parts, self.settings)
 
     def computed(self, operation: str) -> Tensor:
         """Return the values without a graph, for an operation that needs them all; say so unless they are few."""
         self.check()
         warn_of_computing(operation, type(self).__name__, self.form.shape, self.form.dtype)
         with torch.no_grad(), opened(self.window, self.raw):
-            return type(self).values(self.raw, self.settings)
+            return type(self).dense_values(self.raw, self.settings)
 
     def fall_back(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Return what torch's method of that name gives: the second wall decides."""
@@ -214,13 +214,15 @@ class LazyTensor(Tensor):
         return len(self.form.shape)
 
     @property
-    def data(self) -> Any:  # type: ignore[override] # an attribute of torch's
+    def data(self) -> Any:
         """The same without a graph; a write to it is one to this tensor."""
         return self.detach()
 
     @data.setter
     def data(self, value: Any) -> None:
-        raise TypeError(f"{type(self).__name__} have no memory to replace, at {callers_line()}: give the new values a name")
+        raise TypeError(
+            f"{type(self).__name__} have no memory to replace, at {callers_line()}: give the new values a name"
+        )
 
     # What leaves torch
 
@@ -253,7 +255,7 @@ class LazyTensor(Tensor):
             requires_grad = self.requires_grad
         if self.form.shape.numel() * self.form.dtype.itemsize < sum(p.nbytes for p in parts if p is not None):
             with torch.no_grad():
-                return _again_as_values, (type(self).values(self.raw, self.settings), requires_grad)
+                return _again_as_values, (type(self).dense_values(self.raw, self.settings), requires_grad)
         return _again, (type(self), parts, self.wanted, self.settings, requires_grad)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -293,7 +295,12 @@ class LazyTensor(Tensor):
             args = (kwargs.pop("input"),)
         if args and "out" not in kwargs and name not in ("__get__", "__set__", "__delete__"):
             first = args[0]
-            if name in COMMUTATIVE and len(args) == 2 and not isinstance(first, LazyTensor) and kwargs.get("alpha", 1) == 1:
+            if (
+                name in COMMUTATIVE
+                and len(args) == 2
+                and not isinstance(first, LazyTensor)
+                and kwargs.get("alpha", 1) == 1
+            ):
                 first, args = args[1], (args[1], first)
             if isinstance(first, LazyTensor):
                 method = _method(type(first), name)
@@ -303,7 +310,7 @@ class LazyTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # torch's stub is of a static method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer what arrives below autograd."""
@@ -366,7 +373,7 @@ _OURS = 2  # holders of memory that only an alias of ours, and the count itself,
 
 
 def _holders(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined, no-any-return] # no stub
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def is_here(device: torch.device, asked: torch.device | str | int | None) -> bool:
@@ -415,7 +422,9 @@ def _cut_out(part: Tensor) -> Tensor:
     return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
-def _again(kind: type[LazyTensor], parts: Parts, wanted: Sequence[bool], settings: Settings, requires_grad: bool) -> Any:
+def _again(
+    kind: type[LazyTensor], parts: Parts, wanted: Sequence[bool], settings: Settings, requires_grad: bool
+) -> Any:
     with no_torch_functions():
         return kind.made(parts, wanted, settings, None).requires_grad_(requires_grad)
 
@@ -424,7 +433,9 @@ def _again_as_values(values: Tensor, requires_grad: bool) -> Tensor:
     return values.requires_grad_(requires_grad)
 
 
-@torch.compiler.disable(reason="lazy logits that are made outside a compiled function are read outside it")
+@torch.compiler.disable(  # type: ignore[untyped-decorator] # torch types it not
+    reason="lazy logits that are made outside a compiled function are read outside it"
+)
 def _parts_outside(lazy: LazyTensor) -> tuple[Tensor | None, ...]:
     return lazy.parts()
 
@@ -452,10 +463,10 @@ class LazyView(LazyTensor):
         return type(like)(made) if many else made[0]
 
     @classmethod
-    def values(cls, parts: Parts, settings: Settings) -> Tensor:
+    def dense_values(cls, parts: Parts, settings: Settings) -> Tensor:
         """Return the view of the base's values."""
         kind, inner, func, args, kwargs, place = settings
-        views = func(kind.values(parts, inner), *args, **kwargs)
+        views = func(kind.dense_values(parts, inner), *args, **kwargs)
         result: Tensor = views if place is None else views[place]
         return result
 

@@ -21,8 +21,8 @@ from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget
 from logitless.lazy import sparse
 from logitless.lazy.logits import HeadLogits, LazyLogits
-from logitless.lazy.tensor import as_tensor
 from logitless.lazy.sparse import SparseLogits
+from logitless.lazy.tensor import as_tensor
 from logitless.losses import head_measures
 
 
