@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules.transforms import hold_data, transform_reason
@@ -146,7 +147,7 @@ class LazyTensor(Tensor):
     def parts(self) -> tuple[Tensor | None, ...]:
         """Return the parts, attached to this tensor's graph."""
         if torch.compiler.is_dynamo_compiling():
-            return cast("tuple[Tensor | None, ...]", _parts_outside(self))
+            return _parts_outside(self)
         self.check()
         with no_torch_functions():
             if not (torch.is_grad_enabled() and self.requires_grad):
@@ -433,10 +434,9 @@ def _again_as_values(values: Tensor, requires_grad: bool) -> Tensor:
     return values.requires_grad_(requires_grad)
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator] # torch types it not
-    reason="lazy logits that are made outside a compiled function are read outside it"
-)
+@_disable_dynamo  # torch.compiler.disable would import the compiler, half a second, with the package
 def _parts_outside(lazy: LazyTensor) -> tuple[Tensor | None, ...]:
+    """Read a lazy tensor that was made outside a compiled function, outside it: the graph breaks here."""
     return lazy.parts()
 
 
