@@ -14,6 +14,7 @@ from logitless._heads.loss_plan import (
     loss_call,
     loss_reduction,
 )
+from logitless._heads.rows import HeadRows
 from logitless._heads.sweep import forecast, per_row, reduced
 from logitless._operators import heads as operators
 from logitless._rules import dispatch
@@ -36,19 +37,20 @@ def cross_entropy(
 ) -> Tensor:
     """Return the reduced loss; a scalar makes its gradient in the forward pass where its divisor is known by then."""
     logits = _classes_last(logits, meaning)
-    backend = _picked(name, logits, meaning, asked, compiles=True)
+    source = logits.rows()
+    backend = _picked(name, logits, source, meaning, asked, compiles=True)
     each_row = reduction == "none" or (reduction == "mean" and divisor_needs_rows(meaning, asked))
     shape = logits.shape[:-1]
     if backend.PLAIN:
-        rows = LossRows.of_checked(logits.rows(), checked_values(name, meaning), shape)
+        rows = LossRows.of_checked(source, checked_values(name, meaning), shape)
         values = _reference_rows(rows, logits, asked)
     elif torch.compiler.is_compiling():
-        head = _arguments(name, logits, meaning, asked)
+        head = _arguments(name, logits, source, meaning, asked)
         if not each_row:
             return operators.loss(backend, head, asked.normalizer, reduction, result, empty)
         values = definitions.ClassRows(*(value.view(shape) for value in operators.rows(backend, head)))
     else:
-        rows = LossRows.of(name, logits.rows(), meaning, shape, backend)
+        rows = LossRows.of(name, source, meaning, shape, backend)
         call = loss_call(backend, rows, asked, _compute(logits, meaning))
         if not each_row:
             return reduced(call, loss_reduction(backend, rows, asked, reduction, result, empty))
@@ -60,8 +62,9 @@ def cross_entropy(
 def cross_entropy_rows(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss) -> definitions.ClassRows:
     """Return the rows of `definitions.cross_entropy` for a checked target, on logits made a tile at a time."""
     logits = _classes_last(logits, meaning)
-    backend = _picked(name, logits, meaning, asked, compiles=False)
-    rows = LossRows.of_checked(logits.rows(), meaning, logits.shape[:-1])
+    source = logits.rows()
+    backend = _picked(name, logits, source, meaning, asked, compiles=False)
+    rows = LossRows.of_checked(source, meaning, logits.shape[:-1])
     if backend.PLAIN:
         return _reference_rows(rows, logits, asked)
     call = loss_call(backend, rows, asked, _compute(logits, meaning))
@@ -83,19 +86,21 @@ def _compute(logits: LazyLogits, meaning: ClassTarget) -> torch.dtype:
     return precision_of(logits, meaning.probabilities).compute
 
 
-def _picked(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool) -> Backend:
+def _picked(
+    name: str, logits: LazyLogits, source: HeadRows, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool
+) -> Backend:
     """Return who serves the call."""
 
     def foreseen(backend: Backend) -> dispatch.Forecast:
         compute = _compute(logits, meaning)
-        rows = LossRows.of(name, logits.rows(), meaning, logits.shape[:-1], backend)
+        rows = LossRows.of(name, source, meaning, logits.shape[:-1], backend)
         seen = forecast(loss_call(backend, rows, asked, compute))
         if not dispatch.is_about_a_graph():
             return seen
-        more = operators.widened_bytes(backend, logits.rows(), rows.source, compute, asked.max_bytes)
+        more = operators.widened_bytes(backend, source, rows.source, compute, asked.max_bytes)
         return seen._replace(peak_bytes=seen.peak_bytes + more)
 
-    tensors = (*logits.rows().tensors, meaning.indices, meaning.probabilities, asked.weight)
+    tensors = (*source.tensors, meaning.indices, meaning.probabilities, asked.weight)
     return dispatch.pick(
         "cross_entropy",
         tensors,
@@ -106,8 +111,9 @@ def _picked(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss
     )
 
 
-def _arguments(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss) -> operators.Head:
-    source = logits.rows()
+def _arguments(
+    name: str, logits: LazyLogits, source: HeadRows, meaning: ClassTarget, asked: HeadLoss
+) -> operators.Head:
     hidden, weight, bias, factor = source.tensors
     assert hidden is not None
     assert weight is not None
