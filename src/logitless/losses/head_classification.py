@@ -14,6 +14,7 @@ from logitless._heads.loss_plan import (
     loss_call,
     loss_reduction,
 )
+from logitless._heads.rows import HeadRows
 from logitless._heads.sweep import forecast, per_row, reduced
 from logitless._operators import heads as operators
 from logitless._rules import dispatch
@@ -36,20 +37,21 @@ def cross_entropy(
 ) -> Tensor:
     """Return the reduced loss; a scalar makes its gradient in the forward pass where its divisor is known by then."""
     logits = _classes_last(logits, meaning)
-    backend = _picked(name, logits, meaning, asked, compiles=True)
+    source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
+    backend = _picked(name, source, compute, meaning, asked, compiles=True)
     each_row = reduction == "none" or (reduction == "mean" and divisor_needs_rows(meaning, asked))
     shape = logits.shape[:-1]
     if backend.PLAIN:
-        rows = LossRows.of_checked(logits.rows(), checked_values(name, meaning), shape)
+        rows = LossRows.of_checked(source, checked_values(name, meaning), shape)
         values = _reference_rows(rows, logits, asked)
     elif torch.compiler.is_compiling():
-        head = _arguments(name, logits, meaning, asked)
+        head = _arguments(name, source, compute, meaning, asked)
         if not each_row:
             return operators.loss(backend, head, asked.normalizer, reduction, result, empty)
         values = definitions.ClassRows(*(value.view(shape) for value in operators.rows(backend, head)))
     else:
-        rows = LossRows.of(name, logits.rows(), meaning, shape, backend)
-        call = loss_call(backend, rows, asked, _compute(logits, meaning))
+        rows = LossRows.of(name, source, meaning, shape, backend)
+        call = loss_call(backend, rows, asked, compute)
         if not each_row:
             return reduced(call, loss_reduction(backend, rows, asked, reduction, result, empty))
         values = definitions.ClassRows(*map(rows.everywhere, per_row(call)))
@@ -60,11 +62,12 @@ def cross_entropy(
 def cross_entropy_rows(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss) -> definitions.ClassRows:
     """Return the rows of `definitions.cross_entropy` for a checked target, on logits made a tile at a time."""
     logits = _classes_last(logits, meaning)
-    backend = _picked(name, logits, meaning, asked, compiles=False)
-    rows = LossRows.of_checked(logits.rows(), meaning, logits.shape[:-1])
+    source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
+    backend = _picked(name, source, compute, meaning, asked, compiles=False)
+    rows = LossRows.of_checked(source, meaning, logits.shape[:-1])
     if backend.PLAIN:
         return _reference_rows(rows, logits, asked)
-    call = loss_call(backend, rows, asked, _compute(logits, meaning))
+    call = loss_call(backend, rows, asked, compute)
     return definitions.ClassRows(*map(rows.everywhere, per_row(call)))
 
 
@@ -78,23 +81,20 @@ def _classes_last(logits: LazyLogits, meaning: ClassTarget) -> LazyLogits:
     return logits.classes_last()
 
 
-def _compute(logits: LazyLogits, meaning: ClassTarget) -> torch.dtype:
-    return precision_of(logits, meaning.probabilities).compute
-
-
-def _picked(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool) -> Backend:
+def _picked(
+    name: str, source: HeadRows, compute: torch.dtype, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool
+) -> Backend:
     """Return who serves the call."""
 
     def foreseen(backend: Backend) -> dispatch.Forecast:
-        compute = _compute(logits, meaning)
-        rows = LossRows.of(name, logits.rows(), meaning, logits.shape[:-1], backend)
+        rows = LossRows.of(name, source, meaning, torch.Size((source.rows,)), backend)
         seen = forecast(loss_call(backend, rows, asked, compute))
         if not dispatch.is_about_a_graph():
             return seen
-        more = operators.widened_bytes(backend, logits.rows(), rows.source, compute, asked.max_bytes)
+        more = operators.widened_bytes(backend, source, rows.source, compute, asked.max_bytes)
         return seen._replace(peak_bytes=seen.peak_bytes + more)
 
-    tensors = (*logits.rows().tensors, meaning.indices, meaning.probabilities, asked.weight)
+    tensors = (*source.tensors, meaning.indices, meaning.probabilities, asked.weight)
     return dispatch.pick(
         "cross_entropy",
         tensors,
@@ -105,8 +105,9 @@ def _picked(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss
     )
 
 
-def _arguments(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss) -> operators.Head:
-    source = logits.rows()
+def _arguments(
+    name: str, source: HeadRows, compute: torch.dtype, meaning: ClassTarget, asked: HeadLoss
+) -> operators.Head:
     hidden, weight, bias, factor = source.tensors
     assert hidden is not None
     assert weight is not None
@@ -122,7 +123,7 @@ def _arguments(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadL
         asked.weight,
         meaning.ignore_index,
         asked.label_smoothing,
-        precision_of(logits, meaning.probabilities).compute,
+        compute,
         asked.max_bytes,
         name,
     )
