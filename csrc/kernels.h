@@ -2,14 +2,14 @@
 //
 // To add a kernel: give its arguments a struct here, add it to LL_KERNELS, define
 // `void name(const NameArgs&)` inside `namespace logitless::LL_ISA` in a file listed in CMakeLists.txt, and bind it in
-// module.cpp.
+// binding/module.cpp.
 #pragma once
 
 #include <cstdint>
 
-#include "binary.h"
-#include "cosine.h"
-#include "product.h"
+#include "elements/elementwise.h"
+#include "elements/cosine.h"
+#include "product/product.h"
 
 namespace logitless {
 

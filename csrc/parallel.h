@@ -4,7 +4,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace logitless::LL_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "row_state.h"
+#include "rows/row_state.h"
 
 namespace logitless::LL_ISA {
 

@@ -2,14 +2,14 @@
 // they are many and short, so do passes over their losses.
 //
 // Precision: the row kernels' own; the sum over rows is in double.
-#include "module_losses.h"
+#include "binding/module_losses.h"
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
 
-#include "gil.h"
+#include "binding/gil.h"
 #include "kernels.h"
 
 namespace nb = nanobind;

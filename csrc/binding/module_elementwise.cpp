@@ -1,12 +1,12 @@
 // The elementwise and cosine kernels as Python functions. A tensor arrives as (address, storage, strides), or None; every
 // check of it belongs to the caller, src/logitless/kernels/cpu_elementwise.py.
-#include "module_elementwise.h"
+#include "binding/module_elementwise.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 
-#include "gil.h"
+#include "binding/gil.h"
 #include "kernels.h"
 
 namespace nb = nanobind;

@@ -1,9 +1,9 @@
 // row_stats: everything the losses and measures need of each row, in one read of the logits.
 //
 // Precision policy: that of row_state.h and row_fold.h.
-#include "lane_fold.h"
+#include "rows/lane_fold.h"
 #include "parallel.h"
-#include "row_fold.h"
+#include "rows/row_fold.h"
 
 namespace logitless::LL_ISA {
 namespace {

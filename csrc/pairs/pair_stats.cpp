@@ -8,10 +8,10 @@
 // cross-entropy is a sum of its own, not H + KL, so that the identity between them can be checked.
 #include <math.h>
 
-#include "lane_fold.h"
-#include "pair_math.h"
+#include "rows/lane_fold.h"
+#include "pairs/pair_math.h"
 #include "parallel.h"
-#include "row_fold.h"
+#include "rows/row_fold.h"
 
 namespace logitless::LL_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // Free blocks are kept up to a bound (LOGITLESS_POOL_BYTES; by default a quarter of the memory, at most 4 GiB) and the
 // least recently freed ones go first. A request takes the smallest free block that wastes at most an eighth of itself.
 // Thread-safe; a fork takes the lock, so a child finds the pool whole.
-#include "pool.h"
+#include "memory/pool.h"
 
 #include <pthread.h>
 #include <sys/mman.h>

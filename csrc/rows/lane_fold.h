@@ -1,7 +1,7 @@
 // The fold of rows that lie in lanes, neighbouring rows in neighbouring lanes: (N, C, d1, ...) needs no permuted copy.
 #pragma once
 
-#include "row_state.h"
+#include "rows/row_state.h"
 
 namespace logitless::LL_ISA {
 

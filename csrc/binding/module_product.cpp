@@ -1,7 +1,7 @@
 // Python binding of the matrix product; addresses, shapes and strides as in module.cpp.
-#include "module_product.h"
+#include "binding/module_product.h"
 
-#include "gil.h"
+#include "binding/gil.h"
 #include "kernels.h"
 
 namespace nb = nanobind;

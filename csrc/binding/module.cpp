@@ -8,11 +8,11 @@
 #include <vector>
 
 #include "kernels.h"
-#include "module_elementwise.h"
-#include "module_pair.h"
-#include "module_losses.h"
-#include "module_product.h"
-#include "pool.h"
+#include "binding/module_elementwise.h"
+#include "binding/module_pair.h"
+#include "binding/module_losses.h"
+#include "binding/module_product.h"
+#include "memory/pool.h"
 
 namespace nb = nanobind;
 using namespace logitless;

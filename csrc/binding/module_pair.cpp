@@ -1,5 +1,5 @@
 // Python bindings of the two-row kernels; addresses, shapes and strides as in module.cpp.
-#include "module_pair.h"
+#include "binding/module_pair.h"
 
 #include "kernels.h"
 

@@ -1,7 +1,7 @@
 // Arguments of `cosine` and `cosine_grad`: the similarity of pairs of vectors, and the embedding loss made of it.
 #pragma once
 
-#include "binary.h"
+#include "elements/elementwise.h"
 
 namespace logitless {
 

@@ -7,7 +7,7 @@
 // they are sums by halves.
 #pragma once
 
-#include "vec.h"
+#include "simd/vec.h"
 
 namespace logitless::LL_ISA {
 

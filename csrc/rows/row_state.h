@@ -7,7 +7,7 @@
 // negative; when the maximum rises, what is already summed is moved by sum(e) * rise, never negative either.
 #pragma once
 
-#include "vmath.h"
+#include "simd/vmath.h"
 
 namespace logitless::LL_ISA {
 

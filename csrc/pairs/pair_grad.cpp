@@ -10,8 +10,8 @@
 
 #include <cstdlib>
 
-#include "lane_fold.h"
-#include "pair_math.h"
+#include "rows/lane_fold.h"
+#include "pairs/pair_math.h"
 #include "parallel.h"
 
 namespace logitless::LL_ISA {

@@ -7,7 +7,7 @@
 // difference of two logits is exact (TwoSum), so d is right to an ulp even where the rows differ by 1e-7.
 #pragma once
 
-#include "vmath.h"
+#include "simd/vmath.h"
 
 namespace logitless::LL_ISA {
 

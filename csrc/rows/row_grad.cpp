@@ -7,7 +7,7 @@
 // as a expm1(z_t - lse) + (a + c), so that nothing cancels.
 #include <cstdlib>
 
-#include "lane_fold.h"
+#include "rows/lane_fold.h"
 #include "parallel.h"
 
 namespace logitless::LL_ISA {

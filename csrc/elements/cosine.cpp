@@ -3,11 +3,11 @@
 // Precision policy: dot product and squared norms of float and half vectors are summed in double, where no square
 // overflows or vanishes; of double vectors, in pairs of doubles. Where a pair's squares overflow or vanish all the same
 // (NaN and infinity then end as NaN), both vectors are divided by powers of two near their largest elements first. The gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
-#include "cosine.h"
+#include "elements/cosine.h"
 
 #include "kernels.h"
 #include "parallel.h"
-#include "vmath.h"
+#include "simd/vmath.h"
 
 namespace logitless::LL_ISA {
 namespace {

@@ -7,7 +7,7 @@
 // Precision policy: factors are float32, or bfloat16; a float32 a beside a bfloat16 b is rounded as it is packed, to the
 // nearest even. Sums are in float32, in the order of the depth, cut every kDepth elements where the result is
 // float32. A sum does not depend on the number of threads nor on where tiles begin.
-#include "product.h"
+#include "product/product.h"
 
 #include <omp.h>
 
@@ -15,8 +15,8 @@
 
 #include "kernels.h"
 #include "parallel.h"
-#include "pool.h"
-#include "vec.h"
+#include "memory/pool.h"
+#include "simd/vec.h"
 
 namespace logitless::LL_ISA {
 namespace {

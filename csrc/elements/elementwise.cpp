@@ -6,7 +6,7 @@
 // are in double over items cut by shape alone, so they do not depend on the number of threads.
 #include "kernels.h"
 #include "parallel.h"
-#include "vmath.h"
+#include "simd/vmath.h"
 
 namespace logitless::LL_ISA {
 namespace {
