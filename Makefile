@@ -31,6 +31,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # The extra's packages alone: logitless itself is there, so nothing is compiled again.
 $(BENCH_STAMP): $(STAMP)
