@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "elements/elementwise.h"
 #include "elements/cosine.h"
+#include "elements/elementwise.h"
 #include "product/product.h"
 
 namespace logitless {
@@ -21,7 +21,9 @@ struct Tile {
   int64_t outer, classes, inner;
   int64_t outer_stride, class_stride, inner_stride;
 };
-struct Strides { int64_t outer, classes, inner; };
+struct Strides {
+  int64_t outer, classes, inner;
+};
 
 // Pointers that are null are outputs not wanted or inputs not given. "Real" is float, or double for double logits.
 struct RowStatsArgs {
@@ -29,20 +31,21 @@ struct RowStatsArgs {
   int threads;
   Tile tile;
   const void* logits;
-  const int64_t* target;     // class index per row, or null
+  const int64_t* target;  // class index per row, or null
   int64_t ignore_index;
   const void* class_weight;  // Real[classes]: weighs smooth_sum and dense_sum
   const void* dense_target;  // same dtype as the logits, same shape
   Strides dense_strides;
   // Outputs, one per row. Of an ignored row: 0, and -1 for argmax and rank.
-  void* nll;         // Real: lse - z[target]. Where neither row_max, lse nor argmax is wanted, the fold may be a faster one
-  void* lse;         // Real
-  void* row_max;     // Real   } lse = row_max + log_sum, kept apart and log_sum in double: the gradient needs both
-  void* pivot;       // Real: in place of row_max, a logit of the row that lse is pivot + log_sum of: the target's or the largest
-  double* log_sum;   // double } to be right to an ulp
-  void* entropy;     // Real
-  int64_t* argmax;   // the first of equal ones
-  int64_t* rank;     // how many classes have a larger logit than the target
+  void* nll;  // Real: lse - z[target]. Where neither row_max, lse nor argmax is wanted, the fold may be a faster one
+  void* lse;  // Real
+  void* row_max;    // Real   } lse = row_max + log_sum, kept apart and log_sum in double: the gradient needs both
+  void* pivot;      // Real: in place of row_max, a logit of the row that lse is pivot + log_sum of: the target's or the
+                    // largest
+  double* log_sum;  // double } to be right to an ulp
+  void* entropy;    // Real
+  int64_t* argmax;  // the first of equal ones
+  int64_t* rank;    // how many classes have a larger logit than the target
   void* smooth_sum;  // Real: sum_j w_j (lse - z_j)
   void* dense_sum;   // Real: sum_j t_j w_j (lse - z_j), 0 * inf = 0
   void* dense_mass;  // Real: sum_j t_j w_j
@@ -75,7 +78,21 @@ struct RowGradArgs {
 
 // Two rows of logits of the same classes, p = softmax(logits), q = softmax(other).
 // `saved` has kPairSaved doubles a row, which pair_row_grad needs.
-enum PairSaved { kMaxP, kLogSumP, kMaxQ, kLogSumQ, kLogSumGap, kKl, kReverseKl, kKlPM, kKlQM, kCrossEntropy, kEntropyP, kEntropyQ, kPairSaved };
+enum PairSaved {
+  kMaxP,
+  kLogSumP,
+  kMaxQ,
+  kLogSumQ,
+  kLogSumGap,
+  kKl,
+  kReverseKl,
+  kKlPM,
+  kKlQM,
+  kCrossEntropy,
+  kEntropyP,
+  kEntropyQ,
+  kPairSaved
+};
 
 struct PairRowStatsArgs {
   DType dtype;
@@ -104,20 +121,20 @@ struct PairRowGradArgs {
   int64_t ignore_index;
   const double* saved;  // from pair_row_stats, which was asked for every measure that has a gradient here
   const void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;
-  void* grad;        // null: not wanted
+  void* grad;  // null: not wanted
   Strides grad_strides;
   void* other_grad;  // null: not wanted
   Strides other_grad_strides;
 };
 
-#define LL_KERNELS(X)                  \
-  X(row_stats, RowStatsArgs)           \
-  X(row_grad, RowGradArgs)             \
-  X(pair_row_stats, PairRowStatsArgs)  \
-  X(pair_row_grad, PairRowGradArgs)    \
-  X(elementwise, ElementwiseArgs)      \
-  X(cosine, CosineArgs)                \
-  X(cosine_grad, CosineGradArgs)       \
+#define LL_KERNELS(X)                 \
+  X(row_stats, RowStatsArgs)          \
+  X(row_grad, RowGradArgs)            \
+  X(pair_row_stats, PairRowStatsArgs) \
+  X(pair_row_grad, PairRowGradArgs)   \
+  X(elementwise, ElementwiseArgs)     \
+  X(cosine, CosineArgs)               \
+  X(cosine_grad, CosineGradArgs)      \
   X(product, ProductArgs)
 
 struct Kernels {
@@ -127,7 +144,10 @@ struct Kernels {
 };
 
 #define LL_DECLARE(name, Args) void name(const Args&);
-#define LL_DECLARE_ISA(isa) namespace isa { LL_KERNELS(LL_DECLARE) }
+#define LL_DECLARE_ISA(isa) \
+  namespace isa {           \
+  LL_KERNELS(LL_DECLARE)    \
+  }
 LL_DECLARE_ISA(portable)
 #if defined(LL_X86)
 LL_DECLARE_ISA(avx2)
@@ -136,7 +156,7 @@ LL_DECLARE_ISA(avx512)
 #undef LL_DECLARE_ISA
 
 // dispatch.cpp
-const Kernels& kernels();        // of the instruction set in use, chosen at the first call
+const Kernels& kernels();  // of the instruction set in use, chosen at the first call
 const char* isa_name();
 const char* const* isa_names();  // compiled in, best first, null at the end
 bool isa_supported(const char* name);

@@ -7,11 +7,11 @@
 #include <new>
 #include <vector>
 
-#include "kernels.h"
 #include "binding/module_elementwise.h"
-#include "binding/module_pair.h"
 #include "binding/module_losses.h"
+#include "binding/module_pair.h"
 #include "binding/module_product.h"
+#include "kernels.h"
 #include "memory/pool.h"
 
 namespace nb = nanobind;
@@ -30,50 +30,88 @@ template <class Args> void call(void (*kernel)(const Args&), const Args& args) {
   kernel(args);
 }
 
-std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes, std::int64_t inner,
-                       std::int64_t outer_stride, std::int64_t class_stride, std::int64_t inner_stride, Address target,
-                       std::int64_t ignore_index, Address class_weight, Address dense_target, std::int64_t dense_outer_stride,
-                       std::int64_t dense_class_stride, std::int64_t dense_inner_stride, Address nll, Address lse, Address row_max,
-                       Address log_sum, Address entropy, Address argmax, Address rank, Address smooth_sum, Address dense_sum,
+std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes,
+                       std::int64_t inner, std::int64_t outer_stride, std::int64_t class_stride,
+                       std::int64_t inner_stride, Address target, std::int64_t ignore_index, Address class_weight,
+                       Address dense_target, std::int64_t dense_outer_stride, std::int64_t dense_class_stride,
+                       std::int64_t dense_inner_stride, Address nll, Address lse, Address row_max, Address log_sum,
+                       Address entropy, Address argmax, Address rank, Address smooth_sum, Address dense_sum,
                        Address dense_mass) {
   if ((entropy || rank) && (smooth_sum || dense_sum || dense_mass) && !dense_target)
     throw nb::value_error("row_stats: entropy or rank together with smooth_sum needs a dense target; make two calls");
-  if ((dense_sum || dense_mass) && !dense_target) throw nb::value_error("row_stats: dense_sum and dense_mass need dense_target");
+  if ((dense_sum || dense_mass) && !dense_target)
+    throw nb::value_error("row_stats: dense_sum and dense_mass need dense_target");
   std::int64_t bad_row = -1;
-  call(kernels().row_stats,
-       RowStatsArgs{static_cast<DType>(dtype), threads, {outer, classes, inner, outer_stride, class_stride, inner_stride}, at<void>(logits),
-                    at<std::int64_t>(target), ignore_index, at<void>(class_weight), at<void>(dense_target),
-                    {dense_outer_stride, dense_class_stride, dense_inner_stride}, at<void>(nll), at<void>(lse), at<void>(row_max), nullptr,
-                    at<double>(log_sum), at<void>(entropy), at<std::int64_t>(argmax), at<std::int64_t>(rank), at<void>(smooth_sum),
-                    at<void>(dense_sum), at<void>(dense_mass), &bad_row});
+  call(kernels().row_stats, RowStatsArgs{static_cast<DType>(dtype),
+                                         threads,
+                                         {outer, classes, inner, outer_stride, class_stride, inner_stride},
+                                         at<void>(logits),
+                                         at<std::int64_t>(target),
+                                         ignore_index,
+                                         at<void>(class_weight),
+                                         at<void>(dense_target),
+                                         {dense_outer_stride, dense_class_stride, dense_inner_stride},
+                                         at<void>(nll),
+                                         at<void>(lse),
+                                         at<void>(row_max),
+                                         nullptr,
+                                         at<double>(log_sum),
+                                         at<void>(entropy),
+                                         at<std::int64_t>(argmax),
+                                         at<std::int64_t>(rank),
+                                         at<void>(smooth_sum),
+                                         at<void>(dense_sum),
+                                         at<void>(dense_mass),
+                                         &bad_row});
   return bad_row;
 }
 
-void row_grad(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes, std::int64_t inner, std::int64_t outer_stride,
-              std::int64_t class_stride, std::int64_t inner_stride, Address grad, std::int64_t grad_outer_stride, std::int64_t grad_class_stride,
-              std::int64_t grad_inner_stride, Address target, std::int64_t ignore_index, Address class_weight, int index_weight,
-              Address dense_target, std::int64_t dense_outer_stride, std::int64_t dense_class_stride, std::int64_t dense_inner_stride,
-              Address row_max, Address log_sum, Address upstream, std::int64_t upstream_stride, double a_scale, double b_scale, double c_scale,
-              double e_scale, double f_scale, double a_extra, Address a, Address b, Address c, Address e, Address f) {
+void row_grad(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes, std::int64_t inner,
+              std::int64_t outer_stride, std::int64_t class_stride, std::int64_t inner_stride, Address grad,
+              std::int64_t grad_outer_stride, std::int64_t grad_class_stride, std::int64_t grad_inner_stride,
+              Address target, std::int64_t ignore_index, Address class_weight, int index_weight, Address dense_target,
+              std::int64_t dense_outer_stride, std::int64_t dense_class_stride, std::int64_t dense_inner_stride,
+              Address row_max, Address log_sum, Address upstream, std::int64_t upstream_stride, double a_scale,
+              double b_scale, double c_scale, double e_scale, double f_scale, double a_extra, Address a, Address b,
+              Address c, Address e, Address f) {
   if (e_scale != 0 && !dense_target) throw nb::value_error("row_grad: e_scale needs dense_target");
   if (b_scale != 0 && (f_scale != 0 || e_scale != 0) && !dense_target)
     throw nb::value_error("row_grad: b_scale together with f_scale needs a dense target");
-  call(kernels().row_grad,
-       RowGradArgs{static_cast<DType>(dtype), threads, {outer, classes, inner, outer_stride, class_stride, inner_stride}, at<void>(logits),
-                   {grad_outer_stride, grad_class_stride, grad_inner_stride}, at<void>(grad), at<std::int64_t>(target), ignore_index,
-                   at<void>(class_weight), index_weight, at<void>(dense_target),
-                   {dense_outer_stride, dense_class_stride, dense_inner_stride}, at<void>(row_max), at<double>(log_sum), at<void>(upstream),
-                   upstream_stride, a_scale, b_scale, c_scale, e_scale, f_scale, a_extra, at<void>(a), at<void>(b), at<void>(c), at<void>(e),
-                   at<void>(f)});
+  call(kernels().row_grad, RowGradArgs{static_cast<DType>(dtype),
+                                       threads,
+                                       {outer, classes, inner, outer_stride, class_stride, inner_stride},
+                                       at<void>(logits),
+                                       {grad_outer_stride, grad_class_stride, grad_inner_stride},
+                                       at<void>(grad),
+                                       at<std::int64_t>(target),
+                                       ignore_index,
+                                       at<void>(class_weight),
+                                       index_weight,
+                                       at<void>(dense_target),
+                                       {dense_outer_stride, dense_class_stride, dense_inner_stride},
+                                       at<void>(row_max),
+                                       at<double>(log_sum),
+                                       at<void>(upstream),
+                                       upstream_stride,
+                                       a_scale,
+                                       b_scale,
+                                       c_scale,
+                                       e_scale,
+                                       f_scale,
+                                       a_extra,
+                                       at<void>(a),
+                                       at<void>(b),
+                                       at<void>(c),
+                                       at<void>(e),
+                                       at<void>(f)});
 }
 
 // A torch tensor of the given shape on a pooled block; the block returns to the pool when its last tensor dies.
 nb::ndarray<nb::pytorch> pool_tensor(int dtype, const std::vector<std::size_t>& shape) {
-  static constexpr nb::dlpack::dtype kTypes[] = {
-      {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 32, 1},
-      {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1},
-      {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1},
-      {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 64, 1}};
+  static constexpr nb::dlpack::dtype kTypes[] = {{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 32, 1},
+                                                 {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1},
+                                                 {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1},
+                                                 {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 64, 1}};
   std::size_t bytes = kTypes[dtype].bits / 8;
   for (const std::size_t n : shape) bytes *= n;
   void* block = pool_acquire(bytes);

@@ -1,5 +1,5 @@
-// The elementwise and cosine kernels as Python functions. A tensor arrives as (address, storage, strides), or None; every
-// check of it belongs to the caller, src/logitless/kernels/cpu_elementwise.py.
+// The elementwise and cosine kernels as Python functions. A tensor arrives as (address, storage, strides), or None;
+// every check of it belongs to the caller, src/logitless/kernels/cpu_elementwise.py.
 #include "binding/module_elementwise.h"
 
 #include <algorithm>
@@ -39,7 +39,8 @@ Operand operand(const nb::object& given, int dims) {
 // Keeps `order`'s dimensions of every operand, in that order, and joins neighbours that every operand steps through
 // evenly. Returns how many dimensions are left, at least 1.
 template <std::size_t N>
-int arrange(const std::int64_t* sizes, const std::array<std::int64_t*, N>& strides, const int* order, int kept, std::int64_t* new_sizes) {
+int arrange(const std::int64_t* sizes, const std::array<std::int64_t*, N>& strides, const int* order, int kept,
+            std::int64_t* new_sizes) {
   std::int64_t old[N][kMaxDims];
   for (std::size_t k = 0; k < N; ++k)
     for (int i = 0; i < kept; ++i) old[k][order[i]] = strides[k][order[i]];
@@ -63,8 +64,9 @@ int arrange(const std::int64_t* sizes, const std::array<std::int64_t*, N>& strid
   return dims;
 }
 
-nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, const nb::object& input, const nb::object& target,
-                      const nb::object& weight, const nb::object& pos_weight, const nb::object& upstream, double scale, const nb::object& out) {
+nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, const nb::object& input,
+                      const nb::object& target, const nb::object& weight, const nb::object& pos_weight,
+                      const nb::object& upstream, double scale, const nb::object& out) {
   const int dims = dims_of(shape);
   double sum = 0;
   int outside = 0;
@@ -91,7 +93,10 @@ nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, co
   // In memory's order: the output's, or the input's where only the sum is wanted.
   const Operand& lead = args.out.data ? args.out : args.input.data ? args.input : args.target;
   std::stable_sort(order, order + kept, [&](int a, int b) { return lead.strides[a] < lead.strides[b]; });
-  args.dims = arrange<6>(sizes, {args.input.strides, args.target.strides, args.weight.strides, args.pos_weight.strides, args.upstream.strides, args.out.strides}, order, kept, args.sizes);
+  args.dims = arrange<6>(sizes,
+                         {args.input.strides, args.target.strides, args.weight.strides, args.pos_weight.strides,
+                          args.upstream.strides, args.out.strides},
+                         order, kept, args.sizes);
   void (*const kernel)(const ElementwiseArgs&) = kernels().elementwise;
   if (elements) without_gil(elements, [&] { kernel(args); });
   return nb::make_tuple(sum, outside);
@@ -111,8 +116,9 @@ void vectors(const nb::object& given, int dims, int dim, Vectors* v) {
   v->step = o.strides[dim];
 }
 
-void pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2, bool embedding, double eps,
-           double margin, std::uintptr_t target, std::uintptr_t out, std::uintptr_t saved, Pairs* p) {
+void pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
+           bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t out, std::uintptr_t saved,
+           Pairs* p) {
   p->dims = dims_of(shape);
   if (dim < 0 || dim >= p->dims) throw nb::value_error("no such dimension");
   p->kept = 0;
@@ -136,8 +142,9 @@ void pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::
   a.saved = reinterpret_cast<double*>(saved);
 }
 
-void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2, bool embedding, double eps,
-            double margin, std::uintptr_t target, std::uintptr_t out, std::uintptr_t saved) {
+void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
+            bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t out,
+            std::uintptr_t saved) {
   Pairs p;
   pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, out, saved, &p);
   p.args.rows.dims = arrange<2>(p.sizes, {p.args.x1.strides, p.args.x2.strides}, p.order, p.kept, p.args.rows.sizes);
@@ -145,9 +152,10 @@ void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb:
   without_gil(p.elements, [&] { kernel(p.args); });
 }
 
-void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2, bool embedding, double eps,
-                 double margin, std::uintptr_t target, std::uintptr_t saved, std::uintptr_t upstream, std::int64_t upstream_stride,
-                 double upstream_scale, const nb::object& grad1, const nb::object& grad2) {
+void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
+                 bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t saved,
+                 std::uintptr_t upstream, std::int64_t upstream_stride, double upstream_scale, const nb::object& grad1,
+                 const nb::object& grad2) {
   Pairs p;
   pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, 0, saved, &p);
   CosineGradArgs g;
@@ -156,9 +164,11 @@ void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, cons
   g.upstream_scale = upstream_scale;
   vectors(grad1, p.dims, dim, &g.grad1);
   vectors(grad2, p.dims, dim, &g.grad2);
-  if (!g.grad1.data) g.grad1 = g.grad2.data ? g.grad2 : p.args.x1, g.grad1.data = nullptr;  // its strides must not keep rows apart
+  if (!g.grad1.data)
+    g.grad1 = g.grad2.data ? g.grad2 : p.args.x1, g.grad1.data = nullptr;  // its strides must not keep rows apart
   if (!g.grad2.data) g.grad2 = g.grad1, g.grad2.data = nullptr;
-  p.args.rows.dims = arrange<4>(p.sizes, {p.args.x1.strides, p.args.x2.strides, g.grad1.strides, g.grad2.strides}, p.order, p.kept, p.args.rows.sizes);
+  p.args.rows.dims = arrange<4>(p.sizes, {p.args.x1.strides, p.args.x2.strides, g.grad1.strides, g.grad2.strides},
+                                p.order, p.kept, p.args.rows.sizes);
   g.forward = p.args;
   void (*const kernel)(const CosineGradArgs&) = kernels().cosine_grad;
   without_gil(p.elements, [&] { kernel(g); });
@@ -167,12 +177,14 @@ void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, cons
 }  // namespace
 
 void bind_elementwise(nb::module_& m) {
-  m.def("elementwise", &elementwise, nb::arg("op"), nb::arg("wide"), nb::arg("threads"), nb::arg("shape"), nb::arg("input").none(),
-        nb::arg("target").none(), nb::arg("weight").none(), nb::arg("pos_weight").none(), nb::arg("upstream").none(), nb::arg("scale"),
-        nb::arg("out").none());
-  m.def("cosine", &cosine, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"), nb::arg("x1"), nb::arg("x2"),
-        nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"), nb::arg("out"), nb::arg("saved"));
-  m.def("cosine_grad", &cosine_grad, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"), nb::arg("x1"), nb::arg("x2"),
-        nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"), nb::arg("saved"), nb::arg("upstream"),
-        nb::arg("upstream_stride"), nb::arg("upstream_scale"), nb::arg("grad1").none(), nb::arg("grad2").none());
+  m.def("elementwise", &elementwise, nb::arg("op"), nb::arg("wide"), nb::arg("threads"), nb::arg("shape"),
+        nb::arg("input").none(), nb::arg("target").none(), nb::arg("weight").none(), nb::arg("pos_weight").none(),
+        nb::arg("upstream").none(), nb::arg("scale"), nb::arg("out").none());
+  m.def("cosine", &cosine, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"), nb::arg("x1"),
+        nb::arg("x2"), nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"), nb::arg("out"),
+        nb::arg("saved"));
+  m.def("cosine_grad", &cosine_grad, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"),
+        nb::arg("x1"), nb::arg("x2"), nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"),
+        nb::arg("saved"), nb::arg("upstream"), nb::arg("upstream_stride"), nb::arg("upstream_scale"),
+        nb::arg("grad1").none(), nb::arg("grad2").none());
 }

@@ -36,17 +36,20 @@ struct Problem {
   Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
 };
 
-// What the gradient needs of the forward pass, for each row; null where there will be none. Python holds it as bytes, which
-// cost a fraction of a tensor to make.
+// What the gradient needs of the forward pass, for each row; null where there will be none. Python holds it as bytes,
+// which cost a fraction of a tensor to make.
 struct Saved {
   double* log_sum = nullptr;
   void* pivot = nullptr;
   void* dense_mass = nullptr;  // of a dense target alone
 
-  static std::size_t real_bytes(const Problem& p) { return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
+  static std::size_t real_bytes(const Problem& p) {
+    return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  }
   static nb::bytes room(const Problem& p, bool save) {
     const std::size_t a_row = save ? sizeof(double) + real_bytes(p) * (p.target ? 1 : 2) : 0;
-    return nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
+    return nb::steal<nb::bytes>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
   }
   Saved(const nb::bytes& bytes, const Problem& p) {
     if (bytes.size() == 0) return;
@@ -72,7 +75,8 @@ Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Re
     double total[4] = {};
     std::int64_t r = 0, ignored = 0;
     for (; r + 4 <= p.rows; r += 4)
-      for (int k = 0; k < 4; ++k) total[k] += static_cast<double>(nll[r + k]), ignored += p.target[r + k] == p.ignore_index;
+      for (int k = 0; k < 4; ++k)
+        total[k] += static_cast<double>(nll[r + k]), ignored += p.target[r + k] == p.ignore_index;
     for (; r < p.rows; ++r) total[0] += static_cast<double>(nll[r]), ignored += p.target[r] == p.ignore_index;
     return {(total[0] + total[1]) + (total[2] + total[3]), static_cast<double>(p.rows - ignored)};
   }
@@ -137,23 +141,34 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
   return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator, bytes);
 }
 
-Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index, Address weight,
-                Address dense_target, double smoothing) {
-  return {static_cast<DType>(dtype), threads, rows, classes, at<void>(logits), at<std::int64_t>(target), ignore_index, at<void>(weight),
-          at<void>(dense_target), smoothing};
+Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
+                std::int64_t ignore_index, Address weight, Address dense_target, double smoothing) {
+  return {static_cast<DType>(dtype),
+          threads,
+          rows,
+          classes,
+          at<void>(logits),
+          at<std::int64_t>(target),
+          ignore_index,
+          at<void>(weight),
+          at<void>(dense_target),
+          smoothing};
 }
 
-nb::tuple cross_entropy(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                        Address weight, Address dense_target, double smoothing, bool mean, Address losses, bool save) {
-  const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+nb::tuple cross_entropy(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
+                        std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
+                        Address losses, bool save) {
+  const Problem p =
+      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
   return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses, save) : reduced<float>(p, mean, losses, save);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
-void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target, std::int64_t ignore_index,
-                        Address weight, Address dense_target, double smoothing, const nb::bytes& bytes, double scale, double denominator,
-                        Address upstream, Address grad) {
-  const Problem p = problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
+                        std::int64_t ignore_index, Address weight, Address dense_target, double smoothing,
+                        const nb::bytes& bytes, double scale, double denominator, Address upstream, Address grad) {
+  const Problem p =
+      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
   const Saved saved(bytes, p);
   scale /= denominator;
   const double kept = scale * (1 - smoothing), spread = scale * p.spread();

@@ -2,7 +2,8 @@
 //
 // Precision policy: dot product and squared norms of float and half vectors are summed in double, where no square
 // overflows or vanishes; of double vectors, in pairs of doubles. Where a pair's squares overflow or vanish all the same
-// (NaN and infinity then end as NaN), both vectors are divided by powers of two near their largest elements first. The gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
+// (NaN and infinity then end as NaN), both vectors are divided by powers of two near their largest elements first. The
+// gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
 #include "elements/cosine.h"
 
 #include "kernels.h"
@@ -12,14 +13,16 @@
 namespace logitless::LL_ISA {
 namespace {
 
-inline constexpr int64_t kBatch = 64;                // rows finished together
-inline constexpr int64_t kItemBytes = 128 * 1024;    // elements of x1 in one parallel item
-inline constexpr int64_t kGather = 1024;             // elements of a strided row copied at a time
-inline constexpr int64_t kStage = 8 * 1024;          // bytes of gradient collected before they are streamed out
-inline constexpr int64_t kStreamBytes = 16 << 20;    // a gradient larger than this bypasses the caches
-inline constexpr int kTileVectors = 4;               // neighbouring rows in lanes: vectors of them at a time
+inline constexpr int64_t kBatch = 64;              // rows finished together
+inline constexpr int64_t kItemBytes = 128 * 1024;  // elements of x1 in one parallel item
+inline constexpr int64_t kGather = 1024;           // elements of a strided row copied at a time
+inline constexpr int64_t kStage = 8 * 1024;        // bytes of gradient collected before they are streamed out
+inline constexpr int64_t kStreamBytes = 16 << 20;  // a gradient larger than this bypasses the caches
+inline constexpr int kTileVectors = 4;             // neighbouring rows in lanes: vectors of them at a time
 
-struct Sums { double dot, square1, square2; };
+struct Sums {
+  double dot, square1, square2;
+};
 
 // A vector of floats as doubles.
 struct Doubles {
@@ -147,7 +150,8 @@ template <class T> struct Job {
     if constexpr (sizeof(Real) == 8) {
       const auto safe = [](double square) { return square > 1e-280 && square < 1e280; };
       for (int64_t i = 0; i < count; ++i)
-        if (!safe(sums[i].square1) || !safe(sums[i].square2)) scaled_row(first + i, cosine + i, inverse1 + i, inverse2 + i);
+        if (!safe(sums[i].square1) || !safe(sums[i].square2))
+          scaled_row(first + i, cosine + i, inverse1 + i, inverse2 + i);
     }
     Real* out = static_cast<Real*>(args.out);
     for (int64_t i = 0; i < count && out; ++i) {
@@ -173,9 +177,11 @@ template <class T> struct Job {
     const int64_t n = args.rows.length, step1 = args.x1.step, step2 = args.x2.step;
     const double at_least = args.embedding ? 1.0 : 0.0, least = args.embedding ? 0.0 : args.eps;
     const double scale1 = scale_of(x1, step1, n, at_least), scale2 = scale_of(x2, step2, n, at_least);
-    double dot = 0, square1 = args.embedding ? 1e-12 / scale1 / scale1 : 0.0, square2 = args.embedding ? 1e-12 / scale2 / scale2 : 0.0;
+    double dot = 0, square1 = args.embedding ? 1e-12 / scale1 / scale1 : 0.0,
+           square2 = args.embedding ? 1e-12 / scale2 / scale2 : 0.0;
     for (int64_t i = 0; i < n; ++i) {
-      const double a = static_cast<double>(widen(x1[i * step1])) / scale1, b = static_cast<double>(widen(x2[i * step2])) / scale2;
+      const double a = static_cast<double>(widen(x1[i * step1])) / scale1,
+                   b = static_cast<double>(widen(x2[i * step2])) / scale2;
       dot += a * b, square1 += a * a, square2 += b * b;
     }
     const double length1 = __builtin_sqrt(square1), length2 = __builtin_sqrt(square2);
@@ -208,9 +214,12 @@ template <class T> struct Job {
 
   // Neighbouring rows in neighbouring lanes: (N, C, d1, ...) over dim 1 needs no permuted copy.
   bool lanes_fit() const {
-    return args.x1.step != 1 && args.x2.step != 1 && args.x1.strides[0] == 1 && args.x2.strides[0] == 1 && args.rows.sizes[0] >= L / 2;
+    return args.x1.step != 1 && args.x2.step != 1 && args.x1.strides[0] == 1 && args.x2.strides[0] == 1 &&
+           args.rows.sizes[0] >= L / 2;
   }
-  struct Strip { int64_t first, width; };
+  struct Strip {
+    int64_t first, width;
+  };
   int64_t strips() const { return (args.rows.sizes[0] + kTileVectors * L - 1) / (kTileVectors * L); }
   Strip strip(int64_t item) const {
     const int64_t inner = args.rows.sizes[0], begin = item % strips() * kTileVectors * L;
@@ -224,26 +233,33 @@ template <class T> struct Job {
       for (int64_t j = 0; j < args.rows.length; ++j) {
         const T *p1 = x1 + j * args.x1.step, *p2 = x2 + j * args.x2.step;
         for (int64_t i = 0; i < s.width; i += L) {
-          if (s.width - i >= L) sums[i / L].add(load(p1 + i), load(p2 + i));
-          else sums[i / L].add(load_partial(p1 + i, s.width - i, Real(0)), load_partial(p2 + i, s.width - i, Real(0)));
+          if (s.width - i >= L)
+            sums[i / L].add(load(p1 + i), load(p2 + i));
+          else
+            sums[i / L].add(load_partial(p1 + i, s.width - i, Real(0)), load_partial(p2 + i, s.width - i, Real(0)));
         }
       }
       Sums done[kTileVectors * L];
       for (int64_t i = 0; i < s.width; ++i) done[i] = sums[i / L].lane(static_cast<int>(i % L));
-      for (int64_t i = 0; i < s.width; i += kBatch) finish(s.first + i, s.width - i < kBatch ? s.width - i : kBatch, done + i);
+      for (int64_t i = 0; i < s.width; i += kBatch)
+        finish(s.first + i, s.width - i < kBatch ? s.width - i : kBatch, done + i);
     });
   }
 
   void run() const {
-    if (lanes_fit()) by_lanes();
-    else by_rows();
+    if (lanes_fit())
+      by_lanes();
+    else
+      by_rows();
   }
 };
 
 // ---- the gradient -------------------------------------------------------------------------------------------------
 
 // grad1 = factor1 (inverse2 x2 - pull1 inverse1 x1), and the same with 1 and 2 exchanged.
-template <class Real> struct Coefficients { Real inverse1, inverse2, factor1, factor2, pull1, pull2; };
+template <class Real> struct Coefficients {
+  Real inverse1, inverse2, factor1, factor2, pull1, pull2;
+};
 
 template <class T> struct GradJob {
   using Real = Compute<T>;
@@ -255,7 +271,9 @@ template <class T> struct GradJob {
 
   explicit GradJob(const CosineGradArgs& a) : args(a), inputs(a.forward), streaming(inputs.bytes() >= kStreamBytes) {}
 
-  T* grad_row(const Vectors& grad, int64_t r) const { return static_cast<T*>(grad.data) + row_offset(args.forward.rows, grad, r); }
+  T* grad_row(const Vectors& grad, int64_t r) const {
+    return static_cast<T*>(grad.data) + row_offset(args.forward.rows, grad, r);
+  }
 
   double pull(double cosine, double inverse) const {
     const CosineArgs& f = args.forward;
@@ -272,11 +290,14 @@ template <class T> struct GradJob {
 
   // False where the row's gradient is 0 whatever the vectors hold.
   bool prepare(int64_t r, Coefficients<double>* c) const {
-    const double cosine = args.forward.saved[r], inverse1 = args.forward.saved[inputs.rows + r], inverse2 = args.forward.saved[2 * inputs.rows + r];
+    const double cosine = args.forward.saved[r], inverse1 = args.forward.saved[inputs.rows + r],
+                 inverse2 = args.forward.saved[2 * inputs.rows + r];
     const double s = slope(r, cosine);
     if (s == 0.0) return false;
-    const double up = args.upstream ? static_cast<double>(static_cast<const Real*>(args.upstream)[r * args.upstream_stride]) : 1.0;
-    const double g = s * up * args.upstream_scale, positive1 = __builtin_fabs(inverse1), positive2 = __builtin_fabs(inverse2);
+    const double up =
+        args.upstream ? static_cast<double>(static_cast<const Real*>(args.upstream)[r * args.upstream_stride]) : 1.0;
+    const double g = s * up * args.upstream_scale, positive1 = __builtin_fabs(inverse1),
+                 positive2 = __builtin_fabs(inverse2);
     *c = {positive1, positive2, g * positive1, g * positive2, pull(cosine, inverse1), pull(cosine, inverse2)};
     return true;
   }
@@ -287,12 +308,14 @@ template <class T> struct GradJob {
     return fine(c.inverse1) && fine(c.inverse2) && fine(c.factor1) && fine(c.factor2);
   }
   static Coefficients<Real> rounded(const Coefficients<double>& c) {
-    return {static_cast<Real>(c.inverse1), static_cast<Real>(c.inverse2), static_cast<Real>(c.factor1), static_cast<Real>(c.factor2), static_cast<Real>(c.pull1), static_cast<Real>(c.pull2)};
+    return {static_cast<Real>(c.inverse1), static_cast<Real>(c.inverse2), static_cast<Real>(c.factor1),
+            static_cast<Real>(c.factor2),  static_cast<Real>(c.pull1),    static_cast<Real>(c.pull2)};
   }
 
   // n elements of one row, both inputs contiguous.
   static LL_INLINE void values(const Coefficients<Real>& c, const T* x1, const T* x2, T* out1, T* out2, int64_t n) {
-    const V i1 = splat<Real>(c.inverse1), i2 = splat<Real>(c.inverse2), f1 = splat<Real>(c.factor1), f2 = splat<Real>(c.factor2);
+    const V i1 = splat<Real>(c.inverse1), i2 = splat<Real>(c.inverse2), f1 = splat<Real>(c.factor1),
+            f2 = splat<Real>(c.factor2);
     const V p1 = splat<Real>(c.pull1), p2 = splat<Real>(c.pull2);
     int64_t i = 0;
     for (; i + L <= n; i += L) {
@@ -305,9 +328,11 @@ template <class T> struct GradJob {
     if (out1) store_partial(out1 + i, f1 * (u2 - p1 * u1), n - i);
     if (out2) store_partial(out2 + i, f2 * (u1 - p2 * u2), n - i);
   }
-  static __attribute__((noinline)) void wide_values(const Coefficients<double>& c, const T* x1, const T* x2, T* out1, T* out2, int64_t n) {
+  static __attribute__((noinline)) void wide_values(const Coefficients<double>& c, const T* x1, const T* x2, T* out1,
+                                                    T* out2, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      const double u1 = static_cast<double>(widen(x1[i])) * c.inverse1, u2 = static_cast<double>(widen(x2[i])) * c.inverse2;
+      const double u1 = static_cast<double>(widen(x1[i])) * c.inverse1,
+                   u2 = static_cast<double>(widen(x2[i])) * c.inverse2;
       if (out1) out1[i] = narrow<T>(c.factor1 * (u2 - c.pull1 * u1));
       if (out2) out2[i] = narrow<T>(c.factor2 * (u1 - c.pull2 * u2));
     }
@@ -343,24 +368,32 @@ template <class T> struct GradJob {
   // Both pointers have the same offset within a cache line.
   static void stream_bytes(char* to, const char* from, int64_t n) {
     const int64_t head = static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(to) % 64) % 64);
-    if (head >= n) { memcpy(to, from, static_cast<size_t>(n)); return; }
+    if (head >= n) {
+      memcpy(to, from, static_cast<size_t>(n));
+      return;
+    }
     memcpy(to, from, static_cast<size_t>(head));
     int64_t i = head;
-    for (; i + LL_BYTES <= n; i += LL_BYTES) stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+    for (; i + LL_BYTES <= n; i += LL_BYTES)
+      stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
     memcpy(to + i, from + i, static_cast<size_t>(n - i));
   }
   // Rows of dense gradients are collected in L1 and streamed out whole, so no line is read before it is written.
   void staged(int64_t first, int64_t count) const {
     alignas(64) char buffer1[kStage + 64], buffer2[kStage + 64];
     const int64_t length = args.forward.rows.length, fit = kStage / (length * static_cast<int64_t>(sizeof(T)));
-    const auto beside = [](char* buffer, const T* out) { return reinterpret_cast<T*>(buffer + reinterpret_cast<uintptr_t>(out) % 64); };
+    const auto beside = [](char* buffer, const T* out) {
+      return reinterpret_cast<T*>(buffer + reinterpret_cast<uintptr_t>(out) % 64);
+    };
     for (int64_t i = first; i < first + count; i += fit) {
-      const int64_t n = first + count - i < fit ? first + count - i : fit, bytes = n * length * static_cast<int64_t>(sizeof(T));
+      const int64_t n = first + count - i < fit ? first + count - i : fit,
+                    bytes = n * length * static_cast<int64_t>(sizeof(T));
       T* g1 = args.grad1.data ? grad_row(args.grad1, i) : nullptr;
       T* g2 = args.grad2.data ? grad_row(args.grad2, i) : nullptr;
       T *copy1 = g1 ? beside(buffer1, g1) : nullptr, *copy2 = g2 ? beside(buffer2, g2) : nullptr;
       for (int64_t k = 0; k < n; ++k)
-        row(i + k, inputs.row1(i + k), inputs.row2(i + k), copy1 ? copy1 + k * length : nullptr, copy2 ? copy2 + k * length : nullptr, length);
+        row(i + k, inputs.row1(i + k), inputs.row2(i + k), copy1 ? copy1 + k * length : nullptr,
+            copy2 ? copy2 + k * length : nullptr, length);
       if (g1) stream_bytes(reinterpret_cast<char*>(g1), reinterpret_cast<const char*>(copy1), bytes);
       if (g2) stream_bytes(reinterpret_cast<char*>(g2), reinterpret_cast<const char*>(copy2), bytes);
     }
@@ -371,7 +404,9 @@ template <class T> struct GradJob {
     return fine(args.forward.x1) && fine(args.forward.x2) && fine(args.grad1) && fine(args.grad2);
   }
   bool dense() const {
-    const auto fine = [&](const Vectors& v) { return !v.data || (args.forward.rows.dims == 1 && v.strides[0] == args.forward.rows.length); };
+    const auto fine = [&](const Vectors& v) {
+      return !v.data || (args.forward.rows.dims == 1 && v.strides[0] == args.forward.rows.length);
+    };
     return fine(args.grad1) && fine(args.grad2);
   }
 
@@ -387,7 +422,8 @@ template <class T> struct GradJob {
       }
       for (int64_t r = first; r < end; ++r) {
         if (contiguous())
-          row(r, inputs.row1(r), inputs.row2(r), args.grad1.data ? grad_row(args.grad1, r) : nullptr, args.grad2.data ? grad_row(args.grad2, r) : nullptr, length);
+          row(r, inputs.row1(r), inputs.row2(r), args.grad1.data ? grad_row(args.grad1, r) : nullptr,
+              args.grad2.data ? grad_row(args.grad2, r) : nullptr, length);
         else
           gathered(r);
       }
@@ -400,41 +436,54 @@ template <class T> struct GradJob {
   }
   void by_lanes() const {
     const int64_t length = args.forward.rows.length;
-    parallel_for(inputs.rows / args.forward.rows.sizes[0] * inputs.strips(), args.forward.threads, 4 * inputs.bytes(), [&](int64_t item) {
-      const auto s = inputs.strip(item);
-      V lanes[6][kTileVectors] = {};
-      IntVec<Real> keep[kTileVectors] = {};
-      for (int64_t i = 0; i < s.width; ++i) {
-        Coefficients<double> c;
-        if (!prepare(s.first + i, &c)) continue;
-        if (!fits(c)) {
-          for (int64_t k = 0; k < s.width; ++k) gathered(s.first + k);
-          return;
-        }
-        const Real flat[6] = {static_cast<Real>(c.inverse1), static_cast<Real>(c.inverse2), static_cast<Real>(c.factor1), static_cast<Real>(c.factor2), static_cast<Real>(c.pull1), static_cast<Real>(c.pull2)};
-        for (int k = 0; k < 6; ++k) lanes[k][i / L][i % L] = flat[k];
-        keep[i / L][i % L] = -1;
-      }
-      const T *x1 = inputs.row1(s.first), *x2 = inputs.row2(s.first);
-      T* g1 = args.grad1.data ? grad_row(args.grad1, s.first) : nullptr;
-      T* g2 = args.grad2.data ? grad_row(args.grad2, s.first) : nullptr;
-      for (int64_t j = 0; j < length; ++j) {
-        for (int64_t i = 0; i < s.width; i += L) {
-          const int64_t v = i / L, valid = s.width - i;
-          const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
-          const auto put = [&](T* p, V x) { if (valid >= L) store(p, x); else store_partial(p, x, valid); };
-          const V u1 = get(x1 + j * args.forward.x1.step + i) * lanes[0][v], u2 = get(x2 + j * args.forward.x2.step + i) * lanes[1][v];
-          if (g1) put(g1 + j * args.grad1.step + i, keep[v] ? lanes[2][v] * (u2 - lanes[4][v] * u1) : V{});
-          if (g2) put(g2 + j * args.grad2.step + i, keep[v] ? lanes[3][v] * (u1 - lanes[5][v] * u2) : V{});
-        }
-      }
-    });
+    parallel_for(inputs.rows / args.forward.rows.sizes[0] * inputs.strips(), args.forward.threads, 4 * inputs.bytes(),
+                 [&](int64_t item) {
+                   const auto s = inputs.strip(item);
+                   V lanes[6][kTileVectors] = {};
+                   IntVec<Real> keep[kTileVectors] = {};
+                   for (int64_t i = 0; i < s.width; ++i) {
+                     Coefficients<double> c;
+                     if (!prepare(s.first + i, &c)) continue;
+                     if (!fits(c)) {
+                       for (int64_t k = 0; k < s.width; ++k) gathered(s.first + k);
+                       return;
+                     }
+                     const Real flat[6] = {static_cast<Real>(c.inverse1), static_cast<Real>(c.inverse2),
+                                           static_cast<Real>(c.factor1),  static_cast<Real>(c.factor2),
+                                           static_cast<Real>(c.pull1),    static_cast<Real>(c.pull2)};
+                     for (int k = 0; k < 6; ++k) lanes[k][i / L][i % L] = flat[k];
+                     keep[i / L][i % L] = -1;
+                   }
+                   const T *x1 = inputs.row1(s.first), *x2 = inputs.row2(s.first);
+                   T* g1 = args.grad1.data ? grad_row(args.grad1, s.first) : nullptr;
+                   T* g2 = args.grad2.data ? grad_row(args.grad2, s.first) : nullptr;
+                   for (int64_t j = 0; j < length; ++j) {
+                     for (int64_t i = 0; i < s.width; i += L) {
+                       const int64_t v = i / L, valid = s.width - i;
+                       const auto get = [&](const T* p) {
+                         return valid >= L ? load(p) : load_partial(p, valid, Real(0));
+                       };
+                       const auto put = [&](T* p, V x) {
+                         if (valid >= L)
+                           store(p, x);
+                         else
+                           store_partial(p, x, valid);
+                       };
+                       const V u1 = get(x1 + j * args.forward.x1.step + i) * lanes[0][v],
+                               u2 = get(x2 + j * args.forward.x2.step + i) * lanes[1][v];
+                       if (g1) put(g1 + j * args.grad1.step + i, keep[v] ? lanes[2][v] * (u2 - lanes[4][v] * u1) : V{});
+                       if (g2) put(g2 + j * args.grad2.step + i, keep[v] ? lanes[3][v] * (u1 - lanes[5][v] * u2) : V{});
+                     }
+                   }
+                 });
   }
 
   void run() const {
     if (!inputs.rows || !args.forward.rows.length) return;
-    if (lanes_fit()) by_lanes();
-    else by_rows();
+    if (lanes_fit())
+      by_lanes();
+    else
+      by_rows();
   }
 };
 

@@ -11,9 +11,9 @@
 namespace logitless::LL_ISA {
 namespace {
 
-inline constexpr int64_t kItem = 32 * 1024;            // elements of one parallel item
-inline constexpr int64_t kShortRow = 128;              // inner sizes below this are gathered across rows
-inline constexpr int64_t kStreamBytes = 16 << 20;      // an output larger than this bypasses the caches
+inline constexpr int64_t kItem = 32 * 1024;        // elements of one parallel item
+inline constexpr int64_t kShortRow = 128;          // inner sizes below this are gathered across rows
+inline constexpr int64_t kStreamBytes = 16 << 20;  // an output larger than this bypasses the caches
 template <class Real> inline constexpr int64_t kChunk = 4096 / sizeof(Real);  // elements computed from and to L1
 
 // ---- functions ----------------------------------------------------------------------------------------------------
@@ -88,11 +88,14 @@ LL_INLINE Vec<float> log_of_parts(Vec<float> k, Vec<float> f) {
 LL_INLINE Vec<double> log_of_parts(Vec<double> k, Vec<double> f) {
   const Vec<double> s = f / (f + 2.0), z = s * s, w = z * z, half = f * f * 0.5;
   const Vec<double> even = w * (w * (w * 0.1531383769920937332 + 0.2222219843214978396) + 0.3999999999940941908);
-  const Vec<double> odd = z * (w * (w * (w * 0.1479819860511658591 + 0.1818357216161805012) + 0.2857142874366239149) + 0.6666666666666735130);
+  const Vec<double> odd = z * (w * (w * (w * 0.1479819860511658591 + 0.1818357216161805012) + 0.2857142874366239149) +
+                               0.6666666666666735130);
   return k * 6.93147180369123816490e-01 + (f - (half - (s * (half + even + odd) + k * 1.90821492927058770002e-10)));
 }
 
-template <class Real> struct Parts { Vec<Real> power, mantissa; };  // x = 2^power * mantissa, mantissa in [sqrt(1/2), sqrt(2))
+template <class Real> struct Parts {
+  Vec<Real> power, mantissa;
+};  // x = 2^power * mantissa, mantissa in [sqrt(1/2), sqrt(2))
 LL_INLINE Parts<float> parts_of(Vec<float> x) {
   const IntVec<float> shifted = as_int<float>(x) - 0x3f3504f3;
   return {__builtin_convertvector(shifted >> 23, Vec<float>), as_real<float>((shifted & 0x7fffff) + 0x3f3504f3)};
@@ -100,12 +103,14 @@ LL_INLINE Parts<float> parts_of(Vec<float> x) {
 LL_INLINE Parts<double> parts_of(Vec<double> x) {
   const IntVec<double> shifted = as_int<double>(x) - 0x3fe6a09e667f3bcdLL;
   constexpr double magic = 0x1.8p52;  // AVX2 has no int64 -> double conversion
-  return {as_real<double>((shifted >> 52) + 0x4338000000000000LL) - magic, as_real<double>((shifted & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL)};
+  return {as_real<double>((shifted >> 52) + 0x4338000000000000LL) - magic,
+          as_real<double>((shifted & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL)};
 }
 
 // log(x) for x > 0; below -100 for 0.
 template <class Real> LL_INLINE Vec<Real> log_positive(Vec<Real> x) {
-  constexpr Real least = sizeof(Real) == 4 ? Real(0x1p-126) : Real(0x1p-1022), up = sizeof(Real) == 4 ? Real(0x1p24) : Real(0x1p54);
+  constexpr Real least = sizeof(Real) == 4 ? Real(0x1p-126) : Real(0x1p-1022),
+                 up = sizeof(Real) == 4 ? Real(0x1p24) : Real(0x1p54);
   const IntVec<Real> small = x < least;
   const Parts<Real> p = parts_of(small ? x * up : x);
   return log_of_parts(small ? p.power - (sizeof(Real) == 4 ? Real(24) : Real(54)) : p.power, p.mantissa - Real(1));
@@ -126,7 +131,8 @@ template <class Real> LL_INLINE Vec<Real> times_zero_safe(Vec<Real> coefficient,
 
 template <class Real> LL_INLINE IntVec<Real> outside_unit(Vec<Real> x) { return ~((x >= 0) & (x <= 1)); }
 
-template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Vec<Real> x, Vec<Real> t, Vec<Real> w, Vec<Real> pos, Vec<Real> g) {
+template <class Real, ElementOp Op, bool kWeighted>
+LL_INLINE Vec<Real> value(Vec<Real> x, Vec<Real> t, Vec<Real> w, Vec<Real> pos, Vec<Real> g) {
   using V = Vec<Real>;
   if constexpr (Op == ElementOp::kBceLogits) {
     const V rest = log1p_unit(whole_exp<Real>(-absolute<Real>(x)));
@@ -140,7 +146,8 @@ template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Ve
     return kWeighted ? g * w * slope : g * slope;
   } else if constexpr (Op == ElementOp::kBce) {
     const V least = splat<Real>(-100);
-    const V loss = t * maximum<Real>(least, log_positive<Real>(x)) + (Real(1) - t) * maximum<Real>(least, log_one_minus<Real>(x));
+    const V loss =
+        t * maximum<Real>(least, log_positive<Real>(x)) + (Real(1) - t) * maximum<Real>(least, log_one_minus<Real>(x));
     return V{} - (kWeighted ? w * loss : loss);  // not -loss: no loss is -0
   } else if constexpr (Op == ElementOp::kBceGrad) {
     const V slope = (x - t) / maximum<Real>(splat<Real>(Real(1e-12)), x * (Real(1) - x));
@@ -162,8 +169,10 @@ template <class Real, ElementOp Op, bool kWeighted> LL_INLINE Vec<Real> value(Ve
 // ---- elements between storage and buffers of the compute type -----------------------------------------------------
 
 template <class Real, class T> LL_INLINE Real to_compute(T x) {
-  if constexpr (__is_class(T)) return static_cast<Real>(widen(x));  // half precision
-  else return static_cast<Real>(x);
+  if constexpr (__is_class(T))
+    return static_cast<Real>(widen(x));  // half precision
+  else
+    return static_cast<Real>(x);
 }
 
 template <class Real, class T> void read_run(const void* data, int64_t offset, int64_t stride, int64_t n, Real* out) {
@@ -199,14 +208,17 @@ template <class Real> void read(const Operand& from, int64_t offset, int64_t str
   }
 }
 
-template <class T, class Real> void write_run(void* data, int64_t offset, int64_t stride, int64_t n, const Real* from, bool streaming) {
+template <class T, class Real>
+void write_run(void* data, int64_t offset, int64_t stride, int64_t n, const Real* from, bool streaming) {
   T* p = static_cast<T*>(data) + offset;
   if constexpr (__is_same(Compute<T>, Real)) {
     if (stride == 1) {
       constexpr int64_t L = kLanes<Real>, kAlign = L * static_cast<int64_t>(sizeof(T));
       int64_t i = 0;
       if (streaming) {
-        const int64_t head = static_cast<int64_t>((kAlign - static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) % kAlign) % kAlign / static_cast<int64_t>(sizeof(T)));
+        const int64_t head =
+            static_cast<int64_t>((kAlign - static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) % kAlign) % kAlign /
+                                 static_cast<int64_t>(sizeof(T)));
         if (head && head <= n) store_partial(p, load_partial(from, head, Real(0)), head), i = head;
         if (reinterpret_cast<uintptr_t>(p + i) % kAlign == 0)
           for (; i + L <= n; i += L) stream(p + i, load(from + i));
@@ -218,7 +230,8 @@ template <class T, class Real> void write_run(void* data, int64_t offset, int64_
   }
   for (int64_t i = 0; i < n; ++i) p[i * stride] = narrow<T>(static_cast<double>(from[i]));
 }
-template <class Real> void write(const Operand& to, int64_t offset, int64_t stride, int64_t n, const Real* from, bool streaming) {
+template <class Real>
+void write(const Operand& to, int64_t offset, int64_t stride, int64_t n, const Real* from, bool streaming) {
   switch (to.storage) {
     case Storage::kFloat32: return write_run<float>(to.data, offset, stride, n, from, streaming);
     case Storage::kBFloat16: return write_run<BFloat16>(to.data, offset, stride, n, from, streaming);
@@ -230,13 +243,14 @@ template <class Real> void write(const Operand& to, int64_t offset, int64_t stri
 
 // Where a chunk of elements begins, and how many rows it crosses.
 struct Place {
-  int64_t begin;               // in the order of the call's sizes, the innermost fastest
+  int64_t begin;  // in the order of the call's sizes, the innermost fastest
   int64_t count;
-  int64_t at[kMaxDims];        // the coordinates of `begin`
+  int64_t at[kMaxDims];  // the coordinates of `begin`
 };
 
 // Calls run(offset, stride, first, n) for each stretch of the chunk that the operand reaches with one stride.
-template <class F> LL_INLINE void stretches(const ElementwiseArgs& a, const Operand& o, bool dense, const Place& place, const F& run) {
+template <class F>
+LL_INLINE void stretches(const ElementwiseArgs& a, const Operand& o, bool dense, const Place& place, const F& run) {
   if (dense) return run(place.begin, int64_t{1}, int64_t{0}, place.count);
   int64_t at[kMaxDims];
   int64_t offset = 0;
@@ -298,7 +312,9 @@ template <class Real> struct Source {
       }
       return static_cast<const Real*>(operand->data) + offset;
     }
-    stretches(a, *operand, dense, place, [&](int64_t offset, int64_t stride, int64_t first, int64_t n) { read<Real>(*operand, offset, stride, n, buffer + first); });
+    stretches(a, *operand, dense, place, [&](int64_t offset, int64_t stride, int64_t first, int64_t n) {
+      read<Real>(*operand, offset, stride, n, buffer + first);
+    });
     return buffer;
   }
 };
@@ -329,7 +345,8 @@ template <> struct DoubleSum<float> {
 // ---- the loop -----------------------------------------------------------------------------------------------------
 
 constexpr bool is_gradient(ElementOp op) {
-  return op == ElementOp::kBceLogitsGrad || op == ElementOp::kBceGrad || op == ElementOp::kKlGrad || op == ElementOp::kKlLogGrad;
+  return op == ElementOp::kBceLogitsGrad || op == ElementOp::kBceGrad || op == ElementOp::kKlGrad ||
+         op == ElementOp::kKlLogGrad;
 }
 constexpr bool reads_input(ElementOp op) { return op != ElementOp::kKlGrad && op != ElementOp::kKlLogGrad; }
 
@@ -339,11 +356,18 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
   const ElementwiseArgs& args;
   bool streaming, out_dense;
 
-  struct Tally { DoubleSum<Real> sum; IntVec<Real> outside_input{}, outside_target{}; };
+  struct Tally {
+    DoubleSum<Real> sum;
+    IntVec<Real> outside_input{}, outside_target{};
+  };
 
-  template <bool kSum> static void compute(const Real* x, const Real* t, const Real* w, const Real* pos, const Real* g, Real g_scale, Real* out, int64_t n, Tally& tally) {
+  template <bool kSum>
+  static void compute(const Real* x, const Real* t, const Real* w, const Real* pos, const Real* g, Real g_scale,
+                      Real* out, int64_t n, Tally& tally) {
     const auto step = [&](int64_t i, int64_t valid) __attribute__((always_inline)) {
-      const auto get = [&](const Real* p, Real fill) __attribute__((always_inline)) { return valid >= L ? load(p + i) : load_partial(p + i, valid, fill); };
+      const auto get = [&](const Real* p, Real fill) __attribute__((always_inline)) {
+        return valid >= L ? load(p + i) : load_partial(p + i, valid, fill);
+      };
       V xs{}, ws{}, ps{}, gs{};
       if constexpr (reads_input(Op)) xs = get(x, Real(0));
       const V ts = get(t, Real(0));
@@ -354,9 +378,12 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
         tally.outside_target |= outside_unit<Real>(ts);
       }
       const V v = value<Real, Op, kWeighted>(xs, ts, ws, ps, gs);
-      if constexpr (kSum) tally.sum.add(valid >= L ? v : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? v : V{}));
-      else if (valid >= L) store(out + i, v);
-      else store_partial(out + i, v, valid);
+      if constexpr (kSum)
+        tally.sum.add(valid >= L ? v : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? v : V{}));
+      else if (valid >= L)
+        store(out + i, v);
+      else
+        store_partial(out + i, v, valid);
     };
     int64_t i = 0;
     for (; i + L <= n; i += L) step(i, L);
@@ -372,7 +399,8 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
     alignas(LL_BYTES) Real staged[kChunk<Real>];
     const Real g_scale = is_gradient(Op) ? g.scale : Real(1);
     Tally tally{};
-    const bool out_in_place = args.out.data && !streaming && args.out.storage == (sizeof(Real) == 4 ? Storage::kFloat32 : Storage::kFloat64);
+    const bool out_in_place =
+        args.out.data && !streaming && args.out.storage == (sizeof(Real) == 4 ? Storage::kFloat32 : Storage::kFloat64);
     const bool by_row = args.dims > 1 && args.sizes[0] >= kShortRow;
     Place place;
     for (place.begin = begin; place.begin < end; place.begin += place.count) {
@@ -390,10 +418,13 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
       if (!args.out.data) {
         compute<true>(xs, ts, ws, ps, gs, g_scale, nullptr, place.count, tally);
       } else if (out_in_place && out_dense) {
-        compute<false>(xs, ts, ws, ps, gs, g_scale, static_cast<Real*>(args.out.data) + place.begin, place.count, tally);
+        compute<false>(xs, ts, ws, ps, gs, g_scale, static_cast<Real*>(args.out.data) + place.begin, place.count,
+                       tally);
       } else {
         compute<false>(xs, ts, ws, ps, gs, g_scale, staged, place.count, tally);
-        stretches(args, args.out, out_dense, place, [&](int64_t offset, int64_t stride, int64_t first, int64_t n) { write<Real>(args.out, offset, stride, n, staged + first, streaming); });
+        stretches(args, args.out, out_dense, place, [&](int64_t offset, int64_t stride, int64_t first, int64_t n) {
+          write<Real>(args.out, offset, stride, n, staged + first, streaming);
+        });
       }
     }
     if (streaming) fence();
@@ -411,7 +442,10 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
     *args.outside = 0;
     if (!items) return;
     if (items == 1) return item(0, elements, args.sum, args.outside);
-    struct Partial { double sum; int outside; };
+    struct Partial {
+      double sum;
+      int outside;
+    };
     Partial* partial = static_cast<Partial*>(__builtin_malloc(static_cast<size_t>(items) * sizeof(Partial)));
     const auto run_item = [&](int64_t i, Partial* p) {
       item(i * kItem, (i + 1) * kItem < elements ? (i + 1) * kItem : elements, &p->sum, &p->outside);
@@ -428,7 +462,8 @@ template <class Real, ElementOp Op, bool kWeighted> struct Loop {
 };
 
 template <class Real, ElementOp Op> void pick_weighted(const ElementwiseArgs& a) {
-  constexpr bool may_weigh = Op == ElementOp::kBceLogits || Op == ElementOp::kBceLogitsGrad || Op == ElementOp::kBce || Op == ElementOp::kBceGrad;
+  constexpr bool may_weigh = Op == ElementOp::kBceLogits || Op == ElementOp::kBceLogitsGrad || Op == ElementOp::kBce ||
+                             Op == ElementOp::kBceGrad;
   if constexpr (may_weigh) {
     if (a.weight.data || a.pos_weight.data) return Loop<Real, Op, true>{a, false, false}.run();
   }
@@ -451,8 +486,10 @@ template <class Real> void pick(const ElementwiseArgs& a) {
 }  // namespace
 
 void elementwise(const ElementwiseArgs& a) {
-  if (a.wide) pick<double>(a);
-  else pick<float>(a);
+  if (a.wide)
+    pick<double>(a);
+  else
+    pick<float>(a);
 }
 
 }  // namespace logitless::LL_ISA

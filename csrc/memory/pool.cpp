@@ -21,16 +21,20 @@ constexpr std::size_t kHugePage = std::size_t{2} << 20;
 std::size_t default_limit() {
   if (const char* text = std::getenv("LOGITLESS_POOL_BYTES")) return std::strtoull(text, nullptr, 10);
   if (const char* text = std::getenv("LOGITLESS_POOL"); text && text[0] == '0' && text[1] == '\0') return 0;
-  const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t memory =
+      static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t most = std::size_t{4} << 30;
   return memory / 4 < most ? memory / 4 : most;
 }
 
-struct Block { char* start; std::size_t bytes; };
+struct Block {
+  char* start;
+  std::size_t bytes;
+};
 
 struct Pool {
   std::mutex mutex;
-  std::list<Block> free;                            // the least recently freed first
+  std::list<Block> free;  // the least recently freed first
   std::unordered_map<void*, std::size_t> used;
   std::size_t limit = default_limit(), free_bytes = 0, used_bytes = 0;
 };
@@ -44,7 +48,8 @@ Pool& pool() {
   return *instance;
 }
 
-// `bytes` mapped, of which `asked` will be written: the last huge page of many is not asked for when that is a part of it.
+// `bytes` mapped, of which `asked` will be written: the last huge page of many is not asked for when that is a part of
+// it.
 char* map_block(std::size_t bytes, std::size_t asked) {
   const std::size_t padded = bytes + kHugePage;
   void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -78,7 +83,8 @@ void* pool_acquire(std::size_t bytes) {
   const std::lock_guard<std::mutex> lock(p.mutex);
   auto best = p.free.end();
   for (auto it = p.free.begin(); it != p.free.end(); ++it)
-    if (it->bytes >= size && it->bytes - size <= it->bytes / 8 && (best == p.free.end() || it->bytes <= best->bytes)) best = it;
+    if (it->bytes >= size && it->bytes - size <= it->bytes / 8 && (best == p.free.end() || it->bytes <= best->bytes))
+      best = it;
   Block block{};
   if (best != p.free.end()) {
     block = *best;

@@ -11,26 +11,64 @@
 
 namespace logitless::LL_ISA {
 
-template <class Real, int N> LL_INLINE Vec<Real> polynomial(Vec<Real> x, const double (&coefficients)[N]) {  // the highest power first
+template <class Real, int N>
+LL_INLINE Vec<Real> polynomial(Vec<Real> x, const double (&coefficients)[N]) {  // the highest power first
   Vec<Real> y = splat<Real>(static_cast<Real>(coefficients[0]));
   for (int i = 1; i < N; ++i) y = y * x + static_cast<Real>(coefficients[i]);
   return y;
 }
 
 // (exp(r) - 1 - r) / r^2 for |r| <= log(2) / 2
-inline constexpr double kPhiFloat[] = {0.00019891080463998842, 0.0013933730715792083, 0.0083333108446478626, 0.041666464197405692, 0.16666666681704215, 0.50000000135387299};
-inline constexpr double kPhiDouble[] = {2.0914755325893202e-9, 2.5105312729622102e-8, 2.755727347871858e-7, 2.7557255170000887e-6, 2.4801587325677462e-5, 0.00019841269875002279, 0.0013888888888883711, 0.0083333333333260831, 0.04166666666666667, 0.16666666666666671, 0.5};
+inline constexpr double kPhiFloat[] = {0.00019891080463998842, 0.0013933730715792083, 0.0083333108446478626,
+                                       0.041666464197405692,   0.16666666681704215,   0.50000000135387299};
+inline constexpr double kPhiDouble[] = {2.0914755325893202e-9,
+                                        2.5105312729622102e-8,
+                                        2.755727347871858e-7,
+                                        2.7557255170000887e-6,
+                                        2.4801587325677462e-5,
+                                        0.00019841269875002279,
+                                        0.0013888888888883711,
+                                        0.0083333333333260831,
+                                        0.04166666666666667,
+                                        0.16666666666666671,
+                                        0.5};
 // log cosh(y / 2) / y^2 and h(y) / y^2 in y^2, for 0 <= y <= 2
-inline constexpr double kLogCoshFloat[] = {-3.9088902432728651e-10, 1.075431071276603e-8, -1.6587156059653133e-7, 2.1106366192135477e-6, -2.6327341725485239e-5, 0.00034721038264620425, -0.005208331110057504, 0.1249999999307175};
-inline constexpr double kLogCoshDouble[] = {-5.3002028918657345e-19, 2.2601384080667406e-17, -4.8682679703216868e-16, 7.3381362595312032e-15, -9.1086913423989146e-14, 1.0326868446646286e-12, -1.1366546271822767e-11, 1.2498817221274014e-10, -1.3883302254568008e-9, 1.5660385693938572e-8, -1.8032296059747428e-7, 2.1356922295492721e-6, -2.6351686505622917e-5, 0.00034722222222194867, -0.0052083333333333205, 0.125};
-inline constexpr double kShannonFloat[] = {4.2665246851919255e-10, -1.1848101519174494e-8, 1.7320858618974504e-7, -1.9189134693003518e-6, 1.91371876979503e-5, -0.00018439898502643904, 0.0017360872237066175, -0.015624996462109131, 0.12499999991286402};
-inline constexpr double kShannonDouble[] = {-1.0065934062002927e-19, 4.6148860532202393e-18, -1.0522905355626571e-16, 1.6350717695769903e-15, -2.0166028034583562e-14, 2.1829865731075107e-13, -2.2189312799952352e-12, 2.2007965003634843e-11, -2.165765143807731e-10, 2.1256506816060727e-9, -2.082580795837076e-8, 2.0358561718709269e-7, -1.9835528544563122e-6, 1.9221230153285099e-5, -0.00018446180555459578, 0.0017361111111110216, -0.015624999999999997, 0.125};
+inline constexpr double kLogCoshFloat[] = {-3.9088902432728651e-10, 1.075431071276603e-8,   -1.6587156059653133e-7,
+                                           2.1106366192135477e-6,   -2.6327341725485239e-5, 0.00034721038264620425,
+                                           -0.005208331110057504,   0.1249999999307175};
+inline constexpr double kLogCoshDouble[] = {
+    -5.3002028918657345e-19, 2.2601384080667406e-17, -4.8682679703216868e-16, 7.3381362595312032e-15,
+    -9.1086913423989146e-14, 1.0326868446646286e-12, -1.1366546271822767e-11, 1.2498817221274014e-10,
+    -1.3883302254568008e-9,  1.5660385693938572e-8,  -1.8032296059747428e-7,  2.1356922295492721e-6,
+    -2.6351686505622917e-5,  0.00034722222222194867, -0.0052083333333333205,  0.125};
+inline constexpr double kShannonFloat[] = {4.2665246851919255e-10, -1.1848101519174494e-8, 1.7320858618974504e-7,
+                                           -1.9189134693003518e-6, 1.91371876979503e-5,    -0.00018439898502643904,
+                                           0.0017360872237066175,  -0.015624996462109131,  0.12499999991286402};
+inline constexpr double kShannonDouble[] = {-1.0065934062002927e-19, 4.6148860532202393e-18,  -1.0522905355626571e-16,
+                                            1.6350717695769903e-15,  -2.0166028034583562e-14, 2.1829865731075107e-13,
+                                            -2.2189312799952352e-12, 2.2007965003634843e-11,  -2.165765143807731e-10,
+                                            2.1256506816060727e-9,   -2.082580795837076e-8,   2.0358561718709269e-7,
+                                            -1.9835528544563122e-6,  1.9221230153285099e-5,   -0.00018446180555459578,
+                                            0.0017361111111110216,   -0.015624999999999997,   0.125};
 // log1p(e) / e for 0 <= e <= exp(-2)
-inline constexpr double kLog1pFloat[] = {-0.11953338093275451, 0.19331548391827263, -0.24954633205963873, 0.33331919221178049, -0.49999983733719392, 0.99999999969474911};
-inline constexpr double kLog1pDouble[] = {0.035290837453442913, -0.069455344302514646, 0.088000709253687237, -0.099594114403372197, 0.11107225775121592, -0.12499742369309387, 0.14285702528386903, -0.16666666305801139, 0.19999999992871822, -0.24999999999916035, 0.33333333333332819, -0.49999999999999999, 1.0};
+inline constexpr double kLog1pFloat[] = {-0.11953338093275451, 0.19331548391827263,  -0.24954633205963873,
+                                         0.33331919221178049,  -0.49999983733719392, 0.99999999969474911};
+inline constexpr double kLog1pDouble[] = {0.035290837453442913,
+                                          -0.069455344302514646,
+                                          0.088000709253687237,
+                                          -0.099594114403372197,
+                                          0.11107225775121592,
+                                          -0.12499742369309387,
+                                          0.14285702528386903,
+                                          -0.16666666305801139,
+                                          0.19999999992871822,
+                                          -0.24999999999916035,
+                                          0.33333333333332819,
+                                          -0.49999999999999999,
+                                          1.0};
 
-#define LL_POLYNOMIAL(name, table)                                                                  \
-  LL_INLINE Vec<float> name(Vec<float> x) { return polynomial<float>(x, table##Float); }                   \
+#define LL_POLYNOMIAL(name, table)                                                       \
+  LL_INLINE Vec<float> name(Vec<float> x) { return polynomial<float>(x, table##Float); } \
   LL_INLINE Vec<double> name(Vec<double> x) { return polynomial<double>(x, table##Double); }
 LL_POLYNOMIAL(phi_over_square, kPhi)
 LL_POLYNOMIAL(log_cosh_over_square, kLogCosh)
@@ -51,7 +89,8 @@ template <class Real, class S = Real> struct RowScale {
     const double rest = huge ? 0.0 : (max - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33;
     const double unit = exp<double>(splat<double>(-(rest + log_sum)))[0];
     const Real rounded = static_cast<Real>(unit);
-    return {rounded, static_cast<Real>(unit - static_cast<double>(rounded)), static_cast<Real>(power), static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max)};
+    return {rounded, static_cast<Real>(unit - static_cast<double>(rounded)), static_cast<Real>(power),
+            static_cast<Real>(huge ? max : 0.0), static_cast<Real>(max)};
   }
   LL_INLINE Vec<Real> probability(Vec<Real> z) const {
     const Exponential<Real> e = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), z - base));
@@ -59,8 +98,10 @@ template <class Real, class S = Real> struct RowScale {
   }
 };
 
-template <class Real> inline constexpr Real kFar = sizeof(Real) == 4 ? Real(20) : Real(45);  // beyond it exp(-d) does not count
-template <class Real> inline constexpr Real kApart = Real(3);  // beyond it p exp(d) is better had as q: exp magnifies the rounding of d
+template <class Real>
+inline constexpr Real kFar = sizeof(Real) == 4 ? Real(20) : Real(45);  // beyond it exp(-d) does not count
+template <class Real>
+inline constexpr Real kApart = Real(3);  // beyond it p exp(d) is better had as q: exp magnifies the rounding of d
 template <class Real> inline constexpr Real kBig = Real(1e30);
 
 template <class Real> LL_INLINE Vec<Real> clamp(Vec<Real> x, Real most) {
@@ -95,8 +136,10 @@ template <class Real> struct KlTerms {
   V near, n, r, square;
   LL_INLINE explicit KlTerms(V d) : near(clamp<Real>(d, kFar<Real>)) {
     n = whole_power<Real>(near);
-    if constexpr (sizeof(Real) == 4) r = (near - n * 0.693359375f) + n * 2.1219444e-4f;
-    else r = (near - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+    if constexpr (sizeof(Real) == 4)
+      r = (near - n * 0.693359375f) + n * 2.1219444e-4f;
+    else
+      r = (near - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
     square = r * r;
   }
   LL_INLINE V phi() const {
@@ -119,8 +162,8 @@ template <class Real> struct KlTerms {
   }
 };
 
-// Against the mixture m = (p + q) / 2: h, log(m / p) and log(q / m), and the smaller of p / (p + q) and q / (p + q), which
-// is how log(m / p) and log(q / m) change with d.
+// Against the mixture m = (p + q) / 2: h, log(m / p) and log(q / m), and the smaller of p / (p + q) and q / (p + q),
+// which is how log(m / p) and log(q / m) change with d.
 template <class Real> struct Mixture {
   using V = Vec<Real>;
   V h, log_m_p, log_q_m, smaller_share;

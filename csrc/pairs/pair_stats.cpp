@@ -3,14 +3,14 @@
 //
 // Precision policy: pair_math.h's non-negative terms, summed as (high, low) pairs. The float lse difference leaves a
 // common error e in every d; sum p (exp(d) - 1) must be 0 and gives e itself to first order, so the pass is repeated
-// with the difference corrected where e^2 would show in the KL, and KL = sum p phi(d) - (R - log1p(R)) takes out the rest.
-// Means under p or q are divided by the sum of the probabilities as computed, whose common error then does not count. The
-// cross-entropy is a sum of its own, not H + KL, so that the identity between them can be checked.
+// with the difference corrected where e^2 would show in the KL, and KL = sum p phi(d) - (R - log1p(R)) takes out the
+// rest. Means under p or q are divided by the sum of the probabilities as computed, whose common error then does not
+// count. The cross-entropy is a sum of its own, not H + KL, so that the identity between them can be checked.
 #include <math.h>
 
-#include "rows/lane_fold.h"
 #include "pairs/pair_math.h"
 #include "parallel.h"
+#include "rows/lane_fold.h"
 #include "rows/row_fold.h"
 
 namespace logitless::LL_ISA {
@@ -25,7 +25,8 @@ struct PassSums {
   double forward, p_gap, backward, q_gap, p_surprise, mixture, log_m_p, log_q_m, p_mass, q_mass, overlap;
 
   void add(const PassSums& o) {
-    forward += o.forward, p_gap += o.p_gap, backward += o.backward, q_gap += o.q_gap, p_surprise += o.p_surprise, mixture += o.mixture;
+    forward += o.forward, p_gap += o.p_gap, backward += o.backward, q_gap += o.q_gap, p_surprise += o.p_surprise,
+        mixture += o.mixture;
     log_m_p += o.log_m_p, log_q_m += o.log_q_m, p_mass += o.p_mass, q_mass += o.q_mass, overlap += o.overlap;
   }
 };
@@ -43,17 +44,22 @@ template <class Real> struct OneLane {
 
 // No more than a mode needs: rows in lanes load and store them.
 template <class Real, bool kWanted> struct BackwardSums {};
-template <class Real> struct BackwardSums<Real, true> { PairSum<Real> backward, q_gap, p_surprise; };
+template <class Real> struct BackwardSums<Real, true> {
+  PairSum<Real> backward, q_gap, p_surprise;
+};
 template <class Real, bool kWanted> struct MixtureSums {};
 template <class Real> struct MixtureSums<Real, true> {
   PairSum<Real> mixture, log_m_p, log_q_m, p_mass, q_mass;
   Vec<Real> overlap{};  // sum of p q / (p + q)
 };
 
-template <class Real, int Mode> struct PairSums : BackwardSums<Real, (Mode & kBackward) != 0>, MixtureSums<Real, (Mode & kMixture) != 0> {
+template <class Real, int Mode>
+struct PairSums : BackwardSums<Real, (Mode & kBackward) != 0>, MixtureSums<Real, (Mode & kMixture) != 0> {
   PairSum<Real> forward, p_gap;
 
-  template <class S> LL_INLINE void add(const RowScale<Real, S>& ps, const RowScale<Real, S>& qs, const LogRatio<Real, S>& log_ratio, Vec<Real> zp, Vec<Real> zq, IntVec<Real> valid) {
+  template <class S>
+  LL_INLINE void add(const RowScale<Real, S>& ps, const RowScale<Real, S>& qs, const LogRatio<Real, S>& log_ratio,
+                     Vec<Real> zp, Vec<Real> zq, IntVec<Real> valid) {
     using V = Vec<Real>;
     const V p = valid ? ps.probability(zp) : V{}, q = valid ? qs.probability(zq) : V{};
     V d = log_ratio(zp, zq);
@@ -81,7 +87,8 @@ template <class Real, int Mode> struct PairSums : BackwardSums<Real, (Mode & kBa
   template <class Lanes> PassSums totals(const Lanes& of) const {
     PassSums s{};
     s.forward = of(forward), s.p_gap = of(p_gap);
-    if constexpr ((Mode & kBackward) != 0) s.backward = of(this->backward), s.q_gap = of(this->q_gap), s.p_surprise = of(this->p_surprise);
+    if constexpr ((Mode & kBackward) != 0)
+      s.backward = of(this->backward), s.q_gap = of(this->q_gap), s.p_surprise = of(this->p_surprise);
     if constexpr ((Mode & kMixture) != 0) {
       s.mixture = of(this->mixture), s.log_m_p = of(this->log_m_p), s.log_q_m = of(this->log_q_m);
       s.p_mass = of(this->p_mass), s.q_mass = of(this->q_mass), s.overlap = of(this->overlap);
@@ -92,7 +99,9 @@ template <class Real, int Mode> struct PairSums : BackwardSums<Real, (Mode & kBa
 
 // n contiguous classes of both rows.
 template <class T, int Mode>
-__attribute__((noinline)) void add_classes(PairSums<Compute<T>, Mode>& sums, const RowScale<Compute<T>>& ps, const RowScale<Compute<T>>& qs, const LogRatio<Compute<T>>& log_ratio, const T* zp, const T* zq, int64_t n) {
+__attribute__((noinline)) void add_classes(PairSums<Compute<T>, Mode>& sums, const RowScale<Compute<T>>& ps,
+                                           const RowScale<Compute<T>>& qs, const LogRatio<Compute<T>>& log_ratio,
+                                           const T* zp, const T* zq, int64_t n) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   PairSums<Real, Mode> local = sums;
@@ -118,11 +127,14 @@ template <class T> struct Row {
     if (finite && __builtin_fabs(sums.max) > kHuge) sums = fold_huge<T, Flags>(view, classes, sums.max);
     const double top = finite ? sums.max - sums.base : 0.0, n = __builtin_rint(top * 1.4426950408889634);
     const double exponent = (top - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-    const double unit = __builtin_ldexp(::exp(-exponent), static_cast<int>(sums.power - n)), rest = finite ? sums.rest * unit : __builtin_nan("");
+    const double unit = __builtin_ldexp(::exp(-exponent), static_cast<int>(sums.power - n)),
+                 rest = finite ? sums.rest * unit : __builtin_nan("");
     max = sums.max;
     log_sum = ::log1p(rest);
     entropy = sums.spread * unit / (rest + 1.0) + log_sum;
-    argmax = wants_argmax ? find_argmax<T>(view, classes, max, sums.rest != sums.rest && __builtin_fabs(max) != __builtin_inf(), sums.arg) : 0;
+    argmax = wants_argmax ? find_argmax<T>(view, classes, max,
+                                           sums.rest != sums.rest && __builtin_fabs(max) != __builtin_inf(), sums.arg)
+                          : 0;
   }
   double nll(int64_t target) const { return (max - static_cast<double>(widen(z[target * stride]))) + log_sum; }
 };
@@ -154,7 +166,8 @@ template <class Real, int Mode> struct Measures {
     }
     if (!(sums.forward < __builtin_inf())) return false;
     gap += error;
-    kl_p_m += sums.overlap * error, kl_q_m -= sums.overlap * error;  // to first order; of the rest only the second order is left
+    kl_p_m += sums.overlap * error,
+        kl_q_m -= sums.overlap * error;  // to first order; of the rest only the second order is left
     return error * error > kTolerance * kl;
   }
 };
@@ -171,11 +184,23 @@ template <class T, int Mode> struct Job {
 
   Row<T> first_row(int64_t outer, int64_t inner) const {
     const Tile& t = args.tile;
-    return {static_cast<const T*>(args.logits) + outer * t.outer_stride + inner * t.inner_stride, t.class_stride, t.classes, 0, 0, 0, 0};
+    return {static_cast<const T*>(args.logits) + outer * t.outer_stride + inner * t.inner_stride,
+            t.class_stride,
+            t.classes,
+            0,
+            0,
+            0,
+            0};
   }
   Row<T> second_row(int64_t outer, int64_t inner) const {
     const Strides& s = args.other_strides;
-    return {static_cast<const T*>(args.other) + outer * s.outer + inner * s.inner, s.classes, args.tile.classes, 0, 0, 0, 0};
+    return {static_cast<const T*>(args.other) + outer * s.outer + inner * s.inner,
+            s.classes,
+            args.tile.classes,
+            0,
+            0,
+            0,
+            0};
   }
 
   void pass(PairSums<Real, Mode>& sums, const Row<T>& p, const Row<T>& q, double log_sum_gap) const {
@@ -212,13 +237,15 @@ template <class T, int Mode> struct Job {
       put(args.nll_q, r, ignored || bad ? none : q.nll(target));
     }
     if (args.saved) {
-      const double values[kPairSaved] = {p.max, p.log_sum, q.max, q.log_sum, m.gap, kl, reverse, m.kl_p_m, m.kl_q_m, cross, p.entropy, q.entropy};
+      const double values[kPairSaved] = {p.max,   p.log_sum, q.max,    q.log_sum, m.gap,     kl,
+                                         reverse, m.kl_p_m,  m.kl_q_m, cross,     p.entropy, q.entropy};
       memcpy(args.saved + r * kPairSaved, values, sizeof values);
     }
   }
 
   void row(int64_t r) const {
-    Row<T> p = first_row(r / args.tile.inner, r % args.tile.inner), q = second_row(r / args.tile.inner, r % args.tile.inner);
+    Row<T> p = first_row(r / args.tile.inner, r % args.tile.inner),
+           q = second_row(r / args.tile.inner, r % args.tile.inner);
     p.template take<kFold>(fold_part<T, kFold>(RowView<T>{p.z, p.stride}, 0, p.classes), args.same_top);
     q.template take<kFold>(fold_part<T, kFold>(RowView<T>{q.z, q.stride}, 0, q.classes), args.same_top);
     Pair m{q.log_sum - p.log_sum, 0, 0, 0, 0, 0, 0};
@@ -249,13 +276,16 @@ template <class T, int Mode> struct Job {
   };
 
   // Classes [begin, end) of `width` rows.
-  __attribute__((noinline)) void add_lanes(PairSums<Real, Mode>* sums, const LaneNumbers* numbers, const Row<T>& p, const Row<T>& q, int64_t width, int64_t begin, int64_t end) const {
+  __attribute__((noinline)) void add_lanes(PairSums<Real, Mode>* sums, const LaneNumbers* numbers, const Row<T>& p,
+                                           const Row<T>& q, int64_t width, int64_t begin, int64_t end) const {
     constexpr int64_t kStep = 4;  // classes of one vector of rows, whose numbers and sums stay in registers
     for (int64_t c = begin; c < end; c += kStep) {
       const int64_t stop = c + kStep < end ? c + kStep : end;
       for (int64_t i = 0; i < width; i += L) {
         const int64_t valid = width - i;
-        const auto get = [&](const T* from) __attribute__((always_inline)) { return valid >= L ? load(from) : load_partial(from, valid, Real(0)); };
+        const auto get = [&](const T* from) __attribute__((always_inline)) {
+          return valid >= L ? load(from) : load_partial(from, valid, Real(0));
+        };
         const LaneNumbers n = numbers[i / L];
         PairSums<Real, Mode> local = sums[i / L];
         for (int64_t j = c; j < stop; ++j) {
@@ -268,28 +298,34 @@ template <class T, int Mode> struct Job {
     }
   }
 
-  // The `width` rows from `inner` on of one outer index, their classes in `parts` parts; each(n, f) calls f(0) to f(n - 1).
-  // False where there is no memory for it.
-  template <int Fold, class Each> bool in_lanes(int64_t outer, int64_t inner, int64_t width, int64_t parts, const Each& each) const {
+  // The `width` rows from `inner` on of one outer index, their classes in `parts` parts; each(n, f) calls f(0) to f(n -
+  // 1). False where there is no memory for it.
+  template <int Fold, class Each>
+  bool in_lanes(int64_t outer, int64_t inner, int64_t width, int64_t parts, const Each& each) const {
     const int64_t tiles = (width + kWidth - 1) / kWidth, part_classes = parts == 1 ? args.tile.classes : kLaneClasses;
     auto* const rows = static_cast<LanePair*>(__builtin_malloc(static_cast<size_t>(width) * sizeof(LanePair)));
-    auto* const part_of = static_cast<LanePart*>(__builtin_malloc(static_cast<size_t>(width * parts) * sizeof(LanePart)));
+    auto* const part_of =
+        static_cast<LanePart*>(__builtin_malloc(static_cast<size_t>(width * parts) * sizeof(LanePart)));
     const auto in_parts = [&](const auto& run) {
       each(tiles * parts, [&](int64_t item) {
         const int64_t at = item / parts * kWidth, part = item % parts, begin = part * part_classes;
-        run(at, width - at < kWidth ? width - at : kWidth, part, begin, begin + part_classes < args.tile.classes ? begin + part_classes : args.tile.classes);
+        run(at, width - at < kWidth ? width - at : kWidth, part, begin,
+            begin + part_classes < args.tile.classes ? begin + part_classes : args.tile.classes);
       });
     };
     if (rows && part_of) {
       in_parts([&](int64_t at, int64_t count, int64_t part, int64_t begin, int64_t end) {
         const auto none = [](int64_t) { return kNaN<Real>; };
         const Row<T> p = first_row(outer, inner + at), q = second_row(outer, inner + at);
-        fold_lanes<T, Fold, kTileVectors>(LaneView<T>{p.z, p.stride}, count, begin, end, none, [&](int64_t i, const RowSums& s) { part_of[(at + i) * parts + part].p = s; });
-        fold_lanes<T, Fold, kTileVectors>(LaneView<T>{q.z, q.stride}, count, begin, end, none, [&](int64_t i, const RowSums& s) { part_of[(at + i) * parts + part].q = s; });
+        fold_lanes<T, Fold, kTileVectors>(LaneView<T>{p.z, p.stride}, count, begin, end, none,
+                                          [&](int64_t i, const RowSums& s) { part_of[(at + i) * parts + part].p = s; });
+        fold_lanes<T, Fold, kTileVectors>(LaneView<T>{q.z, q.stride}, count, begin, end, none,
+                                          [&](int64_t i, const RowSums& s) { part_of[(at + i) * parts + part].q = s; });
       });
       for (int64_t i = 0; i < width; ++i) {
         LanePart total = part_of[i * parts];
-        for (int64_t k = 1; k < parts; ++k) total.p = combine(total.p, part_of[i * parts + k].p), total.q = combine(total.q, part_of[i * parts + k].q);
+        for (int64_t k = 1; k < parts; ++k)
+          total.p = combine(total.p, part_of[i * parts + k].p), total.q = combine(total.q, part_of[i * parts + k].q);
         LanePair pair{first_row(outer, inner + i), second_row(outer, inner + i), {}, true};
         pair.p.template take<Fold>(total.p, args.same_top);
         pair.q.template take<Fold>(total.q, args.same_top);
@@ -298,7 +334,9 @@ template <class T, int Mode> struct Job {
       }
       bool again = true;
       for (int turn = 0; again && turn < kMostPasses; ++turn) {
-        in_parts([&](int64_t at, int64_t count, int64_t part, int64_t begin, int64_t end) { lane_pass(rows + at, part_of + at * parts + part, parts, count, begin, end); });
+        in_parts([&](int64_t at, int64_t count, int64_t part, int64_t begin, int64_t end) {
+          lane_pass(rows + at, part_of + at * parts + part, parts, count, begin, end);
+        });
         again = false;
         for (int64_t i = 0; i < width; ++i) {
           if (!rows[i].again) continue;
@@ -308,7 +346,8 @@ template <class T, int Mode> struct Job {
           again = again || rows[i].again;
         }
       }
-      for (int64_t i = 0; i < width; ++i) finish(outer * args.tile.inner + inner + i, rows[i].p, rows[i].q, rows[i].measures);
+      for (int64_t i = 0; i < width; ++i)
+        finish(outer * args.tile.inner + inner + i, rows[i].p, rows[i].q, rows[i].measures);
     }
     __builtin_free(rows);
     __builtin_free(part_of);
@@ -316,7 +355,8 @@ template <class T, int Mode> struct Job {
   }
 
   // The sums of classes [begin, end) of those rows that want a pass.
-  void lane_pass(const LanePair* rows, LanePart* sums_of, int64_t stride, int64_t count, int64_t begin, int64_t end) const {
+  void lane_pass(const LanePair* rows, LanePart* sums_of, int64_t stride, int64_t count, int64_t begin,
+                 int64_t end) const {
     LaneNumbers numbers[kTileVectors] = {};
     bool any = false;
     for (int64_t i = 0; i < count; ++i) {
@@ -341,11 +381,14 @@ template <class T, int Mode> struct Job {
     bool done = true;
     if (t.classes > kLaneClasses && rows <= kLanePartRows) {
       const auto each = [&](int64_t n, const auto& run) { parallel_for(n, args.threads, bytes, run); };
-      for (int64_t outer = 0; outer < t.outer; ++outer) done = in_lanes<Fold>(outer, 0, t.inner, (t.classes + kLaneClasses - 1) / kLaneClasses, each) && done;
+      for (int64_t outer = 0; outer < t.outer; ++outer)
+        done = in_lanes<Fold>(outer, 0, t.inner, (t.classes + kLaneClasses - 1) / kLaneClasses, each) && done;
       return done;
     }
     const int64_t tiles = (t.inner + kWidth - 1) / kWidth;
-    const auto each = [](int64_t n, const auto& run) { for (int64_t i = 0; i < n; ++i) run(i); };
+    const auto each = [](int64_t n, const auto& run) {
+      for (int64_t i = 0; i < n; ++i) run(i);
+    };
     parallel_for(t.outer * tiles, args.threads, bytes, [&](int64_t item) {
       const int64_t inner = item % tiles * kWidth, width = t.inner - inner < kWidth ? t.inner - inner : kWidth;
       if (!in_lanes<Fold>(item / tiles, inner, width, 1, each)) __atomic_store_n(&done, false, __ATOMIC_RELAXED);
@@ -355,7 +398,8 @@ template <class T, int Mode> struct Job {
 
   void run() const {
     const Tile& t = args.tile;
-    const bool lanes = t.class_stride != 1 && args.other_strides.classes != 1 && t.inner_stride == 1 && args.other_strides.inner == 1 && t.inner >= L / 2;
+    const bool lanes = t.class_stride != 1 && args.other_strides.classes != 1 && t.inner_stride == 1 &&
+                       args.other_strides.inner == 1 && t.inner >= L / 2;
     // The largest class of rows in lanes is known of the larger fold alone: to look for it would be a pass of its own.
     if (lanes && (args.same_top ? by_lanes<kToken>() : by_lanes<kFold>())) return;
     const int64_t rows = t.outer * t.inner, row_bytes = 2 * t.classes * static_cast<int64_t>(sizeof(T));
@@ -369,7 +413,8 @@ template <class T, int Mode> struct Job {
 };
 
 template <class T> void pick(const PairRowStatsArgs& a) {
-  if (a.reverse_kl || a.cross_entropy || a.entropy_p || a.entropy_q) return Job<T, kForward | kBackward | kMixture>{a}.run();
+  if (a.reverse_kl || a.cross_entropy || a.entropy_p || a.entropy_q)
+    return Job<T, kForward | kBackward | kMixture>{a}.run();
   if (a.js) return Job<T, kForward | kMixture>{a}.run();
   Job<T, kForward>{a}.run();
 }

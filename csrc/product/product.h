@@ -5,8 +5,8 @@
 
 namespace logitless {
 
-// c[i, j] (+)= sum_k a[i, k] b[k, j]. Strides are in elements; of each of a's and b's two, one is 1. The columns of c are
-// consecutive.
+// c[i, j] (+)= sum_k a[i, k] b[k, j]. Strides are in elements; of each of a's and b's two, one is 1. The columns of c
+// are consecutive.
 struct ProductArgs {
   int a_dtype, b_dtype;  // DType: float32 or bfloat16. A float32 a is rounded where b is bfloat16
   int c_dtype;           // that of b, or float32

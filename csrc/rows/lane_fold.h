@@ -20,9 +20,11 @@ template <class T> struct LaneView {
   int64_t dense_stride = 1;
 };
 
-// Folds classes [begin, end) of `width` rows, at most kTileVectors vectors of them, and gives each row's sums to `done`.
+// Folds classes [begin, end) of `width` rows, at most kTileVectors vectors of them, and gives each row's sums to
+// `done`.
 template <class T, int Flags, int kTileVectors, class TargetLogit, class Done>
-LL_INLINE void fold_lanes(const LaneView<T>& rows, int64_t width, int64_t begin, int64_t end, const TargetLogit& target_logit, const Done& done) {
+LL_INLINE void fold_lanes(const LaneView<T>& rows, int64_t width, int64_t begin, int64_t end,
+                          const TargetLogit& target_logit, const Done& done) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   const int vectors = static_cast<int>((width + L - 1) / L);
@@ -35,10 +37,12 @@ LL_INLINE void fold_lanes(const LaneView<T>& rows, int64_t width, int64_t begin,
       const int64_t valid = width - v * L;
       const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
       Vec<Real> zs[K], ws[K], ts[K];
-      LL_UNROLL for (int k = 0; k < K; ++k) {
+      LL_UNROLL
+      for (int k = 0; k < K; ++k) {
         __builtin_prefetch(rows.logits + (c + k + kLaneAhead) * rows.class_stride + v * L);
         zs[k] = get(rows.logits + (c + k) * rows.class_stride + v * L);
-        if constexpr ((Flags & (kSmooth | kDense)) != 0) ws[k] = splat<Real>(rows.weight ? rows.weight[c + k] : Real(1));
+        if constexpr ((Flags & (kSmooth | kDense)) != 0)
+          ws[k] = splat<Real>(rows.weight ? rows.weight[c + k] : Real(1));
         if constexpr ((Flags & kDense) != 0) ts[k] = get(rows.dense + (c + k) * rows.dense_stride + v * L);
       }
       states[v].template step<K, decltype(first)::value>(zs, ws, ts, c);
@@ -51,13 +55,15 @@ LL_INLINE void fold_lanes(const LaneView<T>& rows, int64_t width, int64_t begin,
   for (int64_t i = 0; i < width; ++i) done(i, finish_lane<Real, Flags>(states[i / L], static_cast<int>(i % L)));
 }
 
-// The numbers that belong to one row, `Numbers<Real, Real>`, into one lane of those of several, `Numbers<Real, Vec<Real>>`.
+// The numbers that belong to one row, `Numbers<Real, Real>`, into one lane of those of several, `Numbers<Real,
+// Vec<Real>>`.
 template <template <class, class> class Numbers, class Real>
 LL_INLINE void put_lane(Numbers<Real, Vec<Real>>& lanes, int64_t lane, const Numbers<Real, Real>& row) {
   constexpr size_t kCount = sizeof row / sizeof(Real);
   static_assert(sizeof lanes == kCount * LL_BYTES);
   for (size_t k = 0; k < kCount; ++k)
-    memcpy(reinterpret_cast<char*>(&lanes) + k * LL_BYTES + static_cast<size_t>(lane) * sizeof(Real), reinterpret_cast<const char*>(&row) + k * sizeof(Real), sizeof(Real));
+    memcpy(reinterpret_cast<char*>(&lanes) + k * LL_BYTES + static_cast<size_t>(lane) * sizeof(Real),
+           reinterpret_cast<const char*>(&row) + k * sizeof(Real), sizeof(Real));
 }
 
 }  // namespace logitless::LL_ISA

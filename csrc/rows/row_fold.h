@@ -20,7 +20,8 @@ template <class T> struct RowView {
 
 // Feeds n contiguous logits; w and t may be null.
 template <class T, int Flags>
-LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const Compute<T>* w, const T* t, int64_t n, int64_t first_class, bool fresh) {
+LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const Compute<T>* w, const T* t, int64_t n,
+                    int64_t first_class, bool fresh) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   constexpr bool kWeighted = (Flags & (kSmooth | kDense)) != 0, kTargets = (Flags & kDense) != 0;
@@ -28,12 +29,16 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   const auto step = [&](auto count, auto first, int64_t i, int64_t valid) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
     Vec<Real> zs[K], ws[K], ts[K];
-    LL_UNROLL for (int k = 0; k < K; ++k) {
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) {
       const bool whole = K > 1 || valid == L;
       zs[k] = whole ? load(z + i + k * L) : load_partial(z + i, valid, -kInf<Real>);
       if constexpr (kWeighted) {
-        if (w) ws[k] = whole ? load(w + i + k * L) : load_partial(w + i, valid, Real(0));
-        else ws[k] = whole ? splat<Real>(1) : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? splat<Real>(1) : Vec<Real>{});
+        if (w)
+          ws[k] = whole ? load(w + i + k * L) : load_partial(w + i, valid, Real(0));
+        else
+          ws[k] = whole ? splat<Real>(1)
+                        : (lane_index<Real>() < static_cast<IntOf<Real>>(valid) ? splat<Real>(1) : Vec<Real>{});
       }
       if constexpr (kTargets) ts[k] = whole ? load(t + i + k * L) : load_partial(t + i, valid, Real(0));
     }
@@ -47,61 +52,75 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   for (; i < n; i += L) step(Constant<1>{}, Constant<false>{}, i, whole_or(i));
 }
 
-// ---- the fold of contiguous rows without weights: what cross-entropy and entropy spend their time in ---------------------
+// ---- the fold of contiguous rows without weights: what cross-entropy and entropy spend their time in
+// ---------------------
 //
 // Its terms are those of UnitExp, in a unit that is chosen from the row's first logits and so far below them that all
 // logits which count as UnitExp's least are less than any float together. Huge logits and NaN are left to a RowState.
 
 inline constexpr int64_t kMaxRows = 64;  // rows finished together, one per lane
-inline constexpr int kUnitLift = 56;  // bits between exp of the largest logit known and the unit
-inline constexpr int64_t kScout = 512;  // of a long row the largest of as many logits is looked for first: few later ones exceed it
-inline constexpr int kPlainVectors = 16;  // as many are summed plainly
+inline constexpr int kUnitLift = 56;     // bits between exp of the largest logit known and the unit
+inline constexpr int64_t kScout =
+    512;  // of a long row the largest of as many logits is looked for first: few later ones exceed it
+inline constexpr int kPlainVectors = 16;     // as many are summed plainly
 inline constexpr int64_t kLongAhead = 2048;  // bytes of a long row that are asked for ahead
 inline constexpr int kShortVectors = 64;  // rows of no more vectors are folded without a branch that depends on a logit
 
-template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) { return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kUnitLift); }
-// A sum of UnitExp, without its bias and the drift of a term as large as the sum; of one smaller by 2^-m it leaves m times it.
+template <class Real> LL_INLINE Vec<Real> power_of_unit(Real max) {
+  return whole_power<Real>(splat<Real>(max)) - static_cast<Real>(kUnitLift);
+}
+// A sum of UnitExp, without its bias and the drift of a term as large as the sum; of one smaller by 2^-m it leaves m
+// times it.
 template <class Real> LL_INLINE Vec<double> without_drift(Vec<double> sum, Vec<double> power) {
   const Vec<double> drift = kDrift<Real> * (power + exponent_of(sum));
-  return sum * ((1 - kUnitExpBias<Real>) + drift + drift * drift * 0.5);
+  return sum * ((1 - kUnitExpBias<Real>)+drift + drift * drift * 0.5);
 }
 // The most that `terms` which count as UnitExp's least add up to: such a sum is 0.
-template <class Real> LL_INLINE Real least_sum(int64_t terms) { return sizeof(Real) == 4 ? static_cast<Real>(terms) * Real(0x1p-124) : Real(0); }
+template <class Real> LL_INLINE Real least_sum(int64_t terms) {
+  return sizeof(Real) == 4 ? static_cast<Real>(terms) * Real(0x1p-124) : Real(0);
+}
 template <class Real> LL_INLINE bool is_tame(Real max) { return __builtin_fabs(static_cast<double>(max)) <= kHuge; }
 
 template <class T> LL_INLINE Compute<T> max_of(const T* z, int64_t n) {
   using Real = Compute<T>;
   using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
-  V top[4] = {splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>)}, x[4];
+  V top[4] = {splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>), splat<Real>(-kInf<Real>)},
+    x[4];
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
     load_unordered<4>(z + i, x);
-    LL_UNROLL for (int k = 0; k < 4; ++k) top[k] = maximum<Real>(x[k], top[k]);
+    LL_UNROLL
+    for (int k = 0; k < 4; ++k) top[k] = maximum<Real>(x[k], top[k]);
   }
-  for (; i < n; i += L) top[0] = maximum<Real>(n - i >= L ? load(z + i) : load_partial(z + i, n - i, -kInf<Real>), top[0]);
+  for (; i < n; i += L)
+    top[0] = maximum<Real>(n - i >= L ? load(z + i) : load_partial(z + i, n - i, -kInf<Real>), top[0]);
   return max_of_lanes<Real>(maximum<Real>(maximum<Real>(top[0], top[1]), maximum<Real>(top[2], top[3])));
 }
 
 // K vectors from the i-th logit on; of one vector, those beyond n are -inf.
 template <int K, class T> LL_INLINE void load_block(const T* z, int64_t i, int64_t n, Vec<Compute<T>> (&x)[K]) {
-  if constexpr (K > 1) load_unordered<K>(z + i, x);
-  else x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
+  if constexpr (K > 1)
+    load_unordered<K>(z + i, x);
+  else
+    x[0] = n - i >= kLanes<Compute<T>> ? load(z + i) : load_partial(z + i, n - i, -kInf<Compute<T>>);
 }
 
 // As many rows of few classes as there are lanes are folded together, in one unit, without a branch that depends on a
-// logit and without reducing a vector to one number. Each logit but the largest of a row loses one comparison, and enters
-// the sum then: first within its lane, then lane against lane until a lane is what is left of a row.
+// logit and without reducing a vector to one number. Each logit but the largest of a row loses one comparison, and
+// enters the sum then: first within its lane, then lane against lane until a lane is what is left of a row.
 template <class Real> struct Contest {
   Vec<Real> top, sum;  // the largest logits so far, and the sums of exp of the others, in the unit
 };
 // The lanes of two, of half as many each, compared in twos.
-template <class Real> LL_INLINE Contest<Real> meet_lanes(const UnitExp<Real>& exp, const Contest<Real>& a, const Contest<Real>& b) {
+template <class Real>
+LL_INLINE Contest<Real> meet_lanes(const UnitExp<Real>& exp, const Contest<Real>& a, const Contest<Real>& b) {
   const Vec<Real> even = even_lanes<Real>(a.top, b.top), odd = odd_lanes<Real>(a.top, b.top);
   const Vec<Real> sum = even_lanes<Real>(a.sum, b.sum) + odd_lanes<Real>(a.sum, b.sum);
   return {maximum<Real>(odd, even), exp.add_to(sum, minimum<Real>(even, odd))};
 }
-template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp) {
+template <class T>
+LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp) {
   using Real = Compute<T>;
   using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
@@ -142,14 +161,16 @@ template <class T> LL_INLINE Contest<Compute<T>> fold_within_lanes(const T* z, i
   return {top, n > kPlainVectors * L ? total.high + total.low : even + odd};
 }
 
-// ---- the fold of all logits but the target's: what cross-entropy asks for ---------------------------------------------------
+// ---- the fold of all logits but the target's: what cross-entropy asks for
+// ---------------------------------------------------
 //
 // With the target's logit held out instead of the largest, nll = log1p(rest / exp(z_t)) keeps its relative precision as
-// well, and no logit is compared with another. Exp is that of UnitExp; for logits of 16 bits, whose loss will be rounded to
-// them, to 2^-21. Rows that do not suit (logits not finite or huge, a target beyond the range of the others) are left to the
-// folds that hold out the largest.
+// well, and no logit is compared with another. Exp is that of UnitExp; for logits of 16 bits, whose loss will be
+// rounded to them, to 2^-21. Rows that do not suit (logits not finite or huge, a target beyond the range of the others)
+// are left to the folds that hold out the largest.
 
-template <class T> inline constexpr int kPlainOthers = sizeof(T) == 2 ? 64 : kPlainVectors;  // where 2^-21 is exact enough
+template <class T>
+inline constexpr int kPlainOthers = sizeof(T) == 2 ? 64 : kPlainVectors;  // where 2^-21 is exact enough
 
 // To the minimum with which one logit is held out of vectors: -inf at its place, from 0 to 2 lanes, in two of them.
 template <class Real> struct HoldOut {
@@ -171,9 +192,11 @@ template <class T> LL_INLINE void hold_out_of_pair(int64_t place, Vec<Compute<T>
   a = minimum<Real>(out.at(of_a), a), b = minimum<Real>(out.at(of_b), b);
 }
 
-// Exp of every logit but `target` summed in units of exp's, lane by lane. kMany: of more than kPlainOthers vectors. `ahead`: what
-// is asked for before it is read, in elements.
-template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_others(const T* z, int64_t n, int64_t target, int64_t ahead, const UnitExp<Compute<T>>& exp, typename UnitExp<Compute<T>>::Seen& seen) {
+// Exp of every logit but `target` summed in units of exp's, lane by lane. kMany: of more than kPlainOthers vectors.
+// `ahead`: what is asked for before it is read, in elements.
+template <class T, bool kMany, bool kClamps>
+LL_INLINE Vec<Compute<T>> fold_others(const T* z, int64_t n, int64_t target, int64_t ahead,
+                                      const UnitExp<Compute<T>>& exp, typename UnitExp<Compute<T>>::Seen& seen) {
   using Real = Compute<T>;
   using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
@@ -195,7 +218,8 @@ template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_othe
     one[0] = minimum<Real>(kHoldOut<Real>.at(in_tail >= 0 && in_tail < L ? in_tail : L), one[0]);
     exp.template add_all<sizeof(T) == 2, true>(sum, seen, one);
     if (left > L) {
-      one[0] = minimum<Real>(kHoldOut<Real>.at(in_tail >= L ? in_tail - L : L), load_partial(tail + L, left - L, -kInf<Real>));
+      one[0] = minimum<Real>(kHoldOut<Real>.at(in_tail >= L ? in_tail - L : L),
+                             load_partial(tail + L, left - L, -kInf<Real>));
       exp.template add_all<sizeof(T) == 2, true>(sum, seen, one);
     }
   }
@@ -232,12 +256,14 @@ template <class T, bool kMany, bool kClamps> LL_INLINE Vec<Compute<T>> fold_othe
   }
   prefetch_pair(end);
   if (left > 0) prefetch_pair(tail);
-  if constexpr (kMany) return total.high + total.low;
-  else return sum[0] + sum[1];
+  if constexpr (kMany)
+    return total.high + total.low;
+  else
+    return sum[0] + sum[1];
 }
 
-// Of as many rows as there are lanes: the largest logit, and the sum of exp over the others in units of 2^power, which was
-// chosen for `guess`.
+// Of as many rows as there are lanes: the largest logit, and the sum of exp over the others in units of 2^power, which
+// was chosen for `guess`.
 template <class Real> struct ShortRows {
   Vec<Real> max, rest;
   Real power, guess;
@@ -245,7 +271,8 @@ template <class Real> struct ShortRows {
   // most, are together less than a float next to exp(max), or than 2^-30 of the sum.
   LL_INLINE uint32_t valid_bits() const {
     const Vec<Real> rise = max - guess;
-    const uint32_t counts = reaching_bits(rise, splat<Real>(-15)) | greater_bits(rest, splat<Real>(static_cast<Real>(0x1p-85)));
+    const uint32_t counts =
+        reaching_bits(rise, splat<Real>(-15)) | greater_bits(rest, splat<Real>(static_cast<Real>(0x1p-85)));
     const uint32_t tame = reaching_bits(splat<Real>(static_cast<Real>(kHuge)), magnitude<Real>(max));
     return tame & reaching_bits(splat<Real>(static_cast<Real>(kHeadroom)), rise) & counts & equal_bits(rest, rest);
   }
@@ -262,7 +289,8 @@ template <class T> LL_INLINE ShortRows<Compute<T>> fold_short(const T* const* ro
   // One loop over the rows, so that the processor sees one stream of memory.
   Contest<Real> left[L];
   for (int64_t k = 0; k < L; ++k) left[k] = k < count ? fold_within_lanes<T>(rows[k], n, ahead, exp) : left[0];
-  LL_UNROLL for (int meetings = L / 2; meetings > 0; meetings /= 2)
+  LL_UNROLL
+  for (int meetings = L / 2; meetings > 0; meetings /= 2)
     for (int k = 0; k < meetings; ++k) left[k] = meet_lanes<Real>(exp, left[2 * k], left[2 * k + 1]);
   const Vec<Real> sum = left[0].sum;
   return {left[0].top, sum <= least_sum<Real>(n + L) ? Vec<Real>{} : sum, power[0], guess};
@@ -270,26 +298,35 @@ template <class T> LL_INLINE ShortRows<Compute<T>> fold_short(const T* const* ro
 
 // Of `count` rows; whether all logits were in range. A function of its own, so that what it needs stays in registers.
 template <class T, bool kMany, bool kClamps>
-__attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& unit, Vec<Compute<T>>* sums) {
+__attribute__((noinline)) bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n,
+                                              int64_t ahead, const UnitExp<Compute<T>>& unit, Vec<Compute<T>>* sums) {
   const UnitExp<Compute<T>> exp = unit;
   typename UnitExp<Compute<T>>::Seen seen = exp.template none_seen<kClamps>();
-  for (int64_t k = 0; k < count; ++k) sums[k] = fold_others<T, kMany, kClamps>(rows[k], n, targets[k], ahead, exp, seen);
+  for (int64_t k = 0; k < count; ++k)
+    sums[k] = fold_others<T, kMany, kClamps>(rows[k], n, targets[k], ahead, exp, seen);
   return exp.template fit<kClamps>(seen);
 }
-// Tried without clamping first, unless `clamps`, which is set where that did not do: a hint for later rows, of any thread, that
-// no result depends on.
-template <class T> LL_INLINE bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead, const UnitExp<Compute<T>>& exp, Vec<Compute<T>>* sums, bool& clamps) {
+// Tried without clamping first, unless `clamps`, which is set where that did not do: a hint for later rows, of any
+// thread, that no result depends on.
+template <class T>
+LL_INLINE bool fold_others_of(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, int64_t ahead,
+                              const UnitExp<Compute<T>>& exp, Vec<Compute<T>>* sums, bool& clamps) {
   const bool many = n > kPlainOthers<T> * kLanes<Compute<T>>;
   if (!__atomic_load_n(&clamps, __ATOMIC_RELAXED)) {
-    if ((many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp, sums)) return true;
+    if ((many ? fold_others_of<T, true, false> : fold_others_of<T, false, false>)(rows, targets, count, n, ahead, exp,
+                                                                                  sums))
+      return true;
     __atomic_store_n(&clamps, true, __ATOMIC_RELAXED);
   }
-  return (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp, sums);
+  return (many ? fold_others_of<T, true, true> : fold_others_of<T, false, true>)(rows, targets, count, n, ahead, exp,
+                                                                                 sums);
 }
 
-// The sums over all logits but the targets', which go to `held`, of `count` rows, at most kMaxRows, in units of 2^power. Gives the
-// power; NaN: the rows' sums are not all good in one unit.
-template <class T> LL_INLINE Compute<T> fold_short_others(const T* const* rows, const int64_t* targets, int64_t count, int64_t n, Compute<T>* held, Compute<T>* rest, bool& clamps) {
+// The sums over all logits but the targets', which go to `held`, of `count` rows, at most kMaxRows, in units of
+// 2^power. Gives the power; NaN: the rows' sums are not all good in one unit.
+template <class T>
+LL_INLINE Compute<T> fold_short_others(const T* const* rows, const int64_t* targets, int64_t count, int64_t n,
+                                       Compute<T>* held, Compute<T>* rest, bool& clamps) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
   Real guess = max_of(rows[0], n);
@@ -297,18 +334,26 @@ template <class T> LL_INLINE Compute<T> fold_short_others(const T* const* rows, 
   const Vec<Real> power = power_of_unit(guess);
   const UnitExp<Real> exp(power);
   Vec<Real> sums[kMaxRows];
-  bool fit = is_tame(guess) && fold_others_of<T>(rows, targets, count, n, rows_ahead(n * static_cast<int64_t>(sizeof(T))) * n, exp, sums, clamps);
+  bool fit =
+      is_tame(guess) && fold_others_of<T>(rows, targets, count, n, rows_ahead(n * static_cast<int64_t>(sizeof(T))) * n,
+                                          exp, sums, clamps);
   for (int64_t k = 0; k < count; ++k) held[k] = widen(rows[k][targets[k]]);
   for (int64_t k = count; k % L != 0; ++k) sums[k] = sums[0], held[k] = held[0];
   for (int64_t first = 0; first < count; first += L) {
     Vec<Real>* const of = sums + first;
-    LL_UNROLL for (int meetings = L / 2; meetings > 0; meetings /= 2)
-      LL_UNROLL for (int k = 0; k < meetings; ++k) of[k] = even_lanes<Real>(of[2 * k], of[2 * k + 1]) + odd_lanes<Real>(of[2 * k], of[2 * k + 1]);
+    LL_UNROLL
+    for (int meetings = L / 2; meetings > 0; meetings /= 2) LL_UNROLL
+    for (int k = 0; k < meetings; ++k)
+      of[k] = even_lanes<Real>(of[2 * k], of[2 * k + 1]) + odd_lanes<Real>(of[2 * k], of[2 * k + 1]);
     const Vec<Real> sum = of[0] <= least_sum<Real>(n + L) ? Vec<Real>{} : of[0], at = load(held + first);
     store(rest + first, sum);
-    // As in ShortRows, terms that count as UnitExp's least are less than any float next to exp(held), or 2^-30 of the sum.
-    const uint32_t counts = reaching_bits(at, splat<Real>(guess - 15)) | (greater_bits(sum, splat<Real>(static_cast<Real>(0x1p-85))) & reaching_bits(at, splat<Real>(guess - 500)));
-    const uint32_t finite = greater_bits(splat<Real>(kInf<Real>), sum) & reaching_bits(splat<Real>(static_cast<Real>(kHuge)), magnitude<Real>(at));
+    // As in ShortRows, terms that count as UnitExp's least are less than any float next to exp(held), or 2^-30 of the
+    // sum.
+    const uint32_t counts =
+        reaching_bits(at, splat<Real>(guess - 15)) |
+        (greater_bits(sum, splat<Real>(static_cast<Real>(0x1p-85))) & reaching_bits(at, splat<Real>(guess - 500)));
+    const uint32_t finite = greater_bits(splat<Real>(kInf<Real>), sum) &
+                            reaching_bits(splat<Real>(static_cast<Real>(kHuge)), magnitude<Real>(at));
     fit = fit && (counts & finite) == kAllBits<Real>;
   }
   return fit ? power[0] : kNaN<Real>;
@@ -321,7 +366,9 @@ template <class T> bool fold_long_others(const T* z, int64_t n, int64_t target, 
   if (!is_tame(guess) || !is_tame(held) || !(held >= guess - 500)) return false;
   const Vec<Real> power = power_of_unit(guess);
   Vec<Real> others;
-  if (!fold_others_of<T>(&z, &target, 1, n, kLongAhead / static_cast<int64_t>(sizeof(T)), UnitExp<Real>(power), &others, clamps)) return false;
+  if (!fold_others_of<T>(&z, &target, 1, n, kLongAhead / static_cast<int64_t>(sizeof(T)), UnitExp<Real>(power), &others,
+                         clamps))
+    return false;
   double rest = sum_of_lanes(others);
   if (rest <= static_cast<double>(least_sum<Real>(n + kLanes<Real>))) rest = 0;
   sums = {held, 0, power[0], without_drift<Real>(splat<double>(rest), splat<double>(power[0]))[0], 0, 0, 0, 0, 0, 0, 0};
@@ -330,7 +377,8 @@ template <class T> bool fold_long_others(const T* z, int64_t n, int64_t target, 
 
 // Of a row of many classes, a logit is compared with the largest of the row, and eight vectors at a time: only a block
 // that reaches it is looked at more closely. Flags: 0 or kToken. False: not such a row.
-template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> target_logit, RowSums& sums) {
+template <class T, int Flags>
+__attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> target_logit, RowSums& sums) {
   using Real = Compute<T>;
   using V = Vec<Real>;
   constexpr int L = kLanes<Real>;
@@ -347,7 +395,8 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
   const auto meet = [&](auto count, V* x, Real best, int64_t first_class) {
     const V old = met ? top : exp.least;
     bool placed = false;
-    LL_UNROLL for (int k = 0; k < decltype(count)::value; ++k) {
+    LL_UNROLL
+    for (int k = 0; k < decltype(count)::value; ++k) {
       const uint32_t bits = placed ? 0 : equal_bits(x[k], splat<Real>(best));
       if (bits) x[k] = where_first(bits, old, x[k]), placed = true;
     }
@@ -367,10 +416,11 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
     constexpr int K = decltype(count)::value;
     V x[K];
     load_block<K>(z, i, n, x);
-    if constexpr ((Flags & kToken) != 0)
-      LL_UNROLL for (int k = 0; k < K; ++k) rank -= x[k] > target_logit;
+    if constexpr ((Flags & kToken) != 0) LL_UNROLL
+    for (int k = 0; k < K; ++k) rank -= x[k] > target_logit;
     V block_top = x[0];
-    LL_UNROLL for (int k = 1; k < K; ++k) block_top = maximum<Real>(block_top, x[k]);
+    LL_UNROLL
+    for (int k = 1; k < K; ++k) block_top = maximum<Real>(block_top, x[k]);
     if (__builtin_expect(reaching_bits(block_top, top) != 0, 0) && (!met || greater_bits(block_top, top))) {
       const Real best = max_of_lanes<Real>(block_top);
       if (!is_tame(best)) return false;
@@ -378,11 +428,13 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
     }
     // `rest` comes out the same whatever else is asked for.
     V sum[2] = {};
-    LL_UNROLL for (int k = 0; k < K; ++k) sum[k % 2] = exp.add_to(sum[k % 2], x[k]);
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) sum[k % 2] = exp.add_to(sum[k % 2], x[k]);
     rest.add(K > 1 ? sum[0] + sum[1] : sum[0]);
     if constexpr ((Flags & kToken) != 0) {
       V e[K];
-      LL_UNROLL for (int k = 0; k < K; ++k) {
+      LL_UNROLL
+      for (int k = 0; k < K; ++k) {
         const V counted = maximum<Real>(exp.least, x[k]);
         e[k] = exp.add_to(V{}, counted) * (top - counted);
       }
@@ -404,7 +456,9 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
   for (; i < n; i += L)
     if (!add(Constant<1>{}, i)) return false;
   const double unit = static_cast<double>(power[0]);
-  const auto total = [unit](const auto& sum) { return without_drift<Real>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0]; };
+  const auto total = [unit](const auto& sum) {
+    return without_drift<Real>(splat<double>(sum_of_lanes(sum.high, sum.low)), splat<double>(unit))[0];
+  };
   sums = {max, 0, unit, total(rest), 0, 0, 0, 0, 0, arg, 0};
   if constexpr ((Flags & kToken) != 0) {
     sums.spread = total(spread);
@@ -415,7 +469,8 @@ template <class T, int Flags> __attribute__((noinline)) bool fold_long(const T* 
 }
 
 // Classes [begin, end) of a row that lies in memory one after another.
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(const RowView<T>& row, int64_t begin, int64_t end) {
+template <class T, int Flags>
+__attribute__((noinline)) RowSums fold_contiguous(const RowView<T>& row, int64_t begin, int64_t end) {
   using Real = Compute<T>;
   if constexpr (Flags == 0 || Flags == kToken) {
     RowSums sums;
@@ -433,12 +488,14 @@ template <class T, int Flags> __attribute__((noinline)) RowSums fold_contiguous(
 }
 
 template <class Real, int Flags>
-__attribute__((noinline)) void feed_buffer(RowState<Real, Flags, false>& state, const Real* z, const Real* w, const Real* t, int64_t n, int64_t first_class, bool fresh) {
+__attribute__((noinline)) void feed_buffer(RowState<Real, Flags, false>& state, const Real* z, const Real* w,
+                                           const Real* t, int64_t n, int64_t first_class, bool fresh) {
   feed<Real, Flags>(state, z, w, t, n, first_class, fresh);
 }
 
 // Any strides, and logits of any size: a piece at a time is copied into the compute type, less `base`.
-template <class T, int Flags> __attribute__((noinline)) RowSums fold_buffered(const RowView<T>& row, int64_t begin, int64_t end, Compute<T> base) {
+template <class T, int Flags>
+__attribute__((noinline)) RowSums fold_buffered(const RowView<T>& row, int64_t begin, int64_t end, Compute<T> base) {
   using Real = Compute<T>;
   alignas(LL_BYTES) Real zs[kGather], ts[(Flags & kDense) ? kGather : 1];
   RowState<Real, Flags, false> state;

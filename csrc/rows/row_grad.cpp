@@ -7,30 +7,30 @@
 // as a expm1(z_t - lse) + (a + c), so that nothing cancels.
 #include <cstdlib>
 
-#include "rows/lane_fold.h"
 #include "parallel.h"
+#include "rows/lane_fold.h"
 
 namespace logitless::LL_ISA {
 namespace {
 
 enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
 
-inline constexpr int64_t kMaxRows = 128;             // rows whose coefficients are prepared together
-inline constexpr int64_t kItemBytes = 128 * 1024;    // logits of one parallel item, at most
-inline constexpr int64_t kGather = 2048;             // elements of a strided row copied at a time
-inline constexpr int64_t kShortClasses = 512;        // rows of no more classes are short
-inline constexpr int64_t kStreamBytes = 64 << 20;    // a larger gradient bypasses the caches,
-inline constexpr int64_t kBufferBytes = 8192;        // of 16-bit types or short rows by way of a buffer of whole cache lines
+inline constexpr int64_t kMaxRows = 128;           // rows whose coefficients are prepared together
+inline constexpr int64_t kItemBytes = 128 * 1024;  // logits of one parallel item, at most
+inline constexpr int64_t kGather = 2048;           // elements of a strided row copied at a time
+inline constexpr int64_t kShortClasses = 512;      // rows of no more classes are short
+inline constexpr int64_t kStreamBytes = 64 << 20;  // a larger gradient bypasses the caches,
+inline constexpr int64_t kBufferBytes = 8192;  // of 16-bit types or short rows by way of a buffer of whole cache lines
 inline constexpr int64_t kCacheLine = 64;
-inline constexpr int64_t kBlockRows = 8;             // short rows are taken as many at a time, or a multiple
+inline constexpr int64_t kBlockRows = 8;  // short rows are taken as many at a time, or a multiple
 
 // What the gradients of up to kMaxRows consecutive rows are made of.
 template <class Real> struct RowCoefficients {
   alignas(LL_BYTES) Real unit[kMaxRows];  // a exp(-(lse - base - power ln2)), or that without `a` when b is not 0
-  Real power[kMaxRows], base[kMaxRows], at_target[kMaxRows];               // at_target: a p_t + c + b p_t (z_t - lse)
-  Real top[kMaxRows], log_sum[kMaxRows], a[kMaxRows], b[kMaxRows];         // with kGap alone
-  Real e[kMaxRows], f[kMaxRows];                                           // with kTargets, kConstant alone
-  bool read[kMaxRows], plain[kMaxRows];                                    // plain: base is 0, and unit a factor for RowExp
+  Real power[kMaxRows], base[kMaxRows], at_target[kMaxRows];        // at_target: a p_t + c + b p_t (z_t - lse)
+  Real top[kMaxRows], log_sum[kMaxRows], a[kMaxRows], b[kMaxRows];  // with kGap alone
+  Real e[kMaxRows], f[kMaxRows];                                    // with kTargets, kConstant alone
+  bool read[kMaxRows], plain[kMaxRows];                             // plain: base is 0, and unit a factor for RowExp
 };
 
 template <class T, int Flags> struct Job {
@@ -44,16 +44,24 @@ template <class T, int Flags> struct Job {
     if (args.tile.inner == 1) return r * outer;  // a division costs as much as a vector of exponentials
     return r / args.tile.inner * outer + r % args.tile.inner * inner;
   }
-  const T* row(int64_t r) const { return static_cast<const T*>(args.logits) + offset(r, args.tile.outer_stride, args.tile.inner_stride); }
-  T* grad_row(int64_t r) const { return static_cast<T*>(args.grad) + offset(r, args.grad_strides.outer, args.grad_strides.inner); }
+  const T* row(int64_t r) const {
+    return static_cast<const T*>(args.logits) + offset(r, args.tile.outer_stride, args.tile.inner_stride);
+  }
+  T* grad_row(int64_t r) const {
+    return static_cast<T*>(args.grad) + offset(r, args.grad_strides.outer, args.grad_strides.inner);
+  }
   const T* dense_row(int64_t r) const {
-    return (Flags & kTargets) ? static_cast<const T*>(args.dense_target) + offset(r, args.dense_strides.outer, args.dense_strides.inner) : nullptr;
+    return (Flags & kTargets) ? static_cast<const T*>(args.dense_target) +
+                                    offset(r, args.dense_strides.outer, args.dense_strides.inner)
+                              : nullptr;
   }
   const Real* class_weight() const { return static_cast<const Real*>(args.class_weight); }
   bool ignored(int64_t r) const { return args.target && args.target[r] == args.ignore_index; }
   bool has_target(int64_t r) const { return args.target && args.target[r] >= 0 && args.target[r] < args.tile.classes; }
 
-  static LL_INLINE double one_or(const void* p, int64_t k) { return p ? static_cast<double>(static_cast<const Real*>(p)[k]) : 1.0; }
+  static LL_INLINE double one_or(const void* p, int64_t k) {
+    return p ? static_cast<double>(static_cast<const Real*>(p)[k]) : 1.0;
+  }
 
   // What RowGradArgs calls a and c (in double), b, e and f, of rows [first, first + count).
   void scales(int64_t first, int64_t count, double* a, double* c, RowCoefficients<Real>& rows) const {
@@ -67,7 +75,8 @@ template <class T, int Flags> struct Job {
       if constexpr ((Flags & kTargets) != 0) rows.e[i] = static_cast<Real>(g * args.e_scale * one_or(args.e, r));
       if constexpr ((Flags & kConstant) != 0) rows.f[i] = static_cast<Real>(g * args.f_scale * one_or(args.f, r));
     };
-    const bool same = args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
+    const bool same =
+        args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
     for (int64_t i = 0; i < (same ? 1 : count); ++i) set(i);
     for (int64_t i = 1; same && i < count; ++i) {
       a[i] = a[0], c[i] = c[0];
@@ -78,7 +87,9 @@ template <class T, int Flags> struct Job {
   }
 
   // Rows [first, first + count), but for what depends on the logit of the target.
-  struct Prepared { alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows]; };
+  struct Prepared {
+    alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows];
+  };
   void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows, Prepared& given) const {
     constexpr int D = kLanes<double>;
     scales(first, count, given.a, given.c, rows);
@@ -91,7 +102,8 @@ template <class T, int Flags> struct Job {
       store(given.max + i, top);
       const auto huge = !(magnitude<double>(top) <= kHuge);
       const Vec<double> lse = huge ? Vec<double>{} : top + sum, power = whole_power<double>(lse);
-      const Vec<double> exponent = ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
+      const Vec<double> exponent =
+          ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
       constexpr double drift = kRowDrift<Real> * kLog2e;
       const Vec<double> unit = exp<double>(drift * lse - exponent);
       if constexpr ((Flags & kGap) != 0) {
@@ -114,11 +126,14 @@ template <class T, int Flags> struct Job {
     alignas(LL_BYTES) double target_logit[kMaxRows + D];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
-      target_logit[i] = rows.read[from + i] && has_target(r) ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride])) : 0.0;
+      target_logit[i] = rows.read[from + i] && has_target(r)
+                            ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride]))
+                            : 0.0;
     }
     for (int64_t i = 0; i < count; i += D) {
       const int64_t at = from + i;
-      const Vec<double> top = load(given.max + at), sum = load(given.log_sum + at), scale = load(given.a + at), constant = load(given.c + at);
+      const Vec<double> top = load(given.max + at), sum = load(given.log_sum + at), scale = load(given.a + at),
+                        constant = load(given.c + at);
       const Vec<double> gap = (load(target_logit + i) - top) - sum, both = scale + constant;
       // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
       Vec<double> aimed = scale * expm1(gap) + both;
@@ -142,12 +157,15 @@ template <class T, int Flags> struct Job {
   }
 
   // Coefficients in lanes: all of one row, or one row a lane.
-  struct Lanes { V unit, power, base, top, log_sum, a, b, e, f; };
+  struct Lanes {
+    V unit, power, base, top, log_sum, a, b, e, f;
+  };
   // get(array) gives a vector of an array of the coefficients.
   template <class Get> static LL_INLINE Lanes lanes_of(const RowCoefficients<Real>& rows, const Get& get) {
     Lanes c;
     c.unit = get(rows.unit), c.power = get(rows.power), c.base = get(rows.base);
-    if constexpr ((Flags & kGap) != 0) c.top = get(rows.top), c.log_sum = get(rows.log_sum), c.a = get(rows.a), c.b = get(rows.b);
+    if constexpr ((Flags & kGap) != 0)
+      c.top = get(rows.top), c.log_sum = get(rows.log_sum), c.a = get(rows.a), c.b = get(rows.b);
     if constexpr ((Flags & kTargets) != 0) c.e = get(rows.e);
     if constexpr ((Flags & kConstant) != 0) c.f = get(rows.f);
     return c;
@@ -159,7 +177,8 @@ template <class T, int Flags> struct Job {
   }
   // From exp(z) in the row's unit.
   static LL_INLINE V value_of(const Lanes& c, V out, V z, V w, V t) {
-    if constexpr ((Flags & kGap) != 0) out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
+    if constexpr ((Flags & kGap) != 0)
+      out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
     if constexpr ((Flags & kTargets) != 0) out = out + c.e * (t * w);
     if constexpr ((Flags & kConstant) != 0) out = out + c.f * w;
     return out;
@@ -167,7 +186,8 @@ template <class T, int Flags> struct Job {
 
   // n contiguous elements of one row. `streamed` output, not of 16-bit types, bypasses the caches.
   template <bool kPlainRow>
-  LL_INLINE void row_values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t, T* out, int64_t n, bool streamed) const {
+  LL_INLINE void row_values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t,
+                            T* out, int64_t n, bool streamed) const {
     const Lanes c = lanes_of(rows, [of](const Real* array) { return splat<Real>(array[of]); });
     const RowExp<Real, sizeof(T) == 2> exp(c.power, c.unit);
     const auto at = [&](int64_t i, int64_t valid) __attribute__((always_inline)) {
@@ -177,8 +197,10 @@ template <class T, int Flags> struct Job {
       if constexpr ((Flags & (kConstant | kTargets)) != 0)
         if (w) ws = whole ? load(w + i) : load_partial(w + i, valid, Real(0));
       if constexpr ((Flags & kTargets) != 0) ts = whole ? load(t + i) : load_partial(t + i, valid, Real(0));
-      if constexpr (kPlainRow) return value_of(c, exp(zs), zs, ws, ts);
-      else return value<true>(c, zs, ws, ts);
+      if constexpr (kPlainRow)
+        return value_of(c, exp(zs), zs, ws, ts);
+      else
+        return value<true>(c, zs, ws, ts);
     };
     int64_t i = 0;
     if (sizeof(T) >= 4 && streamed) {
@@ -200,19 +222,27 @@ template <class T, int Flags> struct Job {
     if (i < n) store_partial(out + i, at(i, n - i), n - i);
   }
 
-  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`; not `aimed`: but for that of
-  // the target.
-  LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed, bool aimed) const {
+  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`; not `aimed`: but for
+  // that of the target.
+  LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out,
+                            bool streamed, bool aimed) const {
     const int64_t n = end - begin;
-    if (!rows.read[i]) { memset(out, 0, static_cast<size_t>(n) * sizeof(T)); return; }
+    if (!rows.read[i]) {
+      memset(out, 0, static_cast<size_t>(n) * sizeof(T));
+      return;
+    }
     const Real* w = class_weight() ? class_weight() + begin : nullptr;
     const T* t = (Flags & kTargets) ? dense_row(r) + begin : nullptr;
-    if (rows.plain[i]) row_values<true>(rows, i, row(r) + begin, w, t, out, n, streamed);
-    else row_values<false>(rows, i, row(r) + begin, w, t, out, n, streamed);
-    if (aimed && has_target(r) && args.target[r] >= begin && args.target[r] < end) out[args.target[r] - begin] = target_value(r, rows, i);
+    if (rows.plain[i])
+      row_values<true>(rows, i, row(r) + begin, w, t, out, n, streamed);
+    else
+      row_values<false>(rows, i, row(r) + begin, w, t, out, n, streamed);
+    if (aimed && has_target(r) && args.target[r] >= begin && args.target[r] < end)
+      out[args.target[r] - begin] = target_value(r, rows, i);
   }
   // The same of many classes; `streamed`: past the caches.
-  __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out, bool streamed) const {
+  __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin,
+                                           int64_t end, T* out, bool streamed) const {
     alignas(LL_BYTES) T buffer[kBufferBytes / sizeof(T)];
     const bool buffered = streamed && sizeof(T) == 2;
     const int64_t part = buffered ? kBufferBytes / static_cast<int64_t>(sizeof(T)) : end - begin;
@@ -228,12 +258,15 @@ template <class T, int Flags> struct Job {
     double v = rows.at_target[i];
     const int64_t j = args.target[r];
     const double w = class_weight() ? static_cast<double>(class_weight()[j]) : 1.0;
-    if constexpr ((Flags & kTargets) != 0) v += static_cast<double>(rows.e[i]) * static_cast<double>(widen(dense_row(r)[j * args.dense_strides.classes])) * w;
+    if constexpr ((Flags & kTargets) != 0)
+      v +=
+          static_cast<double>(rows.e[i]) * static_cast<double>(widen(dense_row(r)[j * args.dense_strides.classes])) * w;
     if constexpr ((Flags & kConstant) != 0) v += static_cast<double>(rows.f[i]) * w;
     return narrow<T>(v);
   }
 
-  __attribute__((noinline)) void gathered(int64_t r, const RowCoefficients<Real>& rows, int64_t of, int64_t begin, int64_t end) const {
+  __attribute__((noinline)) void gathered(int64_t r, const RowCoefficients<Real>& rows, int64_t of, int64_t begin,
+                                          int64_t end) const {
     alignas(LL_BYTES) T zs[kGather], out[kGather], ts[(Flags & kTargets) ? kGather : 1];
     T* grad = grad_row(r);
     for (int64_t i = begin; i < end; i += kGather) {
@@ -243,9 +276,12 @@ template <class T, int Flags> struct Job {
         if constexpr ((Flags & kTargets) != 0)
           for (int64_t j = 0; j < n; ++j) ts[j] = dense_row(r)[(i + j) * args.dense_strides.classes];
         const Real* w = class_weight() ? class_weight() + i : nullptr;
-        if (rows.plain[of]) row_values<true>(rows, of, zs, w, ts, out, n, false);
-        else row_values<false>(rows, of, zs, w, ts, out, n, false);
-        if (has_target(r) && args.target[r] >= i && args.target[r] < i + n) out[args.target[r] - i] = target_value(r, rows, of);
+        if (rows.plain[of])
+          row_values<true>(rows, of, zs, w, ts, out, n, false);
+        else
+          row_values<false>(rows, of, zs, w, ts, out, n, false);
+        if (has_target(r) && args.target[r] >= i && args.target[r] < i + n)
+          out[args.target[r] - i] = target_value(r, rows, of);
       } else {
         memset(out, 0, sizeof out);
       }
@@ -254,23 +290,29 @@ template <class T, int Flags> struct Job {
   }
 
   bool is_contiguous() const {
-    return args.tile.class_stride == 1 && args.grad_strides.classes == 1 && (!(Flags & kTargets) || args.dense_strides.classes == 1);
+    return args.tile.class_stride == 1 && args.grad_strides.classes == 1 &&
+           (!(Flags & kTargets) || args.dense_strides.classes == 1);
   }
 
   void long_rows() const {
-    const int64_t part = kItemBytes / sizeof(T), parts = (args.tile.classes + part - 1) / part, rows = args.tile.outer * args.tile.inner;
+    const int64_t part = kItemBytes / sizeof(T), parts = (args.tile.classes + part - 1) / part,
+                  rows = args.tile.outer * args.tile.inner;
     parallel_for(rows * parts, args.threads, bytes(), [&](int64_t item) {
-      const int64_t r = item / parts, begin = item % parts * part, end = begin + part < args.tile.classes ? begin + part : args.tile.classes;
+      const int64_t r = item / parts, begin = item % parts * part,
+                    end = begin + part < args.tile.classes ? begin + part : args.tile.classes;
       RowCoefficients<Real> rows;
       prepare(r, 1, rows);
-      if (is_contiguous()) long_part(r, rows, 0, begin, end, grad_row(r) + begin, streaming);
-      else gathered(r, rows, 0, begin, end);
+      if (is_contiguous())
+        long_part(r, rows, 0, begin, end, grad_row(r) + begin, streaming);
+      else
+        gathered(r, rows, 0, begin, end);
       if (streaming) fence();
     });
   }
 
   void short_rows() const {
-    const int64_t rows = args.tile.outer * args.tile.inner, row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
+    const int64_t rows = args.tile.outer * args.tile.inner,
+                  row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
     int64_t per_item = item_bytes(bytes(), kItemBytes) / row_bytes;
     per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
     const int64_t classes = args.tile.classes, fitting = kBufferBytes / row_bytes / kBlockRows * kBlockRows;
@@ -283,13 +325,16 @@ template <class T, int Flags> struct Job {
         const int64_t count = end - first < kMaxRows ? end - first : kMaxRows;
         prepare(first, count, c, given);
         if (is_contiguous() && classes <= kShortClasses) {
-          for (int64_t i = 0; i < count; i += block) block_of_rows(first, i, count - i < block ? count - i : block, c, given);
+          for (int64_t i = 0; i < count; i += block)
+            block_of_rows(first, i, count - i < block ? count - i : block, c, given);
           continue;
         }
         aim(first, 0, count, c, given);
         for (int64_t i = 0; i < count; ++i) {
-          if (is_contiguous()) long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
-          else gathered(first + i, c, i, 0, classes);
+          if (is_contiguous())
+            long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
+          else
+            gathered(first + i, c, i, 0, classes);
         }
       }
       if (streaming) fence();
@@ -297,7 +342,8 @@ template <class T, int Flags> struct Job {
   }
 
   // Short rows first + [from, from + count). Their target's logits are read when the rows are in the cache.
-  LL_INLINE void block_of_rows(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows, const Prepared& given) const {
+  LL_INLINE void block_of_rows(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows,
+                               const Prepared& given) const {
     const int64_t classes = args.tile.classes, ahead = rows_ahead(classes * static_cast<int64_t>(sizeof(T))) * classes;
     alignas(LL_BYTES) T buffer[kBlockRows * kShortClasses];
     T* const grad = grad_row(first + from);
@@ -307,7 +353,8 @@ template <class T, int Flags> struct Job {
     if (in_place) aim(first, from, count, rows, given);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
-      for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row(r) + ahead + j);
+      for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(row(r) + ahead + j);
       contiguous(r, rows, from + i, 0, classes, out(i), false, false);
     }
     if (!in_place) aim(first, from, count, rows, given);
@@ -333,13 +380,14 @@ template <class T, int Flags> struct Job {
     });
   }
 
-  // Few rows of many classes in lanes, as a tile of a linear head's logits is: an item is a stretch of classes that fits
-  // a core's cache with all its rows.
+  // Few rows of many classes in lanes, as a tile of a linear head's logits is: an item is a stretch of classes that
+  // fits a core's cache with all its rows.
   void by_lane_parts() const {
     const int64_t row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
     const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = (args.tile.classes + per_item - 1) / per_item;
     // Blocks of kMaxRows rows of one outer index each.
-    const int64_t blocks = (args.tile.inner + kMaxRows - 1) / kMaxRows, size = args.tile.outer * blocks * static_cast<int64_t>(sizeof(RowCoefficients<Real>));
+    const int64_t blocks = (args.tile.inner + kMaxRows - 1) / kMaxRows,
+                  size = args.tile.outer * blocks * static_cast<int64_t>(sizeof(RowCoefficients<Real>));
     auto* const all = static_cast<RowCoefficients<Real>*>(aligned_alloc(LL_BYTES, static_cast<size_t>(size)));
     if (!all) return by_lanes();
     for (int64_t block = 0; block < args.tile.outer * blocks; ++block) {
@@ -351,18 +399,21 @@ template <class T, int Flags> struct Job {
       const int64_t end = begin + per_item < args.tile.classes ? begin + per_item : args.tile.classes;
       for (int64_t inner = 0; inner < args.tile.inner; inner += kWidth) {
         const int64_t first = outer * args.tile.inner + inner;
-        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth, all[outer * blocks + inner / kMaxRows], inner % kMaxRows, begin, end);
+        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth,
+                  all[outer * blocks + inner / kMaxRows], inner % kMaxRows, begin, end);
       }
     });
     __builtin_free(all);
   }
 
   // Classes [begin, end) of the `width` rows from `first` on, which `rows` has from `at` on.
-  void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>& rows, int64_t at, int64_t begin, int64_t end) const {
+  void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>& rows, int64_t at, int64_t begin,
+                 int64_t end) const {
     Lanes lanes[kTileVectors];
     IntVec<Real> keep[kTileVectors] = {};
     bool huge = false;
-    for (int64_t i = 0; i < width; i += L) lanes[i / L] = lanes_of(rows, [&](const Real* array) { return load(array + at + i); });
+    for (int64_t i = 0; i < width; i += L)
+      lanes[i / L] = lanes_of(rows, [&](const Real* array) { return load(array + at + i); });
     for (int64_t i = 0; i < width; ++i) {
       if (!rows.read[at + i]) continue;
       keep[i / L][i % L] = -1;
@@ -377,20 +428,27 @@ template <class T, int Flags> struct Job {
       constexpr int K = decltype(count)::value;
       for (int64_t i = 0; i < width; i += L) {
         const int64_t valid = width - i;
-        const auto get = [&](const T* p) __attribute__((always_inline)) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
+        const auto get = [&](const T* p) __attribute__((always_inline)) {
+          return valid >= L ? load(p) : load_partial(p, valid, Real(0));
+        };
         const Lanes c = lanes[i / L];
         const IntVec<Real> kept = keep[i / L];
         V v[K];
-        LL_UNROLL for (int k = 0; k < K; ++k) {
+        LL_UNROLL
+        for (int k = 0; k < K; ++k) {
           __builtin_prefetch(z + (j + k + kLaneAhead) * args.tile.class_stride + i);
           const V ws = splat<Real>(w ? w[j + k] : Real(1));
           V ts{};
           if constexpr ((Flags & kTargets) != 0) ts = get(t + (j + k) * args.dense_strides.classes + i);
           v[k] = kept ? value<decltype(is_huge)::value>(c, get(z + (j + k) * args.tile.class_stride + i), ws, ts) : V{};
         }
-        LL_UNROLL for (int k = 0; k < K; ++k) {
+        LL_UNROLL
+        for (int k = 0; k < K; ++k) {
           T* p = out + (j + k) * args.grad_strides.classes + i;
-          if (valid >= L) store(p, v[k]); else store_partial(p, v[k], valid);
+          if (valid >= L)
+            store(p, v[k]);
+          else
+            store_partial(p, v[k], valid);
         }
       }
     };
@@ -399,7 +457,10 @@ template <class T, int Flags> struct Job {
       for (; j + 4 <= end; j += 4) classes(is_huge, Constant<4>{}, j);
       for (; j < end; ++j) classes(is_huge, Constant<1>{}, j);
     };
-    if (huge) all(Constant<true>{}); else all(Constant<false>{});
+    if (huge)
+      all(Constant<true>{});
+    else
+      all(Constant<false>{});
     for (int64_t i = 0; i < width; ++i) {
       const int64_t r = first + i;
       if (rows.read[at + i] && has_target(r) && args.target[r] >= begin && args.target[r] < end)
@@ -407,17 +468,23 @@ template <class T, int Flags> struct Job {
     }
   }
 
-  int64_t bytes() const { return args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T)); }
+  int64_t bytes() const {
+    return args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T));
+  }
 
   void run() const {
     if (bytes() == 0) return;
-    const bool lanes = args.tile.class_stride != 1 && args.tile.inner_stride == 1 && args.grad_strides.inner == 1 && args.tile.inner >= L / 2 &&
-                       (!(Flags & kTargets) || args.dense_strides.inner == 1);
+    const bool lanes = args.tile.class_stride != 1 && args.tile.inner_stride == 1 && args.grad_strides.inner == 1 &&
+                       args.tile.inner >= L / 2 && (!(Flags & kTargets) || args.dense_strides.inner == 1);
     const bool few_rows = args.tile.outer * args.tile.inner <= kLanePartRows && args.tile.classes > kLaneClasses;
-    if (lanes && few_rows) by_lane_parts();
-    else if (lanes) by_lanes();
-    else if (args.tile.classes * static_cast<int64_t>(sizeof(T)) >= kItemBytes) long_rows();
-    else short_rows();
+    if (lanes && few_rows)
+      by_lane_parts();
+    else if (lanes)
+      by_lanes();
+    else if (args.tile.classes * static_cast<int64_t>(sizeof(T)) >= kItemBytes)
+      long_rows();
+    else
+      short_rows();
   }
 };
 

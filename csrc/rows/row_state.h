@@ -2,9 +2,9 @@
 //
 // Precision policy: the largest logit of each lane is held out of the sums ("top"); every element enters `rest` as the
 // loser of its comparison with the top. So at the end rest = sum over all but one maximal entry, and
-// log_sum = log1p(rest / exp(max)) keeps its relative precision when one class dominates. exp(z) is accumulated in units
-// of 2^power, and raising the power is exact. Entropy and smoothing sum e * (max so far - z), terms that are never
-// negative; when the maximum rises, what is already summed is moved by sum(e) * rise, never negative either.
+// log_sum = log1p(rest / exp(max)) keeps its relative precision when one class dominates. exp(z) is accumulated in
+// units of 2^power, and raising the power is exact. Entropy and smoothing sum e * (max so far - z), terms that are
+// never negative; when the maximum rises, what is already summed is moved by sum(e) * rise, never negative either.
 #pragma once
 
 #include "simd/vmath.h"
@@ -14,8 +14,10 @@ namespace logitless::LL_ISA {
 enum StatFlags { kToken = 1, kSmooth = 2, kDense = 4 };  // entropy and rank; sum w (lse - z); sum t w (lse - z)
 
 inline constexpr double kHeadroom = 40.0;  // nats the maximum may rise before the sums are rescaled
-inline constexpr int kLift = 32;  // bits between exp(max) and the sums' unit: exp(z) below the normal range is 0, and may not count
-template <class Real> inline constexpr Real kMostGap = Real(1e20);  // e is 0 long before, and 2^kLift e times this is finite
+inline constexpr int kLift =
+    32;  // bits between exp(max) and the sums' unit: exp(z) below the normal range is 0, and may not count
+template <class Real>
+inline constexpr Real kMostGap = Real(1e20);  // e is 0 long before, and 2^kLift e times this is finite
 inline constexpr double kLog2e = 1.4426950408889634;
 
 // A sum of weights * (max - z), and the sum of the weights.
@@ -45,17 +47,19 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
   // z: K vectors of logits of classes from `first_class` on; w, t: the class weights and dense targets beside them.
   template <int K, bool kFirst> LL_INLINE void step(const V* z, const V* w, const V* t, int64_t first_class) {
     V loser[K];
-    LL_UNROLL for (int k = 0; k < K; ++k) {
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) {
       loser[k] = minimum<Real>(top, z[k]);
       top = kFirst ? z[k] : maximum<Real>(z[k], top);
     }
     if (__builtin_expect(greater_bits(top, kLazyRef ? limit : ref) != 0, 0)) raise<K>(z, first_class);
     if constexpr (!kFirst) lose<K>(loser);
-    if constexpr ((Flags & kToken) != 0)
-      LL_UNROLL for (int k = 0; k < K; ++k) rank -= z[k] > target_logit;
+    if constexpr ((Flags & kToken) != 0) LL_UNROLL
+    for (int k = 0; k < K; ++k) rank -= z[k] > target_logit;
     if constexpr ((Flags & (kSmooth | kDense)) != 0) {
       V smooth_gap[K], dense_gap[K], weight[K];
-      LL_UNROLL for (int k = 0; k < K; ++k) {
+      LL_UNROLL
+      for (int k = 0; k < K; ++k) {
         const V gap = z[k] == -kInf<Real> ? splat<Real>(kInf<Real>) : ref - z[k];
         smooth_gap[k] = w[k] == 0 ? V{} : w[k] * gap;
         if constexpr ((Flags & kDense) != 0) {
@@ -78,7 +82,8 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
   template <int K> LL_INLINE void lose(const V* loser) {
     V e[K], gap[K];
     const V above = maximum<Real>(splat<Real>(Real(-1e30)), ref);  // finite while every logit so far is -inf
-    LL_UNROLL for (int k = 0; k < K; ++k) {
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) {
       const Exponential<Real> x = split_exp(maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), loser[k]));
       e[k] = scale_by_power(x.fraction, x.power - power);
       if constexpr ((Flags & kToken) != 0) gap[k] = e[k] * minimum<Real>(splat<Real>(kMostGap<Real>), above - loser[k]);
@@ -93,7 +98,8 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
       best = top;
     } else if constexpr (kPerLane) {
       best = ref;
-      LL_UNROLL for (int k = 0; k < K; ++k) {
+      LL_UNROLL
+      for (int k = 0; k < K; ++k) {
         arg = z[k] > best ? IntVec<Real>{} + static_cast<IntOf<Real>>(first_class + k) : arg;
         best = maximum<Real>(z[k], best);
       }
@@ -141,7 +147,8 @@ template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, 
     sums.spread = s.spread.total();
     for (int i = 0; i < kLanes<Real>; ++i) sums.rank += s.rank[i];
   }
-  if constexpr ((Flags & kSmooth) != 0) sums.smooth_gap = s.smooth.gap.total(), sums.smooth_mass = s.smooth.mass.total();
+  if constexpr ((Flags & kSmooth) != 0)
+    sums.smooth_gap = s.smooth.gap.total(), sums.smooth_mass = s.smooth.mass.total();
   if constexpr ((Flags & kDense) != 0) sums.dense_gap = s.dense.gap.total(), sums.dense_mass = s.dense.mass.total();
   return sums;
 }
@@ -149,8 +156,17 @@ template <class Real, int Flags> LL_INLINE RowSums finish(RowState<Real, Flags, 
 template <class Real, int Flags> LL_INLINE RowSums finish_lane(const RowState<Real, Flags, true>& s, int lane) {
   const auto sum = [lane](const PairSum<Real>& p) { return p.total_of_lane(lane); };
   const double rest = s.top[lane] == s.top[lane] ? sum(s.rest) : __builtin_nan("");
-  return {(RowState<Real, Flags, true>::kLazyRef ? s.top : s.ref)[lane], 0, s.power[lane], rest, sum(s.spread), sum(s.smooth.gap), sum(s.smooth.mass), sum(s.dense.gap), sum(s.dense.mass),
-          s.arg[lane], s.rank[lane]};
+  return {(RowState<Real, Flags, true>::kLazyRef ? s.top : s.ref)[lane],
+          0,
+          s.power[lane],
+          rest,
+          sum(s.spread),
+          sum(s.smooth.gap),
+          sum(s.smooth.mass),
+          sum(s.dense.gap),
+          sum(s.dense.mass),
+          s.arg[lane],
+          s.rank[lane]};
 }
 
 // The fold of a row from the folds of its two parts; `a` holds the lower class indices.
@@ -159,7 +175,9 @@ inline RowSums combine(const RowSums& a, const RowSums& b) {
   const RowSums &high = later ? b : a, &low = later ? a : b;
   RowSums sum = high;
   sum.rank = a.rank + b.rank;
-  const auto scale = [&](double v) { return v == 0 ? 0 : __builtin_ldexp(v, static_cast<int>(low.power - high.power)); };
+  const auto scale = [&](double v) {
+    return v == 0 ? 0 : __builtin_ldexp(v, static_cast<int>(low.power - high.power));
+  };
   const double gap = low.max == high.max ? 0 : high.max - low.max;
   const double e = low.max == -__builtin_inf() ? 0 : __builtin_exp(low.max - high.power * 0.6931471805599453);
   sum.rest += scale(low.rest) + e;

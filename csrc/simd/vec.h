@@ -32,11 +32,17 @@
 
 namespace logitless::LL_ISA {
 
-template <auto N> struct Constant { static constexpr auto value = N; };  // a number that is a type, for generic lambdas
+template <auto N> struct Constant {
+  static constexpr auto value = N;
+};  // a number that is a type, for generic lambdas
 
 // Storage types that are not arithmetic types in C++.
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 template <class Real> struct VectorTypes;
 template <> struct VectorTypes<float> {
@@ -55,14 +61,20 @@ template <class Real> using IntOf = typename VectorTypes<Real>::IntScalar;
 template <class Real> inline constexpr int kLanes = LL_BYTES / sizeof(Real);
 
 // The type that arithmetic on a storage type is done in.
-template <class T> struct ComputeType { using type = float; };
-template <> struct ComputeType<double> { using type = double; };
+template <class T> struct ComputeType {
+  using type = float;
+};
+template <> struct ComputeType<double> {
+  using type = double;
+};
 template <class T> using Compute = typename ComputeType<T>::type;
 
 template <class Real> inline constexpr Real kInf = static_cast<Real>(__builtin_inf());
 template <class Real> inline constexpr Real kNaN = static_cast<Real>(__builtin_nan(""));
 
-template <class Real> LL_INLINE Vec<Real> splat(Real value) { return value - Vec<Real>{}; }  // 0 + value would be an addition: -0
+template <class Real> LL_INLINE Vec<Real> splat(Real value) {
+  return value - Vec<Real>{};
+}  // 0 + value would be an addition: -0
 template <class Real> LL_INLINE IntVec<Real> lane_index() {
   IntVec<Real> index{};
   for (int i = 0; i < kLanes<Real>; ++i) index[i] = i;
@@ -107,12 +119,24 @@ LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) { return _mm512_cmp_
 LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }
 #elif defined(__AVX2__)
-LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)); }
-LL_INLINE uint32_t equal_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
-LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ)); }
-LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ)); }
+LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ));
+}
+LL_INLINE uint32_t equal_bits(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+LL_INLINE uint32_t equal_bits(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ));
+}
+LL_INLINE uint32_t reaching_bits(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
+}
+LL_INLINE uint32_t reaching_bits(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ));
+}
 #else
 LL_INLINE uint32_t greater_bits(Vec<float> a, Vec<float> b) { return bits_of<float>(a > b); }
 LL_INLINE uint32_t greater_bits(Vec<double> a, Vec<double> b) { return bits_of<double>(a > b); }
@@ -127,14 +151,22 @@ template <class Real> LL_INLINE Vec<Real> where_first_of(uint32_t bits, Vec<Real
   return lane_index<Real>() == static_cast<IntOf<Real>>(__builtin_ctz(bits | 1u << 31)) ? a : b;
 }
 #if defined(__AVX512F__)
-LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits & -bits), a); }
-LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) { return _mm512_mask_mov_pd(b, static_cast<__mmask8>(bits & -bits), a); }
+LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits & -bits), a);
+}
+LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) {
+  return _mm512_mask_mov_pd(b, static_cast<__mmask8>(bits & -bits), a);
+}
 #else
-LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) { return where_first_of<float>(bits, a, b); }
-LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) { return where_first_of<double>(bits, a, b); }
+LL_INLINE Vec<float> where_first(uint32_t bits, Vec<float> a, Vec<float> b) {
+  return where_first_of<float>(bits, a, b);
+}
+LL_INLINE Vec<double> where_first(uint32_t bits, Vec<double> a, Vec<double> b) {
+  return where_first_of<double>(bits, a, b);
+}
 #endif
 
-template <class Real> inline constexpr uint32_t kAllBits = kLanes<Real> == 32 ? ~0u : (1u << kLanes<Real>) - 1;
+template <class Real> inline constexpr uint32_t kAllBits = kLanes<Real> == 32 ? ~0u : (1u << kLanes<Real>)-1;
 
 template <class Real> LL_INLINE Real max_of_lanes(Vec<Real> v) {
   Real top = v[0];
@@ -161,7 +193,8 @@ LL_INLINE double sum_of_lanes(Vec<float> v) {
   const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
   return sum_of_lanes(Vec<double>(_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high))));
 #elif defined(__AVX2__)
-  return sum_of_lanes(Vec<double>(_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)))));
+  return sum_of_lanes(Vec<double>(
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)))));
 #else
   double sum = v[0];
   for (int i = 1; i < kLanes<float>; ++i) sum += v[i];
@@ -173,8 +206,11 @@ LL_INLINE double sum_of_lanes(Vec<float> v) {
 LL_INLINE double sum_of_lanes(Vec<double> a, Vec<double> b) { return sum_of_lanes(a + b); }
 LL_INLINE double sum_of_lanes(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
-  const auto half = [](Vec<float> v, auto h) { return Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, decltype(h)::value))); };
-  return sum_of_lanes((half(a, Constant<0>{}) + half(a, Constant<1>{})) + (half(b, Constant<0>{}) + half(b, Constant<1>{})));
+  const auto half = [](Vec<float> v, auto h) {
+    return Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, decltype(h)::value)));
+  };
+  return sum_of_lanes((half(a, Constant<0>{}) + half(a, Constant<1>{})) +
+                      (half(b, Constant<0>{}) + half(b, Constant<1>{})));
 #else
   return sum_of_lanes(a) + sum_of_lanes(b);
 #endif
@@ -191,17 +227,33 @@ template <class Real> LL_INLINE Vec<Real> every_second_lane(Vec<Real> a, Vec<Rea
   return __builtin_shuffle(a, b, index);
 #endif
 }
-template <class Real> LL_INLINE Vec<Real> even_lanes(Vec<Real> a, Vec<Real> b) { return every_second_lane<Real>(a, b, 0); }
-template <class Real> LL_INLINE Vec<Real> odd_lanes(Vec<Real> a, Vec<Real> b) { return every_second_lane<Real>(a, b, 1); }
+template <class Real> LL_INLINE Vec<Real> even_lanes(Vec<Real> a, Vec<Real> b) {
+  return every_second_lane<Real>(a, b, 0);
+}
+template <class Real> LL_INLINE Vec<Real> odd_lanes(Vec<Real> a, Vec<Real> b) {
+  return every_second_lane<Real>(a, b, 1);
+}
 
 // ---- loads and stores: storage type <-> compute lanes -------------------------------------------------------------
 
 template <class T> LL_INLINE Vec<Compute<T>> load(const T* p);
-template <> LL_INLINE Vec<float> load<float>(const float* p) { Vec<float> v; memcpy(&v, p, LL_BYTES); return v; }
-template <> LL_INLINE Vec<double> load<double>(const double* p) { Vec<double> v; memcpy(&v, p, LL_BYTES); return v; }
+template <> LL_INLINE Vec<float> load<float>(const float* p) {
+  Vec<float> v;
+  memcpy(&v, p, LL_BYTES);
+  return v;
+}
+template <> LL_INLINE Vec<double> load<double>(const double* p) {
+  Vec<double> v;
+  memcpy(&v, p, LL_BYTES);
+  return v;
+}
 
 typedef uint16_t HalfVec __attribute__((vector_size(LL_BYTES / 2)));  // as many 16-bit lanes as there are float lanes
-LL_INLINE HalfVec load_bits(const void* p) { HalfVec v; memcpy(&v, p, LL_BYTES / 2); return v; }
+LL_INLINE HalfVec load_bits(const void* p) {
+  HalfVec v;
+  memcpy(&v, p, LL_BYTES / 2);
+  return v;
+}
 
 LL_INLINE Vec<float> widen_bfloat16(HalfVec h) {
   return as_real<float>(__builtin_convertvector(h, IntVec<float>) << 16);
@@ -212,7 +264,9 @@ LL_INLINE IntVec<float> rounded_to_bfloat16(Vec<float> v) {
   const IntVec<float> rounded = bits + 0x7fff + ((bits >> 16) & 1);
   return v == v ? rounded : (bits | 0x400000);
 }
-LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) { return __builtin_convertvector(rounded_to_bfloat16(v) >> 16, HalfVec); }
+LL_INLINE HalfVec narrow_bfloat16(Vec<float> v) {
+  return __builtin_convertvector(rounded_to_bfloat16(v) >> 16, HalfVec);
+}
 LL_INLINE Vec<float> widen_float16(HalfVec h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
@@ -248,13 +302,21 @@ template <> LL_INLINE Vec<float> load<BFloat16>(const BFloat16* p) { return wide
 template <> LL_INLINE Vec<float> load<Float16>(const Float16* p) { return widen_float16(load_bits(p)); }
 
 template <class T> LL_INLINE HalfVec narrow_bits(Vec<float> v) {
-  if constexpr (__is_same(T, BFloat16)) return narrow_bfloat16(v);
-  else return narrow_float16(v);
+  if constexpr (__is_same(T, BFloat16))
+    return narrow_bfloat16(v);
+  else
+    return narrow_float16(v);
 }
 LL_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, LL_BYTES); }
 LL_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, LL_BYTES); }
-LL_INLINE void store(BFloat16* p, Vec<float> v) { const HalfVec h = narrow_bfloat16(v); memcpy(p, &h, LL_BYTES / 2); }
-LL_INLINE void store(Float16* p, Vec<float> v) { const HalfVec h = narrow_float16(v); memcpy(p, &h, LL_BYTES / 2); }
+LL_INLINE void store(BFloat16* p, Vec<float> v) {
+  const HalfVec h = narrow_bfloat16(v);
+  memcpy(p, &h, LL_BYTES / 2);
+}
+LL_INLINE void store(Float16* p, Vec<float> v) {
+  const HalfVec h = narrow_float16(v);
+  memcpy(p, &h, LL_BYTES / 2);
+}
 
 // Two vectors of consecutive elements, in whatever order of lanes costs least.
 template <class T> LL_INLINE void load_pair(const T* p, Vec<Compute<T>>& a, Vec<Compute<T>>& b) {
@@ -273,7 +335,8 @@ template <int K, class T> LL_INLINE void load_unordered(const T* p, Vec<Compute<
   if constexpr (__is_same(T, BFloat16) && K % 2 == 0) {
     for (int k = 0; k < K; k += 2) load_pair(p + k * kLanes<float>, v[k], v[k + 1]);
   } else {
-    LL_UNROLL for (int k = 0; k < K; ++k) v[k] = load(p + k * kLanes<Compute<T>>);
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) v[k] = load(p + k * kLanes<Compute<T>>);
   }
 }
 
@@ -293,14 +356,19 @@ template <class T> LL_INLINE void store_pair(T* p, Vec<Compute<T>> a, Vec<Comput
 template <class T> LL_INLINE Vec<Compute<T>> load_partial(const T* p, int64_t count, Compute<T> fill) {
   using Real = Compute<T>;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(splat<float>(fill), static_cast<__mmask16>((1u << count) - 1), p);
-  if constexpr (sizeof(T) == 8) return _mm512_mask_loadu_pd(splat<double>(fill), static_cast<__mmask8>((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_loadu_ps(splat<float>(fill), static_cast<__mmask16>((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 8)
+    return _mm512_mask_loadu_pd(splat<double>(fill), static_cast<__mmask8>((1u << count) - 1), p);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   if constexpr (sizeof(T) == 2) {
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     const HalfVec h = reinterpret_cast<HalfVec>(_mm256_maskz_loadu_epi16(mask, p));
     Vec<float> v;
-    if constexpr (__is_same(T, BFloat16)) v = widen_bfloat16(h); else v = widen_float16(h);
+    if constexpr (__is_same(T, BFloat16))
+      v = widen_bfloat16(h);
+    else
+      v = widen_float16(h);
     return _mm512_mask_blend_ps(mask, splat<float>(fill), v);
   }
 #endif
@@ -312,10 +380,20 @@ template <class T> LL_INLINE Vec<Compute<T>> load_partial(const T* p, int64_t co
 }
 template <class T> LL_INLINE void store_partial(T* p, Vec<Compute<T>> v, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v); return; }
-  if constexpr (sizeof(T) == 8) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v); return; }
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+    return;
+  }
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), v);
+    return;
+  }
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 2) { _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m256i>(narrow_bits<T>(v))); return; }
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1),
+                             reinterpret_cast<__m256i>(narrow_bits<T>(v)));
+    return;
+  }
 #endif
 #endif
   alignas(LL_BYTES) T buffer[kLanes<Compute<T>>];
@@ -341,11 +419,23 @@ LL_INLINE void store_narrow(float* p, Vec<double> v) {
 // Followed by `fence()` before another thread reads the memory.
 template <class T> LL_INLINE void stream(T* p, Vec<Compute<T>> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) { _mm512_stream_ps(p, v); return; }
-  if constexpr (sizeof(T) == 8) { _mm512_stream_pd(p, v); return; }
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(p, v);
+    return;
+  }
+  if constexpr (sizeof(T) == 8) {
+    _mm512_stream_pd(p, v);
+    return;
+  }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) { _mm256_stream_ps(p, v); return; }
-  if constexpr (sizeof(T) == 8) { _mm256_stream_pd(p, v); return; }
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(p, v);
+    return;
+  }
+  if constexpr (sizeof(T) == 8) {
+    _mm256_stream_pd(p, v);
+    return;
+  }
 #endif
   store(p, v);
 }
@@ -375,12 +465,25 @@ LL_INLINE void fence() {
 // Single elements, by the same conversions.
 LL_INLINE float widen(float x) { return x; }
 LL_INLINE double widen(double x) { return x; }
-LL_INLINE float widen(BFloat16 x) { const uint32_t bits = static_cast<uint32_t>(x.bits) << 16; float y; memcpy(&y, &bits, 4); return y; }
-LL_INLINE float widen(Float16 x) { HalfVec h{}; h[0] = x.bits; return widen_float16(h)[0]; }
+LL_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+LL_INLINE float widen(Float16 x) {
+  HalfVec h{};
+  h[0] = x.bits;
+  return widen_float16(h)[0];
+}
 template <class T> LL_INLINE T narrow(double x);
 template <> LL_INLINE float narrow<float>(double x) { return static_cast<float>(x); }
 template <> LL_INLINE double narrow<double>(double x) { return x; }
-template <> LL_INLINE BFloat16 narrow<BFloat16>(double x) { return {narrow_bfloat16(splat<float>(static_cast<float>(x)))[0]}; }
-template <> LL_INLINE Float16 narrow<Float16>(double x) { return {narrow_float16(splat<float>(static_cast<float>(x)))[0]}; }
+template <> LL_INLINE BFloat16 narrow<BFloat16>(double x) {
+  return {narrow_bfloat16(splat<float>(static_cast<float>(x)))[0]};
+}
+template <> LL_INLINE Float16 narrow<Float16>(double x) {
+  return {narrow_float16(splat<float>(static_cast<float>(x)))[0]};
+}
 
 }  // namespace logitless::LL_ISA

@@ -1,10 +1,10 @@
 // Elementary functions on vectors, and sums that do not lose what they add.
 //
-// Precision policy: `exp` is below 1 ulp of its compute type over its whole range (in float a cubic beside a table of the
-// sixteenths of a power where a permutation reads it, else degree 6; in double degree 11; all fitted to the relative
-// error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over
-// classes are pairs (high, low) by TwoSum, so their error does not grow with the number of classes; of at most 16 vectors
-// they are sums by halves.
+// Precision policy: `exp` is below 1 ulp of its compute type over its whole range (in float a cubic beside a table of
+// the sixteenths of a power where a permutation reads it, else degree 6; in double degree 11; all fitted to the
+// relative error; results below the normal range become 0). `log1p` runs in double, below 1 ulp. Sums over classes are
+// pairs (high, low) by TwoSum, so their error does not grow with the number of classes; of at most 16 vectors they are
+// sums by halves.
 #pragma once
 
 #include "simd/vec.h"
@@ -17,7 +17,9 @@ inline constexpr double kHuge = 2e4;
 
 // exp(x) = scale_by_power(fraction, power) with fraction in [0.7, 2.1]; for |x| <= 2 * kHuge. NaN gives a NaN fraction.
 // A whole number may be added to the power.
-template <class Real> struct Exponential { Vec<Real> fraction, power; };
+template <class Real> struct Exponential {
+  Vec<Real> fraction, power;
+};
 
 // By how much ln2 falls short of the float next to it (0: where every product with it is kept whole).
 template <class Real> inline constexpr double kDrift = 0;
@@ -27,12 +29,15 @@ template <> inline constexpr double kDrift<float> = 0x1.05c61p-29;
 
 #if defined(__AVX512F__)
 // s 2^(j / 16), s = 0.988596979328077: of the numbers near 1 one with which all sixteen are within 0.13 ulp of a float.
-alignas(LL_BYTES) inline constexpr float kRoots[] = {
-    0x1.fa2962p-1f, 0x1.084922p+0f, 0x1.13fc92p+0f, 0x1.2034ap+0f, 0x1.2cf72cp+0f, 0x1.3a4a58p+0f, 0x1.48348ap+0f, 0x1.56bc72p+0f,
-    0x1.65e90cp+0f, 0x1.75c1a2p+0f, 0x1.864dd2p+0f, 0x1.97959p+0f, 0x1.a9a128p+0f, 0x1.bc7948p+0f, 0x1.d026fcp+0f, 0x1.e4b3bap+0f};
+alignas(LL_BYTES) inline constexpr float kRoots[] = {0x1.fa2962p-1f, 0x1.084922p+0f, 0x1.13fc92p+0f, 0x1.2034ap+0f,
+                                                     0x1.2cf72cp+0f, 0x1.3a4a58p+0f, 0x1.48348ap+0f, 0x1.56bc72p+0f,
+                                                     0x1.65e90cp+0f, 0x1.75c1a2p+0f, 0x1.864dd2p+0f, 0x1.97959p+0f,
+                                                     0x1.a9a128p+0f, 0x1.bc7948p+0f, 0x1.d026fcp+0f, 0x1.e4b3bap+0f};
 
 // exp(r) / s, less 1 with the default, for r below ln2 / 32 in size.
-LL_INLINE Vec<float> over_root(Vec<float> r, float constant = 0.011534549f) { return ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + constant; }
+LL_INLINE Vec<float> over_root(Vec<float> r, float constant = 0.011534549f) {
+  return ((r * 0.16859305f + 0.5057825f) * r + 1.0115346f) * r + constant;
+}
 
 // The power is a multiple of 1/16, of which scale_by_power takes the floor and the table the rest.
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
@@ -47,9 +52,12 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
 inline constexpr float kOverRoot = 0x1.02f3eep+0f;  // 1 / s, rounded
 template <bool kRough, int K> LL_INLINE void over_roots(Vec<float> (&r)[K]) {
   Vec<float> p[K];
-  LL_UNROLL for (int k = 0; k < K; ++k) p[k] = kRough ? r[k] * 0.50575244f + 1.011594f : r[k] * 0.16859305f + 0.5057825f;
-  LL_UNROLL for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + (kRough ? kOverRoot : 1.0115346f);
-  LL_UNROLL for (int k = 0; k < K; ++k) r[k] = kRough ? p[k] : p[k] * r[k] + kOverRoot;
+  LL_UNROLL
+  for (int k = 0; k < K; ++k) p[k] = kRough ? r[k] * 0.50575244f + 1.011594f : r[k] * 0.16859305f + 0.5057825f;
+  LL_UNROLL
+  for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + (kRough ? kOverRoot : 1.0115346f);
+  LL_UNROLL
+  for (int k = 0; k < K; ++k) r[k] = kRough ? p[k] : p[k] * r[k] + kOverRoot;
 }
 #else
 template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<float> x) {
@@ -75,7 +83,8 @@ template <bool kDrifts> LL_INLINE Exponential<float> split_exp_of_float(Vec<floa
 #endif
 
 LL_INLINE Exponential<float> split_exp(Vec<float> x) { return split_exp_of_float<false>(x); }
-// One operation less: exp(x) exp(-kDrift n), n the power. A sum of such terms may be corrected by the power that counts.
+// One operation less: exp(x) exp(-kDrift n), n the power. A sum of such terms may be corrected by the power that
+// counts.
 LL_INLINE Exponential<float> split_exp_drifting(Vec<float> x) { return split_exp_of_float<true>(x); }
 
 // The whole number nearest to log2(exp(x)); for |x| <= 2 * kHuge.
@@ -88,12 +97,16 @@ template <class Real> LL_INLINE Vec<Real> whole_power(Vec<Real> x) {
 LL_INLINE Vec<double> exp_of_remainder(Vec<double> r) {
   const Vec<double> r2 = r * r, r4 = r2 * r2;
   const Vec<double> low = r * 0.1666666666666640767 + 0.5000000000000010826;
-  const Vec<double> middle = (r * 0.008333333333496926695 + 0.04166666666652810512) + r2 * (r * 0.0001984126950273172393 + 0.001388888894424888626);
-  const Vec<double> high = (r * 2.755758843126431582e-6 + 0.00002480149238855312254) + r2 * (r * 2.499985468996973408e-8 + 2.763052339124291142e-7);
+  const Vec<double> middle = (r * 0.008333333333496926695 + 0.04166666666652810512) +
+                             r2 * (r * 0.0001984126950273172393 + 0.001388888894424888626);
+  const Vec<double> high = (r * 2.755758843126431582e-6 + 0.00002480149238855312254) +
+                           r2 * (r * 2.499985468996973408e-8 + 2.763052339124291142e-7);
   return (r + (r2 * low + r4 * (middle + r4 * high))) + 1.0;
 }
 // What is left of x when n ln2 is taken off, n = whole_power(x).
-LL_INLINE Vec<double> remainder(Vec<double> x, Vec<double> n) { return (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; }  // 32 bits: the first product is exact without FMA as well
+LL_INLINE Vec<double> remainder(Vec<double> x, Vec<double> n) {
+  return (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+}  // 32 bits: the first product is exact without FMA as well
 LL_INLINE Exponential<double> split_exp(Vec<double> x) {
   const Vec<double> n = whole_power<double>(x);
   return {exp_of_remainder(remainder(x, n)), n};
@@ -121,10 +134,10 @@ LL_INLINE Vec<double> scale_by_power(Vec<double> v, Vec<double> power) {
 #endif
 }
 
-// Two forms of exp for many x of one row. UnitExp: in units of 2^power, to be summed, with the drift of split_exp_drifting
-// and a bias; x is at most 87 nats above the unit and counts as `least` where it is below that. RowExp: times a factor, with
-// the drift of split_row_exp; 0 where the result would be below 2^-124 (float). The factor is 0 or between 2^-100 and
-// 2^100 in size. kRough: to 2^-21, for results of 16 bits.
+// Two forms of exp for many x of one row. UnitExp: in units of 2^power, to be summed, with the drift of
+// split_exp_drifting and a bias; x is at most 87 nats above the unit and counts as `least` where it is below that.
+// RowExp: times a factor, with the drift of split_row_exp; 0 where the result would be below 2^-124 (float). The factor
+// is 0 or between 2^-100 and 2^100 in size. kRough: to 2^-21, for results of 16 bits.
 template <class Real> struct UnitExp {
   Vec<Real> power;
   Vec<Real> least = splat<Real>(static_cast<Real>(-2 * kHuge));
@@ -133,14 +146,18 @@ template <class Real> struct UnitExp {
     const Exponential<Real> e = split_exp_drifting(maximum<Real>(least, x));
     return sum + scale_by_power(e.fraction, e.power - power);
   }
-  // Adds several, `seen` beside them. When all are added, fit() of it says whether each was in range: not too large and, unless
-  // it is clamped, not below `least`.
+  // Adds several, `seen` beside them. When all are added, fit() of it says whether each was in range: not too large
+  // and, unless it is clamped, not below `least`.
   using Seen = Vec<Real>;
   template <bool kClamps> LL_INLINE static Seen none_seen() { return splat<Real>(-kInf<Real>); }
-  template <bool kRough, bool kClamps, int K> LL_INLINE void add_all(Vec<Real> (&sum)[2], Seen& seen, const Vec<Real> (&x)[K]) const {
-    LL_UNROLL for (int k = 0; k < K; ++k) seen = maximum<Real>(x[k], seen), sum[k % 2] = add_to(sum[k % 2], x[k]);
+  template <bool kRough, bool kClamps, int K>
+  LL_INLINE void add_all(Vec<Real> (&sum)[2], Seen& seen, const Vec<Real> (&x)[K]) const {
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) seen = maximum<Real>(x[k], seen), sum[k % 2] = add_to(sum[k % 2], x[k]);
   }
-  template <bool kClamps> LL_INLINE bool fit(Seen seen) const { return max_of_lanes<Real>(seen) <= (power[0] + 127) * Real(0.6931471805599453); }
+  template <bool kClamps> LL_INLINE bool fit(Seen seen) const {
+    return max_of_lanes<Real>(seen) <= (power[0] + 127) * Real(0.6931471805599453);
+  }
 };
 template <class Real> inline constexpr double kUnitExpBias = 0;  // what UnitExp is too large by
 #if defined(__AVX512F__)
@@ -172,7 +189,9 @@ struct ShiftedRoots {
   // What they leave of x, below ln2 / 32 in size.
   LL_INLINE Vec<float> left(Vec<float> x, Vec<float> y) const { return x - (y - shift) * 0x1.62e43p-1f; }
   LL_INLINE Vec<float> root(Vec<float> y) const {
-    return as_real<float>(reinterpret_cast<IntVec<float>>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) + (as_int<float>(y) << 19));
+    return as_real<float>(reinterpret_cast<IntVec<float>>(
+                              _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(y), reinterpret_cast<__m512i>(bits))) +
+                          (as_int<float>(y) << 19));
   }
   LL_INLINE void split(Vec<float> x, Vec<float>& whole, Vec<float>& r) const {
     const Vec<float> y = count(x);
@@ -190,20 +209,28 @@ template <> struct UnitExp<float> {
     roots.split(maximum<float>(least, x), root, r);
     return sum + root * over_root(r, kOverRoot);
   }
-  // Where x is not clamped, its largest magnitude is seen: both bounds for one operation, which costs nothing beside the
-  // products.
+  // Where x is not clamped, its largest magnitude is seen: both bounds for one operation, which costs nothing beside
+  // the products.
   using Seen = Vec<float>;
   template <bool kClamps> LL_INLINE static Seen none_seen() { return splat<float>(kClamps ? -kInf<float> : 0.0f); }
-  template <bool kRough, bool kClamps, int K> LL_INLINE void add_all(Vec<float> (&sum)[2], Seen& seen, const Vec<float> (&x)[K]) const {
+  template <bool kRough, bool kClamps, int K>
+  LL_INLINE void add_all(Vec<float> (&sum)[2], Seen& seen, const Vec<float> (&x)[K]) const {
     // One step of all before the next step of any: fewer wait for what is before them.
     Vec<float> c[K], y[K], r[K], root[K];
-    LL_UNROLL for (int k = 0; k < K; ++k) c[k] = kClamps ? maximum<float>(least, x[k]) : x[k];
-    LL_UNROLL for (int k = 0; k < K; ++k) y[k] = roots.count(c[k]);
-    LL_UNROLL for (int k = 0; k < K; ++k) seen = kClamps ? maximum<float>(c[k], seen) : Vec<float>(_mm512_range_ps(seen, c[k], kLargestMagnitude));
-    LL_UNROLL for (int k = 0; k < K; ++k) r[k] = roots.left(c[k], y[k]);
-    LL_UNROLL for (int k = 0; k < K; ++k) root[k] = roots.root(y[k]);
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) c[k] = kClamps ? maximum<float>(least, x[k]) : x[k];
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) y[k] = roots.count(c[k]);
+    LL_UNROLL
+    for (int k = 0; k < K; ++k)
+      seen = kClamps ? maximum<float>(c[k], seen) : Vec<float>(_mm512_range_ps(seen, c[k], kLargestMagnitude));
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) r[k] = roots.left(c[k], y[k]);
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) root[k] = roots.root(y[k]);
     over_roots<kRough>(r);
-    LL_UNROLL for (int k = 0; k < K; ++k) sum[k % 2] = sum[k % 2] + root[k] * r[k];
+    LL_UNROLL
+    for (int k = 0; k < K; ++k) sum[k % 2] = sum[k % 2] + root[k] * r[k];
   }
   template <bool kClamps> LL_INLINE bool fit(Seen seen) const {
     const Vec<float> most = (roots.power() + 127) * 0x1.62e43p-1f;
@@ -277,7 +304,8 @@ LL_INLINE Vec<double> log1p(Vec<double> x) {
   const Vec<double> kd = as_real<double>(k + 0x4338000000000000LL) - magic;
   const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s, w = z * z, half = f * f * 0.5;
   const Vec<double> even = w * (w * (w * 0.1531383769920937332 + 0.2222219843214978396) + 0.3999999999940941908);
-  const Vec<double> odd = z * (w * (w * (w * 0.1479819860511658591 + 0.1818357216161805012) + 0.2857142874366239149) + 0.6666666666666735130);
+  const Vec<double> odd = z * (w * (w * (w * 0.1479819860511658591 + 0.1818357216161805012) + 0.2857142874366239149) +
+                               0.6666666666666735130);
   const Vec<double> correction = lost / u + kd * 1.90821492927058770002e-10;
   const Vec<double> y = kd * 6.93147180369123816490e-01 + (f - (half - (s * (half + even + odd) + correction)));
   return x < __builtin_inf() ? y : x;
@@ -294,7 +322,8 @@ LL_INLINE Vec<double> short_log1p(Vec<double> x) {
   const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s;
   // 2 atanh(s) = s (2 + z p(z))
   const Vec<double> w = z * z;
-  const Vec<double> p = ((z * (2.0 / 5) + 2.0 / 3) + w * (z * (2.0 / 9) + 2.0 / 7)) + w * w * (z * (2.0 / 13) + 2.0 / 11);
+  const Vec<double> p =
+      ((z * (2.0 / 5) + 2.0 / 3) + w * (z * (2.0 / 9) + 2.0 / 7)) + w * w * (z * (2.0 / 13) + 2.0 / 11);
   return k * 0.6931471805599453 + ((s * z) * p + (s + s) + lost);
 }
 
@@ -320,8 +349,10 @@ template <class Real> struct PairSum {
 
 // Sum of K vectors by halves: rounding error of log2(K) additions.
 template <int K, class V> LL_INLINE V tree_sum(const V* v) {
-  if constexpr (K == 1) return v[0];
-  else return tree_sum<K / 2>(v) + tree_sum<K - K / 2>(v + K / 2);
+  if constexpr (K == 1)
+    return v[0];
+  else
+    return tree_sum<K / 2>(v) + tree_sum<K - K / 2>(v + K / 2);
 }
 
 }  // namespace logitless::LL_ISA
