@@ -1,14 +1,24 @@
 // cosine, cosine_grad: one read of both inputs; the gradient of either or both in one more read and one write.
 //
+// Formula, of a pair of vectors x1, x2 with norms n1, n2 (at least eps) and unit vectors u1, u2:
+//   cos = x1 . x2 / (n1 n2)          d cos / dx1 = (u2 - cos u1) / n1, or u2 / n1 where n1 was raised to eps
+//   embedding loss = 1 - cos for target 1, max(0, cos - margin) for target -1, with norms sqrt(sum x^2 + 1e-12)
+//
+// Layout: vectors of any strides (cosine.h). Consecutive elements are read as they lie; neighbouring vectors in lanes
+// one element of all after the other; other strides through small copies.
+//
 // Precision policy: dot product and squared norms of float and half vectors are summed in double, where no square
 // overflows or vanishes; of double vectors, in pairs of doubles. Where a pair's squares overflow or vanish all the same
 // (NaN and infinity then end as NaN), both vectors are divided by powers of two near their largest elements first. The
-// gradient is g / |x1| (u2 - cos u1) of the unit vectors u, so nothing in between leaves the range.
+// gradient is formed from unit vectors, so nothing in between leaves the range.
+//
+// Steps: 1. Fold each pair to its three sums. 2. Norms, cosine, and what the gradient will need (finish). 3. In the
+// gradient, the coefficients of each pair (prepare). 4. Every element (values).
 #include "elements/cosine.h"
 
 #include "kernels.h"
 #include "parallel.h"
-#include "simd/vmath.h"
+#include "simd/sums.h"
 
 namespace logitless::LL_ISA {
 namespace {
@@ -24,39 +34,24 @@ struct Sums {
   double dot, square1, square2;
 };
 
-// A vector of floats as doubles.
-struct Doubles {
-  static constexpr int kCount = 2;
-  Vec<double> part[2];
-  LL_INLINE explicit Doubles(Vec<float> v) {
-#if defined(__AVX512F__)
-    part[0] = Vec<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(v)));
-    part[1] = Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
-#elif defined(__AVX2__)
-    part[0] = Vec<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(v)));
-    part[1] = Vec<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-#else
-    for (int i = 0; i < kLanes<double>; ++i) part[0][i] = v[i], part[1][i] = v[i + kLanes<double>];
-#endif
-  }
-};
-
+// The three sums in lanes.
 template <class Real> struct Accumulator;
 template <> struct Accumulator<float> {
-  static constexpr int P = Doubles::kCount;
-  Vec<double> dot[P] = {}, square1[P] = {}, square2[P] = {};
+  // Each of the lower and the upper half of the lanes.
+  Vec<double> dot[2] = {}, square1[2] = {}, square2[2] = {};
   LL_INLINE void add(Vec<float> x1, Vec<float> x2) {
-    const Doubles a(x1), b(x2);
-    for (int p = 0; p < P; ++p) {
-      dot[p] += a.part[p] * b.part[p];
-      square1[p] += a.part[p] * a.part[p];
-      square2[p] += b.part[p] * b.part[p];
+    Vec<double> a[2], b[2];
+    to_doubles(x1, a[0], a[1]);
+    to_doubles(x2, b[0], b[1]);
+    for (int half = 0; half < 2; ++half) {
+      dot[half] += a[half] * b[half];
+      square1[half] += a[half] * a[half];
+      square2[half] += b[half] * b[half];
     }
   }
   LL_INLINE Sums total() const {
-    Vec<double> d = dot[0], s1 = square1[0], s2 = square2[0];
-    for (int p = 1; p < P; ++p) d += dot[p], s1 += square1[p], s2 += square2[p];
-    return {sum_of_lanes(d), sum_of_lanes(s1), sum_of_lanes(s2)};
+    return {sum_of_lanes(dot[0] + dot[1]), sum_of_lanes(square1[0] + square1[1]),
+            sum_of_lanes(square2[0] + square2[1])};
   }
   LL_INLINE Sums lane(int i) const {
     constexpr int D = kLanes<double>;
@@ -77,10 +72,14 @@ template <> struct Accumulator<double> {
   }
 };
 
+// Where row r of the vectors begins.
 inline int64_t row_offset(const Rows& rows, const Vectors& v, int64_t r) {
   if (rows.dims == 1) return r * v.strides[0];
   int64_t offset = 0;
-  for (int d = 0; d + 1 < rows.dims; ++d) offset += r % rows.sizes[d] * v.strides[d], r /= rows.sizes[d];
+  for (int d = 0; d + 1 < rows.dims; ++d) {
+    offset += r % rows.sizes[d] * v.strides[d];
+    r /= rows.sizes[d];
+  }
   return offset + r * v.strides[rows.dims - 1];
 }
 inline int64_t row_count(const Rows& rows) {
@@ -118,6 +117,7 @@ template <class T> struct Job {
     for (; i + L <= n; i += L) sums.add(load(x1 + i), load(x2 + i));
     if (i < n) sums.add(load_partial(x1 + i, n - i, Real(0)), load_partial(x2 + i, n - i, Real(0)));
   }
+  // 1. Of one pair.
   Sums fold(int64_t r) const {
     Accumulator<Real> sums;
     const T *x1 = row1(r), *x2 = row2(r);
@@ -128,7 +128,7 @@ template <class T> struct Job {
     }
     alignas(LL_BYTES) T copy1[kGather], copy2[kGather];
     for (int64_t i = 0; i < length; i += kGather) {
-      const int64_t n = length - i < kGather ? length - i : kGather;
+      const int64_t n = smaller(length - i, kGather);
       for (int64_t j = 0; j < n; ++j) copy1[j] = x1[(i + j) * step1];
       for (int64_t j = 0; j < n; ++j) copy2[j] = x2[(i + j) * step2];
       add_run(sums, copy1, copy2, n);
@@ -136,7 +136,7 @@ template <class T> struct Job {
     return sums.total();
   }
 
-  // Rows [first, first + count), whose sums are given.
+  // 2. Of rows [first, first + count), whose sums are given.
   void finish(int64_t first, int64_t count, const Sums* sums) const {
     double cosine[kBatch], inverse1[kBatch], inverse2[kBatch];
     const double added = args.embedding ? 1e-12 : 0.0, least = args.embedding ? 0.0 : args.eps;
@@ -171,7 +171,7 @@ template <class T> struct Job {
     }
   }
 
-  // The same for one row whose squares overflow or vanish.
+  // 1 and 2 of one row whose squares overflow or vanish.
   __attribute__((noinline)) void scaled_row(int64_t r, double* cosine, double* inverse1, double* inverse2) const {
     const T *x1 = row1(r), *x2 = row2(r);
     const int64_t n = args.rows.length, step1 = args.x1.step, step2 = args.x2.step;
@@ -182,7 +182,9 @@ template <class T> struct Job {
     for (int64_t i = 0; i < n; ++i) {
       const double a = static_cast<double>(widen(x1[i * step1])) / scale1,
                    b = static_cast<double>(widen(x2[i * step2])) / scale2;
-      dot += a * b, square1 += a * a, square2 += b * b;
+      dot += a * b;
+      square1 += a * a;
+      square2 += b * b;
     }
     const double length1 = __builtin_sqrt(square1), length2 = __builtin_sqrt(square2);
     const double least1 = least / scale1, least2 = least / scale2;
@@ -195,17 +197,15 @@ template <class T> struct Job {
   int64_t rows_per_item() const {
     const int64_t row_bytes = args.rows.length * static_cast<int64_t>(sizeof(T));
     const int64_t n = kItemBytes / (row_bytes ? row_bytes : 1);
-    return n < 1 ? 1 : n > 64 * kBatch ? 64 * kBatch : n;
+    return bounded(n, 1, 64 * kBatch);
   }
   int64_t bytes() const { return rows * args.rows.length * static_cast<int64_t>(sizeof(T)); }
 
   void by_rows() const {
-    const int64_t per_item = rows_per_item();
-    parallel_for((rows + per_item - 1) / per_item, args.threads, 2 * bytes(), [&](int64_t item) {
-      const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
+    parallel_stretches(rows, rows_per_item(), args.threads, 2 * bytes(), [&](int64_t begin, int64_t end) {
       Sums sums[kBatch];
-      for (int64_t first = item * per_item; first < end; first += kBatch) {
-        const int64_t count = end - first < kBatch ? end - first : kBatch;
+      for (int64_t first = begin; first < end; first += kBatch) {
+        const int64_t count = smaller(end - first, kBatch);
         for (int64_t i = 0; i < count; ++i) sums[i] = fold(first + i);
         finish(first, count, sums);
       }
@@ -217,13 +217,15 @@ template <class T> struct Job {
     return args.x1.step != 1 && args.x2.step != 1 && args.x1.strides[0] == 1 && args.x2.strides[0] == 1 &&
            args.rows.sizes[0] >= L / 2;
   }
+  // `width` neighbouring rows from `first` on: a parallel item.
   struct Strip {
     int64_t first, width;
   };
-  int64_t strips() const { return (args.rows.sizes[0] + kTileVectors * L - 1) / (kTileVectors * L); }
+  static constexpr int64_t kStripWidth = kTileVectors * L;
+  int64_t strips() const { return pieces(args.rows.sizes[0], kStripWidth); }
   Strip strip(int64_t item) const {
-    const int64_t inner = args.rows.sizes[0], begin = item % strips() * kTileVectors * L;
-    return {item / strips() * inner + begin, inner - begin < kTileVectors * L ? inner - begin : kTileVectors * L};
+    const int64_t inner = args.rows.sizes[0], begin = item % strips() * kStripWidth;
+    return {item / strips() * inner + begin, smaller(inner - begin, kStripWidth)};
   }
   void by_lanes() const {
     parallel_for(rows / args.rows.sizes[0] * strips(), args.threads, 2 * bytes(), [&](int64_t item) {
@@ -239,10 +241,9 @@ template <class T> struct Job {
             sums[i / L].add(load_partial(p1 + i, s.width - i, Real(0)), load_partial(p2 + i, s.width - i, Real(0)));
         }
       }
-      Sums done[kTileVectors * L];
+      Sums done[kStripWidth];
       for (int64_t i = 0; i < s.width; ++i) done[i] = sums[i / L].lane(static_cast<int>(i % L));
-      for (int64_t i = 0; i < s.width; i += kBatch)
-        finish(s.first + i, s.width - i < kBatch ? s.width - i : kBatch, done + i);
+      for (int64_t i = 0; i < s.width; i += kBatch) finish(s.first + i, smaller(s.width - i, kBatch), done + i);
     });
   }
 
@@ -271,10 +272,16 @@ template <class T> struct GradJob {
 
   explicit GradJob(const CosineGradArgs& a) : args(a), inputs(a.forward), streaming(inputs.bytes() >= kStreamBytes) {}
 
+  // Where row r of a gradient begins; null where it is not wanted.
   T* grad_row(const Vectors& grad, int64_t r) const {
-    return static_cast<T*>(grad.data) + row_offset(args.forward.rows, grad, r);
+    return grad.data ? static_cast<T*>(grad.data) + row_offset(args.forward.rows, grad, r) : nullptr;
   }
 
+  // ---- step 3
+  // -----------------------------------------------------------------------------------------------------------
+
+  // What the unit vector is multiplied by: the cosine, or 0 where the norm was raised to eps and does not follow the
+  // vector.
   double pull(double cosine, double inverse) const {
     const CosineArgs& f = args.forward;
     if (f.embedding) return cosine;
@@ -290,14 +297,14 @@ template <class T> struct GradJob {
 
   // False where the row's gradient is 0 whatever the vectors hold.
   bool prepare(int64_t r, Coefficients<double>* c) const {
-    const double cosine = args.forward.saved[r], inverse1 = args.forward.saved[inputs.rows + r],
-                 inverse2 = args.forward.saved[2 * inputs.rows + r];
+    const double* saved = args.forward.saved;
+    const double cosine = saved[r], inverse1 = saved[inputs.rows + r], inverse2 = saved[2 * inputs.rows + r];
     const double s = slope(r, cosine);
     if (s == 0.0) return false;
     const double up =
         args.upstream ? static_cast<double>(static_cast<const Real*>(args.upstream)[r * args.upstream_stride]) : 1.0;
-    const double g = s * up * args.upstream_scale, positive1 = __builtin_fabs(inverse1),
-                 positive2 = __builtin_fabs(inverse2);
+    const double g = s * up * args.upstream_scale;
+    const double positive1 = __builtin_fabs(inverse1), positive2 = __builtin_fabs(inverse2);
     *c = {positive1, positive2, g * positive1, g * positive2, pull(cosine, inverse1), pull(cosine, inverse2)};
     return true;
   }
@@ -312,10 +319,13 @@ template <class T> struct GradJob {
             static_cast<Real>(c.factor2),  static_cast<Real>(c.pull1),    static_cast<Real>(c.pull2)};
   }
 
+  // ---- step 4
+  // -----------------------------------------------------------------------------------------------------------
+
   // n elements of one row, both inputs contiguous.
   static LL_INLINE void values(const Coefficients<Real>& c, const T* x1, const T* x2, T* out1, T* out2, int64_t n) {
-    const V i1 = splat<Real>(c.inverse1), i2 = splat<Real>(c.inverse2), f1 = splat<Real>(c.factor1),
-            f2 = splat<Real>(c.factor2);
+    const V i1 = splat<Real>(c.inverse1), i2 = splat<Real>(c.inverse2);
+    const V f1 = splat<Real>(c.factor1), f2 = splat<Real>(c.factor2);
     const V p1 = splat<Real>(c.pull1), p2 = splat<Real>(c.pull2);
     int64_t i = 0;
     for (; i + L <= n; i += L) {
@@ -328,15 +338,17 @@ template <class T> struct GradJob {
     if (out1) store_partial(out1 + i, f1 * (u2 - p1 * u1), n - i);
     if (out2) store_partial(out2 + i, f2 * (u1 - p2 * u2), n - i);
   }
+  // The same in double, for coefficients that leave the range of Real.
   static __attribute__((noinline)) void wide_values(const Coefficients<double>& c, const T* x1, const T* x2, T* out1,
                                                     T* out2, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      const double u1 = static_cast<double>(widen(x1[i])) * c.inverse1,
-                   u2 = static_cast<double>(widen(x2[i])) * c.inverse2;
+      const double u1 = static_cast<double>(widen(x1[i])) * c.inverse1;
+      const double u2 = static_cast<double>(widen(x2[i])) * c.inverse2;
       if (out1) out1[i] = narrow<T>(c.factor1 * (u2 - c.pull1 * u1));
       if (out2) out2[i] = narrow<T>(c.factor2 * (u1 - c.pull2 * u2));
     }
   }
+  // n elements of row r.
   void row(int64_t r, const T* x1, const T* x2, T* out1, T* out2, int64_t n) const {
     Coefficients<double> c;
     if (!prepare(r, &c)) {
@@ -354,18 +366,21 @@ template <class T> struct GradJob {
     const Vectors &v1 = args.forward.x1, &v2 = args.forward.x2;
     alignas(LL_BYTES) T copy1[kGather], copy2[kGather], out1[kGather], out2[kGather];
     const T *x1 = inputs.row1(r), *x2 = inputs.row2(r);
-    T* g1 = args.grad1.data ? grad_row(args.grad1, r) : nullptr;
-    T* g2 = args.grad2.data ? grad_row(args.grad2, r) : nullptr;
+    T* g1 = grad_row(args.grad1, r);
+    T* g2 = grad_row(args.grad2, r);
     for (int64_t i = 0; i < args.forward.rows.length; i += kGather) {
-      const int64_t n = args.forward.rows.length - i < kGather ? args.forward.rows.length - i : kGather;
-      for (int64_t j = 0; j < n; ++j) copy1[j] = x1[(i + j) * v1.step], copy2[j] = x2[(i + j) * v2.step];
+      const int64_t n = smaller(args.forward.rows.length - i, kGather);
+      for (int64_t j = 0; j < n; ++j) {
+        copy1[j] = x1[(i + j) * v1.step];
+        copy2[j] = x2[(i + j) * v2.step];
+      }
       row(r, copy1, copy2, g1 ? out1 : nullptr, g2 ? out2 : nullptr, n);
       for (int64_t j = 0; j < n && g1; ++j) g1[(i + j) * args.grad1.step] = out1[j];
       for (int64_t j = 0; j < n && g2; ++j) g2[(i + j) * args.grad2.step] = out2[j];
     }
   }
 
-  // Both pointers have the same offset within a cache line.
+  // Past the caches; both pointers have the same offset within a cache line.
   static void stream_bytes(char* to, const char* from, int64_t n) {
     const int64_t head = static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(to) % 64) % 64);
     if (head >= n) {
@@ -386,10 +401,9 @@ template <class T> struct GradJob {
       return reinterpret_cast<T*>(buffer + reinterpret_cast<uintptr_t>(out) % 64);
     };
     for (int64_t i = first; i < first + count; i += fit) {
-      const int64_t n = first + count - i < fit ? first + count - i : fit,
-                    bytes = n * length * static_cast<int64_t>(sizeof(T));
-      T* g1 = args.grad1.data ? grad_row(args.grad1, i) : nullptr;
-      T* g2 = args.grad2.data ? grad_row(args.grad2, i) : nullptr;
+      const int64_t n = smaller(first + count - i, fit), bytes = n * length * static_cast<int64_t>(sizeof(T));
+      T* g1 = grad_row(args.grad1, i);
+      T* g2 = grad_row(args.grad2, i);
       T *copy1 = g1 ? beside(buffer1, g1) : nullptr, *copy2 = g2 ? beside(buffer2, g2) : nullptr;
       for (int64_t k = 0; k < n; ++k)
         row(i + k, inputs.row1(i + k), inputs.row2(i + k), copy1 ? copy1 + k * length : nullptr,
@@ -411,10 +425,9 @@ template <class T> struct GradJob {
   }
 
   void by_rows() const {
-    const int64_t per_item = inputs.rows_per_item(), length = args.forward.rows.length;
+    const int64_t length = args.forward.rows.length;
     const bool stage = streaming && contiguous() && dense() && length * static_cast<int64_t>(sizeof(T)) <= kStage;
-    parallel_for((inputs.rows + per_item - 1) / per_item, args.forward.threads, 4 * inputs.bytes(), [&](int64_t item) {
-      const int64_t first = item * per_item, end = first + per_item < inputs.rows ? first + per_item : inputs.rows;
+    const auto stretch = [&](int64_t first, int64_t end) {
       if (stage) {
         staged(first, end - first);
         fence();
@@ -422,60 +435,72 @@ template <class T> struct GradJob {
       }
       for (int64_t r = first; r < end; ++r) {
         if (contiguous())
-          row(r, inputs.row1(r), inputs.row2(r), args.grad1.data ? grad_row(args.grad1, r) : nullptr,
-              args.grad2.data ? grad_row(args.grad2, r) : nullptr, length);
+          row(r, inputs.row1(r), inputs.row2(r), grad_row(args.grad1, r), grad_row(args.grad2, r), length);
         else
           gathered(r);
       }
-    });
+    };
+    parallel_stretches(inputs.rows, inputs.rows_per_item(), args.forward.threads, 4 * inputs.bytes(), stretch);
   }
 
   bool lanes_fit() const {
     const auto fine = [](const Vectors& v) { return !v.data || (v.step != 1 && v.strides[0] == 1); };
     return inputs.lanes_fit() && fine(args.grad1) && fine(args.grad2);
   }
+  // The coefficients of neighbouring rows, one row a lane; `keep` has the lanes whose gradient is not 0.
+  struct LaneCoefficients {
+    V inverse1[kTileVectors] = {}, inverse2[kTileVectors] = {}, factor1[kTileVectors] = {}, factor2[kTileVectors] = {};
+    V pull1[kTileVectors] = {}, pull2[kTileVectors] = {};
+    IntVec<Real> keep[kTileVectors] = {};
+    void put(int64_t i, const Coefficients<Real>& c) {
+      const int64_t v = i / L, lane = i % L;
+      inverse1[v][lane] = c.inverse1;
+      inverse2[v][lane] = c.inverse2;
+      factor1[v][lane] = c.factor1;
+      factor2[v][lane] = c.factor2;
+      pull1[v][lane] = c.pull1;
+      pull2[v][lane] = c.pull2;
+      keep[v][lane] = -1;
+    }
+  };
+
+  void lane_strip(int64_t first, int64_t width) const {
+    LaneCoefficients lanes;
+    for (int64_t i = 0; i < width; ++i) {
+      Coefficients<double> c;
+      if (!prepare(first + i, &c)) continue;
+      if (!fits(c)) {
+        for (int64_t k = 0; k < width; ++k) gathered(first + k);
+        return;
+      }
+      lanes.put(i, rounded(c));
+    }
+    const T *x1 = inputs.row1(first), *x2 = inputs.row2(first);
+    T* const g1 = grad_row(args.grad1, first);
+    T* const g2 = grad_row(args.grad2, first);
+    for (int64_t j = 0; j < args.forward.rows.length; ++j) {
+      for (int64_t i = 0; i < width; i += L) {
+        const int64_t v = i / L, valid = width - i;
+        const auto get = [&](const T* p) { return valid >= L ? load(p) : load_partial(p, valid, Real(0)); };
+        const auto put = [&](T* p, V x) {
+          if (valid >= L)
+            store(p, lanes.keep[v] ? x : V{});
+          else
+            store_partial(p, lanes.keep[v] ? x : V{}, valid);
+        };
+        const V u1 = get(x1 + j * args.forward.x1.step + i) * lanes.inverse1[v];
+        const V u2 = get(x2 + j * args.forward.x2.step + i) * lanes.inverse2[v];
+        if (g1) put(g1 + j * args.grad1.step + i, lanes.factor1[v] * (u2 - lanes.pull1[v] * u1));
+        if (g2) put(g2 + j * args.grad2.step + i, lanes.factor2[v] * (u1 - lanes.pull2[v] * u2));
+      }
+    }
+  }
   void by_lanes() const {
-    const int64_t length = args.forward.rows.length;
-    parallel_for(inputs.rows / args.forward.rows.sizes[0] * inputs.strips(), args.forward.threads, 4 * inputs.bytes(),
-                 [&](int64_t item) {
-                   const auto s = inputs.strip(item);
-                   V lanes[6][kTileVectors] = {};
-                   IntVec<Real> keep[kTileVectors] = {};
-                   for (int64_t i = 0; i < s.width; ++i) {
-                     Coefficients<double> c;
-                     if (!prepare(s.first + i, &c)) continue;
-                     if (!fits(c)) {
-                       for (int64_t k = 0; k < s.width; ++k) gathered(s.first + k);
-                       return;
-                     }
-                     const Real flat[6] = {static_cast<Real>(c.inverse1), static_cast<Real>(c.inverse2),
-                                           static_cast<Real>(c.factor1),  static_cast<Real>(c.factor2),
-                                           static_cast<Real>(c.pull1),    static_cast<Real>(c.pull2)};
-                     for (int k = 0; k < 6; ++k) lanes[k][i / L][i % L] = flat[k];
-                     keep[i / L][i % L] = -1;
-                   }
-                   const T *x1 = inputs.row1(s.first), *x2 = inputs.row2(s.first);
-                   T* g1 = args.grad1.data ? grad_row(args.grad1, s.first) : nullptr;
-                   T* g2 = args.grad2.data ? grad_row(args.grad2, s.first) : nullptr;
-                   for (int64_t j = 0; j < length; ++j) {
-                     for (int64_t i = 0; i < s.width; i += L) {
-                       const int64_t v = i / L, valid = s.width - i;
-                       const auto get = [&](const T* p) {
-                         return valid >= L ? load(p) : load_partial(p, valid, Real(0));
-                       };
-                       const auto put = [&](T* p, V x) {
-                         if (valid >= L)
-                           store(p, x);
-                         else
-                           store_partial(p, x, valid);
-                       };
-                       const V u1 = get(x1 + j * args.forward.x1.step + i) * lanes[0][v],
-                               u2 = get(x2 + j * args.forward.x2.step + i) * lanes[1][v];
-                       if (g1) put(g1 + j * args.grad1.step + i, keep[v] ? lanes[2][v] * (u2 - lanes[4][v] * u1) : V{});
-                       if (g2) put(g2 + j * args.grad2.step + i, keep[v] ? lanes[3][v] * (u1 - lanes[5][v] * u2) : V{});
-                     }
-                   }
-                 });
+    const int64_t items = inputs.rows / args.forward.rows.sizes[0] * inputs.strips();
+    parallel_for(items, args.forward.threads, 4 * inputs.bytes(), [&](int64_t item) {
+      const auto strip = inputs.strip(item);
+      lane_strip(strip.first, strip.width);
+    });
   }
 
   void run() const {

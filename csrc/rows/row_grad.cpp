@@ -1,190 +1,95 @@
-// row_grad: the gradient of everything row_stats gives, in one read of the logits and one write of the gradient.
+// row_grad: the gradient of everything that row_stats gives, in one read of the logits and one write of the gradient.
+//
+// Formula: dz_j = p_j (a + b (z_j - lse)) + c [j = target] + e t_j w_j + f w_j (RowGradArgs, grad_coefficients.h).
+//
+// Layout: a Tile, and a gradient of the same shape and any strides, which may take the place of the logits. Consecutive
+// classes are written as they are read; rows in lanes class by class; rows of other strides through small copies. A
+// gradient larger than the caches is stored past them, in whole cache lines.
 //
 // Precision policy: p = exp(z) / exp(lse) with both in units of 2^power and the divisor rounded once, so p is within 2
 // ulp and, where it is 2^-m, m/64 more for exp's drift (of double logits: within an ulp for each e-fold of 1/p, which
-// log_sum's own rounding costs); p * a + e t + f w is formed before any rounding to the storage type; for 16-bit types
-// exp is to 2^-21, which their rounding hides. At the target, a p_t + c is computed in double, and where c is about -a
-// as a expm1(z_t - lse) + (a + c), so that nothing cancels.
+// log_sum's own rounding costs). p a + e t + f w is formed before any rounding to the storage type. For 16-bit types
+// exp is to 2^-21, which their rounding hides. The target's class is computed in double (grad_coefficients.h).
+//
+// Steps:
+//   1. Which terms there are decides the Flags of a template.
+//   2. The layout decides how rows are cut into items of parallel work.
+//   3. Of each block of rows the coefficients are prepared (grad_coefficients.h).
+//   4. Every class of each row is computed by the formula without c.
+//   5. The target's class is overwritten with its own value.
 #include <cstdlib>
 
 #include "parallel.h"
+#include "rows/grad_coefficients.h"
 #include "rows/lane_fold.h"
 
 namespace logitless::LL_ISA {
 namespace {
 
-enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };  // b; f; e
-
-inline constexpr int64_t kMaxRows = 128;           // rows whose coefficients are prepared together
 inline constexpr int64_t kItemBytes = 128 * 1024;  // logits of one parallel item, at most
-inline constexpr int64_t kGather = 2048;           // elements of a strided row copied at a time
+inline constexpr int64_t kGather = 2048;           // elements of a strided row that are copied at a time
 inline constexpr int64_t kShortClasses = 512;      // rows of no more classes are short
-inline constexpr int64_t kStreamBytes = 64 << 20;  // a larger gradient bypasses the caches,
-inline constexpr int64_t kBufferBytes = 8192;  // of 16-bit types or short rows by way of a buffer of whole cache lines
+// A larger gradient bypasses the caches, of 16-bit types and of short rows by way of a buffer of whole cache lines.
+inline constexpr int64_t kStreamBytes = 64 << 20;
+inline constexpr int64_t kBufferBytes = 8192;
 inline constexpr int64_t kCacheLine = 64;
 inline constexpr int64_t kBlockRows = 8;  // short rows are taken as many at a time, or a multiple
 
-// What the gradients of up to kMaxRows consecutive rows are made of.
-template <class Real> struct RowCoefficients {
-  alignas(LL_BYTES) Real unit[kMaxRows];  // a exp(-(lse - base - power ln2)), or that without `a` when b is not 0
-  Real power[kMaxRows], base[kMaxRows], at_target[kMaxRows];        // at_target: a p_t + c + b p_t (z_t - lse)
-  Real top[kMaxRows], log_sum[kMaxRows], a[kMaxRows], b[kMaxRows];  // with kGap alone
-  Real e[kMaxRows], f[kMaxRows];                                    // with kTargets, kConstant alone
-  bool read[kMaxRows], plain[kMaxRows];                             // plain: base is 0, and unit a factor for RowExp
-};
-
-template <class T, int Flags> struct Job {
+template <class T, int Flags> struct Job : GradRows<T, Flags> {
+  using Base = GradRows<T, Flags>;
   using Real = Compute<T>;
   using V = Vec<Real>;
+  using Given = typename Base::Given;
+  using Base::args, Base::bytes, Base::class_weight, Base::dense_row, Base::grad_row, Base::has_target, Base::prepare,
+      Base::prepare_targets, Base::row, Base::target_value;
   static constexpr int L = kLanes<Real>;
-  const RowGradArgs& args;
   bool streaming;
 
-  int64_t offset(int64_t r, int64_t outer, int64_t inner) const {
-    if (args.tile.inner == 1) return r * outer;  // a division costs as much as a vector of exponentials
-    return r / args.tile.inner * outer + r % args.tile.inner * inner;
-  }
-  const T* row(int64_t r) const {
-    return static_cast<const T*>(args.logits) + offset(r, args.tile.outer_stride, args.tile.inner_stride);
-  }
-  T* grad_row(int64_t r) const {
-    return static_cast<T*>(args.grad) + offset(r, args.grad_strides.outer, args.grad_strides.inner);
-  }
-  const T* dense_row(int64_t r) const {
-    return (Flags & kTargets) ? static_cast<const T*>(args.dense_target) +
-                                    offset(r, args.dense_strides.outer, args.dense_strides.inner)
-                              : nullptr;
-  }
-  const Real* class_weight() const { return static_cast<const Real*>(args.class_weight); }
-  bool ignored(int64_t r) const { return args.target && args.target[r] == args.ignore_index; }
-  bool has_target(int64_t r) const { return args.target && args.target[r] >= 0 && args.target[r] < args.tile.classes; }
+  explicit Job(const RowGradArgs& a) : Base{a}, streaming(bytes() >= kStreamBytes && a.grad != a.logits) {}
 
-  static LL_INLINE double one_or(const void* p, int64_t k) {
-    return p ? static_cast<double>(static_cast<const Real*>(p)[k]) : 1.0;
-  }
+  // ---- step 4: one vector of classes
+  // ------------------------------------------------------------------------------------
 
-  // What RowGradArgs calls a and c (in double), b, e and f, of rows [first, first + count).
-  void scales(int64_t first, int64_t count, double* a, double* c, RowCoefficients<Real>& rows) const {
-    const auto set = [&](int64_t i) {
-      const int64_t r = first + i;
-      const double g = one_or(args.upstream, r * args.upstream_stride);
-      const double weight = args.index_weight && has_target(r) ? one_or(args.class_weight, args.target[r]) : 1.0;
-      a[i] = g * (args.a_scale * one_or(args.a, r) * weight + args.a_extra);
-      c[i] = g * args.c_scale * one_or(args.c, r) * weight;
-      if constexpr ((Flags & kGap) != 0) rows.b[i] = static_cast<Real>(g * args.b_scale * one_or(args.b, r));
-      if constexpr ((Flags & kTargets) != 0) rows.e[i] = static_cast<Real>(g * args.e_scale * one_or(args.e, r));
-      if constexpr ((Flags & kConstant) != 0) rows.f[i] = static_cast<Real>(g * args.f_scale * one_or(args.f, r));
-    };
-    const bool same =
-        args.upstream_stride == 0 && !args.index_weight && !args.a && !args.b && !args.c && !args.e && !args.f;
-    for (int64_t i = 0; i < (same ? 1 : count); ++i) set(i);
-    for (int64_t i = 1; same && i < count; ++i) {
-      a[i] = a[0], c[i] = c[0];
-      if constexpr ((Flags & kGap) != 0) rows.b[i] = rows.b[0];
-      if constexpr ((Flags & kTargets) != 0) rows.e[i] = rows.e[0];
-      if constexpr ((Flags & kConstant) != 0) rows.f[i] = rows.f[0];
-    }
-  }
-
-  // Rows [first, first + count), but for what depends on the logit of the target.
-  struct Prepared {
-    alignas(LL_BYTES) double a[kMaxRows], c[kMaxRows], max[kMaxRows], log_sum[kMaxRows];
-  };
-  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows, Prepared& given) const {
-    constexpr int D = kLanes<double>;
-    scales(first, count, given.a, given.c, rows);
-    Real tops[kMaxRows];
-    memcpy(tops, static_cast<const Real*>(args.row_max) + first, static_cast<size_t>(count) * sizeof(Real));
-    memcpy(given.log_sum, args.log_sum + first, static_cast<size_t>(count) * sizeof(double));
-    for (int64_t i = 0; i < count; ++i) rows.read[i] = !ignored(first + i);
-    for (int64_t i = 0; i < count; i += D) {
-      const Vec<double> top = load_wide(tops + i), sum = load(given.log_sum + i), scale = load(given.a + i);
-      store(given.max + i, top);
-      const auto huge = !(magnitude<double>(top) <= kHuge);
-      const Vec<double> lse = huge ? Vec<double>{} : top + sum, power = whole_power<double>(lse);
-      const Vec<double> exponent =
-          ((huge ? Vec<double>{} : top - power * 0x1.62e42feep-1) - power * 0x1.a39ef35793c76p-33) + sum;
-      constexpr double drift = kRowDrift<Real> * kLog2e;
-      const Vec<double> unit = exp<double>(drift * lse - exponent);
-      if constexpr ((Flags & kGap) != 0) {
-        store_narrow(rows.top + i, top);
-        store_narrow(rows.log_sum + i, sum);
-        store_narrow(rows.a + i, scale);
-      }
-      store_narrow(rows.unit + i, (Flags & kGap) ? unit : unit * scale);
-      store_narrow(rows.power + i, power);
-      store_narrow(rows.base + i, huge ? top : Vec<double>{});
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const double size = __builtin_fabs(static_cast<double>(rows.unit[i]));
-      rows.plain[i] = rows.base[i] == 0 && (size == 0 || (size >= 0x1p-100 && size <= 0x1p100));
-    }
-  }
-  // What is left, of rows [from, from + count) of those.
-  void aim(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows, const Prepared& given) const {
-    constexpr int D = kLanes<double>;
-    alignas(LL_BYTES) double target_logit[kMaxRows + D];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = first + from + i;
-      target_logit[i] = rows.read[from + i] && has_target(r)
-                            ? static_cast<double>(widen(row(r)[args.target[r] * args.tile.class_stride]))
-                            : 0.0;
-    }
-    for (int64_t i = 0; i < count; i += D) {
-      const int64_t at = from + i;
-      const Vec<double> top = load(given.max + at), sum = load(given.log_sum + at), scale = load(given.a + at),
-                        constant = load(given.c + at);
-      const Vec<double> gap = (load(target_logit + i) - top) - sum, both = scale + constant;
-      // a p + c, where c = -a must not cancel and c = 0 must not be drowned.
-      Vec<double> aimed = scale * expm1(gap) + both;
-      const Vec<double> half = 0.5 * magnitude<double>(scale);
-      if ((Flags & kGap) || greater_bits(half, magnitude<double>(both)) != kAllBits<double>) {
-        const Vec<double> p = exp<double>(gap);
-        aimed = magnitude<double>(both) < half ? aimed : scale * p + constant;
-        if constexpr ((Flags & kGap) != 0) {
-          Vec<double> bend;
-          for (int k = 0; k < D; ++k) bend[k] = static_cast<double>(rows.b[at + k]);
-          aimed += gap == -__builtin_inf() ? Vec<double>{} : p * bend * gap;
-        }
-      }
-      store_narrow(rows.at_target + at, aimed);
-    }
-  }
-  void prepare(int64_t first, int64_t count, RowCoefficients<Real>& rows) const {
-    Prepared given;
-    prepare(first, count, rows, given);
-    aim(first, 0, count, rows, given);
-  }
-
-  // Coefficients in lanes: all of one row, or one row a lane.
+  // The coefficients in lanes: all lanes of one row, or one row a lane. get(array) gives a vector of an array of them.
   struct Lanes {
     V unit, power, base, top, log_sum, a, b, e, f;
   };
-  // get(array) gives a vector of an array of the coefficients.
   template <class Get> static LL_INLINE Lanes lanes_of(const RowCoefficients<Real>& rows, const Get& get) {
     Lanes c;
-    c.unit = get(rows.unit), c.power = get(rows.power), c.base = get(rows.base);
-    if constexpr ((Flags & kGap) != 0)
-      c.top = get(rows.top), c.log_sum = get(rows.log_sum), c.a = get(rows.a), c.b = get(rows.b);
+    c.unit = get(rows.unit);
+    c.power = get(rows.power);
+    c.base = get(rows.base);
+    if constexpr ((Flags & kGap) != 0) {
+      c.top = get(rows.top);
+      c.log_sum = get(rows.log_sum);
+      c.a = get(rows.a);
+      c.b = get(rows.b);
+    }
     if constexpr ((Flags & kTargets) != 0) c.e = get(rows.e);
     if constexpr ((Flags & kConstant) != 0) c.f = get(rows.f);
     return c;
   }
-  template <bool kHugeRow> static LL_INLINE V value(const Lanes& c, V z, V w, V t) {
-    const V least = maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), kHugeRow ? z - c.base : z);
-    const Exponential<Real> x = split_row_exp<Real>(least);
-    return value_of(c, scale_by_power(x.fraction * c.unit, x.power - c.power), z, w, t);
-  }
+
   // From exp(z) in the row's unit.
   static LL_INLINE V value_of(const Lanes& c, V out, V z, V w, V t) {
-    if constexpr ((Flags & kGap) != 0)
-      out = out * (c.a + c.b * maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum));
+    if constexpr ((Flags & kGap) != 0) {
+      const V log_p = maximum<Real>(splat<Real>(Real(-1e30)), (z - c.top) - c.log_sum);
+      out = out * (c.a + c.b * log_p);
+    }
     if constexpr ((Flags & kTargets) != 0) out = out + c.e * (t * w);
     if constexpr ((Flags & kConstant) != 0) out = out + c.f * w;
     return out;
   }
+  template <bool kHugeRow> static LL_INLINE V value(const Lanes& c, V z, V w, V t) {
+    const V cut = maximum<Real>(splat<Real>(static_cast<Real>(-2 * kHuge)), kHugeRow ? z - c.base : z);
+    const Exponential<Real> x = split_row_exp<Real>(cut);
+    return value_of(c, scale_by_power(x.fraction * c.unit, x.power - c.power), z, w, t);
+  }
 
-  // n contiguous elements of one row. `streamed` output, not of 16-bit types, bypasses the caches.
+  // ---- step 4: consecutive classes of one row
+  // ---------------------------------------------------------------------------
+
+  // n of them. `streamed` output, not of 16-bit types, bypasses the caches.
   template <bool kPlainRow>
   LL_INLINE void row_values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t,
                             T* out, int64_t n, bool streamed) const {
@@ -204,10 +109,14 @@ template <class T, int Flags> struct Job {
     };
     int64_t i = 0;
     if (sizeof(T) >= 4 && streamed) {
+      // Up to the first aligned vector, then whole vectors past the caches.
       constexpr int64_t kAlign = LL_BYTES;
-      int64_t head = static_cast<int64_t>((kAlign - reinterpret_cast<uintptr_t>(out) % kAlign) % kAlign / sizeof(T));
-      if (head > n) head = n;
-      if (i < head) store_partial(out + i, at(i, head - i), head - i), i = head;
+      const uintptr_t beyond = reinterpret_cast<uintptr_t>(out) % kAlign;
+      const int64_t head = smaller(static_cast<int64_t>((kAlign - beyond) % kAlign / sizeof(T)), n);
+      if (i < head) {
+        store_partial(out + i, at(i, head - i), head - i);
+        i = head;
+      }
       for (; i + L <= n; i += L) stream(out + i, at(i, L));
     } else {
       if constexpr (kPlainRow && (Flags & (kConstant | kTargets)) == 0) {
@@ -221,11 +130,25 @@ template <class T, int Flags> struct Job {
     }
     if (i < n) store_partial(out + i, at(i, n - i), n - i);
   }
+  LL_INLINE void values(const RowCoefficients<Real>& rows, int64_t of, const T* z, const Real* w, const T* t, T* out,
+                        int64_t n, bool streamed) const {
+    if (rows.plain[of])
+      row_values<true>(rows, of, z, w, t, out, n, streamed);
+    else
+      row_values<false>(rows, of, z, w, t, out, n, streamed);
+  }
 
-  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`; not `aimed`: but for
-  // that of the target.
+  // Step 5, where `out` stands for class `begin` of the n classes from there on.
+  LL_INLINE void put_target(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t n,
+                            T* out) const {
+    if (has_target(r) && args.target[r] >= begin && args.target[r] < begin + n)
+      out[args.target[r] - begin] = target_value(r, rows, i);
+  }
+
+  // Classes [begin, end) of row r, the i-th of `rows`, into `out`, which stands for class `begin`. Step 5 is somebody
+  // else's unless `with_target`.
   LL_INLINE void contiguous(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin, int64_t end, T* out,
-                            bool streamed, bool aimed) const {
+                            bool streamed, bool with_target) const {
     const int64_t n = end - begin;
     if (!rows.read[i]) {
       memset(out, 0, static_cast<size_t>(n) * sizeof(T));
@@ -233,55 +156,38 @@ template <class T, int Flags> struct Job {
     }
     const Real* w = class_weight() ? class_weight() + begin : nullptr;
     const T* t = (Flags & kTargets) ? dense_row(r) + begin : nullptr;
-    if (rows.plain[i])
-      row_values<true>(rows, i, row(r) + begin, w, t, out, n, streamed);
-    else
-      row_values<false>(rows, i, row(r) + begin, w, t, out, n, streamed);
-    if (aimed && has_target(r) && args.target[r] >= begin && args.target[r] < end)
-      out[args.target[r] - begin] = target_value(r, rows, i);
+    values(rows, i, row(r) + begin, w, t, out, n, streamed);
+    if (with_target) put_target(r, rows, i, begin, n, out);
   }
-  // The same of many classes; `streamed`: past the caches.
+
+  // The same of many classes; `streamed`: past the caches, of 16-bit types through a buffer.
   __attribute__((noinline)) void long_part(int64_t r, const RowCoefficients<Real>& rows, int64_t i, int64_t begin,
                                            int64_t end, T* out, bool streamed) const {
     alignas(LL_BYTES) T buffer[kBufferBytes / sizeof(T)];
     const bool buffered = streamed && sizeof(T) == 2;
     const int64_t part = buffered ? kBufferBytes / static_cast<int64_t>(sizeof(T)) : end - begin;
     for (int64_t first = begin; first < end; first += part) {
-      const int64_t last = first + part < end ? first + part : end;
+      const int64_t last = smaller(first + part, end);
       T* const to = out + (first - begin);
       contiguous(r, rows, i, first, last, buffered ? buffer : to, streamed && !buffered, true);
       if (buffered) stream_copy(to, buffer, last - first);
     }
   }
 
-  T target_value(int64_t r, const RowCoefficients<Real>& rows, int64_t i) const {
-    double v = rows.at_target[i];
-    const int64_t j = args.target[r];
-    const double w = class_weight() ? static_cast<double>(class_weight()[j]) : 1.0;
-    if constexpr ((Flags & kTargets) != 0)
-      v +=
-          static_cast<double>(rows.e[i]) * static_cast<double>(widen(dense_row(r)[j * args.dense_strides.classes])) * w;
-    if constexpr ((Flags & kConstant) != 0) v += static_cast<double>(rows.f[i]) * w;
-    return narrow<T>(v);
-  }
-
+  // Classes [begin, end) of a row of any strides, through small copies.
   __attribute__((noinline)) void gathered(int64_t r, const RowCoefficients<Real>& rows, int64_t of, int64_t begin,
                                           int64_t end) const {
     alignas(LL_BYTES) T zs[kGather], out[kGather], ts[(Flags & kTargets) ? kGather : 1];
     T* grad = grad_row(r);
     for (int64_t i = begin; i < end; i += kGather) {
-      const int64_t n = end - i < kGather ? end - i : kGather;
+      const int64_t n = smaller(end - i, kGather);
       if (rows.read[of]) {
         for (int64_t j = 0; j < n; ++j) zs[j] = row(r)[(i + j) * args.tile.class_stride];
         if constexpr ((Flags & kTargets) != 0)
           for (int64_t j = 0; j < n; ++j) ts[j] = dense_row(r)[(i + j) * args.dense_strides.classes];
         const Real* w = class_weight() ? class_weight() + i : nullptr;
-        if (rows.plain[of])
-          row_values<true>(rows, of, zs, w, ts, out, n, false);
-        else
-          row_values<false>(rows, of, zs, w, ts, out, n, false);
-        if (has_target(r) && args.target[r] >= i && args.target[r] < i + n)
-          out[args.target[r] - i] = target_value(r, rows, of);
+        values(rows, of, zs, w, ts, out, n, false);
+        put_target(r, rows, of, i, n, out);
       } else {
         memset(out, 0, sizeof out);
       }
@@ -294,12 +200,13 @@ template <class T, int Flags> struct Job {
            (!(Flags & kTargets) || args.dense_strides.classes == 1);
   }
 
+  // ---- step 2: rows one after the other
+  // ---------------------------------------------------------------------------------
+
   void long_rows() const {
-    const int64_t part = kItemBytes / sizeof(T), parts = (args.tile.classes + part - 1) / part,
-                  rows = args.tile.outer * args.tile.inner;
-    parallel_for(rows * parts, args.threads, bytes(), [&](int64_t item) {
-      const int64_t r = item / parts, begin = item % parts * part,
-                    end = begin + part < args.tile.classes ? begin + part : args.tile.classes;
+    const int64_t part = kItemBytes / sizeof(T), parts = pieces(args.tile.classes, part);
+    parallel_for(row_count(args.tile) * parts, args.threads, bytes(), [&](int64_t item) {
+      const int64_t r = item / parts, begin = item % parts * part, end = smaller(begin + part, args.tile.classes);
       RowCoefficients<Real> rows;
       prepare(r, 1, rows);
       if (is_contiguous())
@@ -311,53 +218,50 @@ template <class T, int Flags> struct Job {
   }
 
   void short_rows() const {
-    const int64_t rows = args.tile.outer * args.tile.inner,
-                  row_bytes = args.tile.classes * static_cast<int64_t>(sizeof(T));
-    int64_t per_item = item_bytes(bytes(), kItemBytes) / row_bytes;
-    per_item = per_item < 1 ? 1 : per_item > 8 * kMaxRows ? 8 * kMaxRows : per_item;
-    const int64_t classes = args.tile.classes, fitting = kBufferBytes / row_bytes / kBlockRows * kBlockRows;
-    const int64_t block = fitting < kBlockRows ? kBlockRows : fitting > kMaxRows ? kMaxRows : fitting;
-    parallel_for((rows + per_item - 1) / per_item, args.threads, bytes(), [&](int64_t item) {
-      const int64_t end = (item + 1) * per_item < rows ? (item + 1) * per_item : rows;
-      RowCoefficients<Real> c;
-      Prepared given;
-      for (int64_t first = item * per_item; first < end; first += kMaxRows) {
-        const int64_t count = end - first < kMaxRows ? end - first : kMaxRows;
-        prepare(first, count, c, given);
+    const int64_t classes = args.tile.classes, row_bytes = classes * static_cast<int64_t>(sizeof(T));
+    const int64_t per_item = bounded(item_bytes(bytes(), kItemBytes) / row_bytes, 1, 8 * kMaxGradRows);
+    const int64_t block = bounded(kBufferBytes / row_bytes / kBlockRows * kBlockRows, kBlockRows, kMaxGradRows);
+    parallel_stretches(row_count(args.tile), per_item, args.threads, bytes(), [&](int64_t begin, int64_t end) {
+      RowCoefficients<Real> rows;
+      Given given;
+      for (int64_t first = begin; first < end; first += kMaxGradRows) {
+        const int64_t count = smaller(end - first, kMaxGradRows);
+        prepare(first, count, rows, given);
         if (is_contiguous() && classes <= kShortClasses) {
-          for (int64_t i = 0; i < count; i += block)
-            block_of_rows(first, i, count - i < block ? count - i : block, c, given);
+          for (int64_t i = 0; i < count; i += block) block_of_rows(first, i, smaller(count - i, block), rows, given);
           continue;
         }
-        aim(first, 0, count, c, given);
+        prepare_targets(first, 0, count, rows, given);
         for (int64_t i = 0; i < count; ++i) {
           if (is_contiguous())
-            long_part(first + i, c, i, 0, classes, grad_row(first + i), streaming);
+            long_part(first + i, rows, i, 0, classes, grad_row(first + i), streaming);
           else
-            gathered(first + i, c, i, 0, classes);
+            gathered(first + i, rows, i, 0, classes);
         }
       }
       if (streaming) fence();
     });
   }
 
-  // Short rows first + [from, from + count). Their target's logits are read when the rows are in the cache.
+  // Short rows first + [from, from + count). Their targets' logits are read while the rows are in the cache, unless the
+  // gradient has taken their place by then.
   LL_INLINE void block_of_rows(int64_t first, int64_t from, int64_t count, RowCoefficients<Real>& rows,
-                               const Prepared& given) const {
-    const int64_t classes = args.tile.classes, ahead = rows_ahead(classes * static_cast<int64_t>(sizeof(T))) * classes;
+                               const Given& given) const {
+    const int64_t classes = args.tile.classes;
+    const int64_t ahead = rows_ahead(classes * static_cast<int64_t>(sizeof(T))) * classes;
     alignas(LL_BYTES) T buffer[kBlockRows * kShortClasses];
     T* const grad = grad_row(first + from);
     const bool buffered = streaming && args.tile.inner == 1 && args.grad_strides.outer == classes;
     const bool in_place = args.grad == args.logits;
     const auto out = [&](int64_t i) { return buffered ? buffer + i * classes : grad_row(first + from + i); };
-    if (in_place) aim(first, from, count, rows, given);
+    if (in_place) prepare_targets(first, from, count, rows, given);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
       for (int64_t j = 0; j < classes; j += kCacheLine / static_cast<int64_t>(sizeof(T)))
         __builtin_prefetch(row(r) + ahead + j);
       contiguous(r, rows, from + i, 0, classes, out(i), false, false);
     }
-    if (!in_place) aim(first, from, count, rows, given);
+    if (!in_place) prepare_targets(first, from, count, rows, given);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + from + i;
       if (rows.read[from + i] && has_target(r)) out(i)[args.target[r]] = target_value(r, rows, from + i);
@@ -365,15 +269,17 @@ template <class T, int Flags> struct Job {
     if (buffered) stream_copy(grad, buffer, count * classes);
   }
 
-  static constexpr int kTileVectors = static_cast<int>(kMaxRows) / L < 8 ? static_cast<int>(kMaxRows) / L : 8;
+  // ---- step 2: rows in lanes
+  // --------------------------------------------------------------------------------------------
+
+  static constexpr int kTileVectors = static_cast<int>(smaller(kMaxGradRows / L, 8));
   static constexpr int64_t kWidth = kTileVectors * L;
 
-  // Inner stride 1: one row a lane.
   void by_lanes() const {
-    const int64_t tiles = (args.tile.inner + kWidth - 1) / kWidth;
+    const int64_t tiles = pieces(args.tile.inner, kWidth);
     parallel_for(args.tile.outer * tiles, args.threads, bytes(), [&](int64_t item) {
       const int64_t inner = item % tiles * kWidth, first = item / tiles * args.tile.inner + inner;
-      const int64_t width = args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth;
+      const int64_t width = smaller(args.tile.inner - inner, kWidth);
       RowCoefficients<Real> rows;
       prepare(first, width, rows);
       lane_tile(first, width, rows, 0, 0, args.tile.classes);
@@ -384,33 +290,34 @@ template <class T, int Flags> struct Job {
   // fits a core's cache with all its rows.
   void by_lane_parts() const {
     const int64_t row_bytes = args.tile.inner * static_cast<int64_t>(sizeof(T));
-    const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = (args.tile.classes + per_item - 1) / per_item;
-    // Blocks of kMaxRows rows of one outer index each.
-    const int64_t blocks = (args.tile.inner + kMaxRows - 1) / kMaxRows,
-                  size = args.tile.outer * blocks * static_cast<int64_t>(sizeof(RowCoefficients<Real>));
-    auto* const all = static_cast<RowCoefficients<Real>*>(aligned_alloc(LL_BYTES, static_cast<size_t>(size)));
+    const int64_t per_item = kItemBytes * 2 / row_bytes + 1, parts = pieces(args.tile.classes, per_item);
+    // Blocks of kMaxGradRows rows of one outer index each.
+    const int64_t blocks = pieces(args.tile.inner, kMaxGradRows);
+    const size_t size = static_cast<size_t>(args.tile.outer * blocks) * sizeof(RowCoefficients<Real>);
+    auto* const all = static_cast<RowCoefficients<Real>*>(aligned_alloc(LL_BYTES, size));
     if (!all) return by_lanes();
     for (int64_t block = 0; block < args.tile.outer * blocks; ++block) {
-      const int64_t inner = block % blocks * kMaxRows, left = args.tile.inner - inner;
-      prepare(block / blocks * args.tile.inner + inner, left < kMaxRows ? left : kMaxRows, all[block]);
+      const int64_t inner = block % blocks * kMaxGradRows;
+      const int64_t count = smaller(args.tile.inner - inner, kMaxGradRows);
+      prepare(block / blocks * args.tile.inner + inner, count, all[block]);
     }
     parallel_for(args.tile.outer * parts, args.threads, bytes(), [&](int64_t item) {
       const int64_t outer = item / parts, begin = item % parts * per_item;
-      const int64_t end = begin + per_item < args.tile.classes ? begin + per_item : args.tile.classes;
+      const int64_t end = smaller(begin + per_item, args.tile.classes);
       for (int64_t inner = 0; inner < args.tile.inner; inner += kWidth) {
-        const int64_t first = outer * args.tile.inner + inner;
-        lane_tile(first, args.tile.inner - inner < kWidth ? args.tile.inner - inner : kWidth,
-                  all[outer * blocks + inner / kMaxRows], inner % kMaxRows, begin, end);
+        const RowCoefficients<Real>& rows = all[outer * blocks + inner / kMaxGradRows];
+        const int64_t width = smaller(args.tile.inner - inner, kWidth);
+        lane_tile(outer * args.tile.inner + inner, width, rows, inner % kMaxGradRows, begin, end);
       }
     });
     __builtin_free(all);
   }
 
-  // Classes [begin, end) of the `width` rows from `first` on, which `rows` has from `at` on.
+  // Steps 4 and 5 of classes [begin, end) of the `width` rows from `first` on, which `rows` has from `at` on.
   void lane_tile(int64_t first, int64_t width, const RowCoefficients<Real>& rows, int64_t at, int64_t begin,
                  int64_t end) const {
     Lanes lanes[kTileVectors];
-    IntVec<Real> keep[kTileVectors] = {};
+    IntVec<Real> keep[kTileVectors] = {};  // the lanes of rows that are not ignored
     bool huge = false;
     for (int64_t i = 0; i < width; i += L)
       lanes[i / L] = lanes_of(rows, [&](const Real* array) { return load(array + at + i); });
@@ -423,7 +330,7 @@ template <class T, int Flags> struct Job {
     const T* t = dense_row(first);
     T* out = grad_row(first);
     const Real* w = class_weight();
-    // K classes of one vector of rows, whose coefficients stay in registers.
+    // K classes of one vector of rows after the other, whose coefficients stay in registers.
     const auto classes = [&](auto is_huge, auto count, int64_t j) __attribute__((always_inline)) {
       constexpr int K = decltype(count)::value;
       for (int64_t i = 0; i < width; i += L) {
@@ -440,7 +347,8 @@ template <class T, int Flags> struct Job {
           const V ws = splat<Real>(w ? w[j + k] : Real(1));
           V ts{};
           if constexpr ((Flags & kTargets) != 0) ts = get(t + (j + k) * args.dense_strides.classes + i);
-          v[k] = kept ? value<decltype(is_huge)::value>(c, get(z + (j + k) * args.tile.class_stride + i), ws, ts) : V{};
+          const V zs = get(z + (j + k) * args.tile.class_stride + i);
+          v[k] = kept ? value<decltype(is_huge)::value>(c, zs, ws, ts) : V{};
         }
         LL_UNROLL
         for (int k = 0; k < K; ++k) {
@@ -461,6 +369,7 @@ template <class T, int Flags> struct Job {
       all(Constant<true>{});
     else
       all(Constant<false>{});
+    // 5.
     for (int64_t i = 0; i < width; ++i) {
       const int64_t r = first + i;
       if (rows.read[at + i] && has_target(r) && args.target[r] >= begin && args.target[r] < end)
@@ -468,15 +377,11 @@ template <class T, int Flags> struct Job {
     }
   }
 
-  int64_t bytes() const {
-    return args.tile.outer * args.tile.inner * args.tile.classes * static_cast<int64_t>(sizeof(T));
-  }
-
   void run() const {
     if (bytes() == 0) return;
     const bool lanes = args.tile.class_stride != 1 && args.tile.inner_stride == 1 && args.grad_strides.inner == 1 &&
                        args.tile.inner >= L / 2 && (!(Flags & kTargets) || args.dense_strides.inner == 1);
-    const bool few_rows = args.tile.outer * args.tile.inner <= kLanePartRows && args.tile.classes > kLaneClasses;
+    const bool few_rows = row_count(args.tile) <= kLanePartRows && args.tile.classes > kLaneClasses;
     if (lanes && few_rows)
       by_lane_parts();
     else if (lanes)
@@ -488,12 +393,9 @@ template <class T, int Flags> struct Job {
   }
 };
 
-template <class T, int Flags> void run(const RowGradArgs& a) {
-  Job<T, Flags> job{a, false};
-  job.streaming = job.bytes() >= kStreamBytes && a.grad != a.logits;
-  job.run();
-}
+template <class T, int Flags> void run(const RowGradArgs& a) { Job<T, Flags>(a).run(); }
 
+// Step 1.
 template <class T> void pick(const RowGradArgs& a) {
   const int flags = (a.b_scale != 0 ? kGap : 0) | (a.f_scale != 0 ? kConstant : 0) | (a.e_scale != 0 ? kTargets : 0);
   switch (flags) {
@@ -502,7 +404,8 @@ template <class T> void pick(const RowGradArgs& a) {
     case kConstant: return run<T, kConstant>(a);
     case kTargets: return run<T, kTargets>(a);
     case kTargets | kConstant: return run<T, kTargets | kConstant>(a);
-    default: return run<T, kGap | kConstant | kTargets>(a);  // module.cpp refuses b or e without what they need
+    // binding/module.cpp refuses b or e without what they need.
+    default: return run<T, kGap | kConstant | kTargets>(a);
   }
 }
 
