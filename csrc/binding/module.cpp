@@ -1,5 +1,5 @@
 // The Python module: tensors arrive as addresses, shapes and strides (the cheapest call there is), so every check of a
-// tensor belongs to the caller, src/logitless/kernels/cpu.py.
+// tensor belongs to the caller, in src/logitless/kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "binding/call.h"
 #include "binding/module_elementwise.h"
 #include "binding/module_losses.h"
 #include "binding/module_pair.h"
@@ -16,19 +17,8 @@
 
 namespace nb = nanobind;
 using namespace logitless;
-using Address = std::uintptr_t;
 
 namespace {
-
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
-// Releases the GIL around work that is long enough to be worth it.
-template <class Args> void call(void (*kernel)(const Args&), const Args& args) {
-  const Tile& t = args.tile;
-  if (t.outer * t.inner * t.classes < 16384) return kernel(args);
-  const nb::gil_scoped_release release;
-  kernel(args);
-}
 
 std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes,
                        std::int64_t inner, std::int64_t outer_stride, std::int64_t class_stride,
@@ -42,27 +32,28 @@ std::int64_t row_stats(int dtype, int threads, Address logits, std::int64_t oute
   if ((dense_sum || dense_mass) && !dense_target)
     throw nb::value_error("row_stats: dense_sum and dense_mass need dense_target");
   std::int64_t bad_row = -1;
-  call(kernels().row_stats, RowStatsArgs{static_cast<DType>(dtype),
-                                         threads,
-                                         {outer, classes, inner, outer_stride, class_stride, inner_stride},
-                                         at<void>(logits),
-                                         at<std::int64_t>(target),
-                                         ignore_index,
-                                         at<void>(class_weight),
-                                         at<void>(dense_target),
-                                         {dense_outer_stride, dense_class_stride, dense_inner_stride},
-                                         at<void>(nll),
-                                         at<void>(lse),
-                                         at<void>(row_max),
-                                         nullptr,
-                                         at<double>(log_sum),
-                                         at<void>(entropy),
-                                         at<std::int64_t>(argmax),
-                                         at<std::int64_t>(rank),
-                                         at<void>(smooth_sum),
-                                         at<void>(dense_sum),
-                                         at<void>(dense_mass),
-                                         &bad_row});
+  RowStatsArgs args{};
+  args.dtype = static_cast<DType>(dtype);
+  args.threads = threads;
+  args.tile = {outer, classes, inner, outer_stride, class_stride, inner_stride};
+  args.logits = at<void>(logits);
+  args.target = at<std::int64_t>(target);
+  args.ignore_index = ignore_index;
+  args.class_weight = at<void>(class_weight);
+  args.dense_target = at<void>(dense_target);
+  args.dense_strides = {dense_outer_stride, dense_class_stride, dense_inner_stride};
+  args.nll = at<void>(nll);
+  args.lse = at<void>(lse);
+  args.row_max = at<void>(row_max);
+  args.log_sum = at<double>(log_sum);
+  args.entropy = at<void>(entropy);
+  args.argmax = at<std::int64_t>(argmax);
+  args.rank = at<std::int64_t>(rank);
+  args.smooth_sum = at<void>(smooth_sum);
+  args.dense_sum = at<void>(dense_sum);
+  args.dense_mass = at<void>(dense_mass);
+  args.bad_row = &bad_row;
+  without_gil(elements_of(args.tile), [&] { kernels().row_stats(args); });
   return bad_row;
 }
 
@@ -77,33 +68,35 @@ void row_grad(int dtype, int threads, Address logits, std::int64_t outer, std::i
   if (e_scale != 0 && !dense_target) throw nb::value_error("row_grad: e_scale needs dense_target");
   if (b_scale != 0 && (f_scale != 0 || e_scale != 0) && !dense_target)
     throw nb::value_error("row_grad: b_scale together with f_scale needs a dense target");
-  call(kernels().row_grad, RowGradArgs{static_cast<DType>(dtype),
-                                       threads,
-                                       {outer, classes, inner, outer_stride, class_stride, inner_stride},
-                                       at<void>(logits),
-                                       {grad_outer_stride, grad_class_stride, grad_inner_stride},
-                                       at<void>(grad),
-                                       at<std::int64_t>(target),
-                                       ignore_index,
-                                       at<void>(class_weight),
-                                       index_weight,
-                                       at<void>(dense_target),
-                                       {dense_outer_stride, dense_class_stride, dense_inner_stride},
-                                       at<void>(row_max),
-                                       at<double>(log_sum),
-                                       at<void>(upstream),
-                                       upstream_stride,
-                                       a_scale,
-                                       b_scale,
-                                       c_scale,
-                                       e_scale,
-                                       f_scale,
-                                       a_extra,
-                                       at<void>(a),
-                                       at<void>(b),
-                                       at<void>(c),
-                                       at<void>(e),
-                                       at<void>(f)});
+  RowGradArgs args{};
+  args.dtype = static_cast<DType>(dtype);
+  args.threads = threads;
+  args.tile = {outer, classes, inner, outer_stride, class_stride, inner_stride};
+  args.logits = at<void>(logits);
+  args.grad_strides = {grad_outer_stride, grad_class_stride, grad_inner_stride};
+  args.grad = at<void>(grad);
+  args.target = at<std::int64_t>(target);
+  args.ignore_index = ignore_index;
+  args.class_weight = at<void>(class_weight);
+  args.index_weight = index_weight;
+  args.dense_target = at<void>(dense_target);
+  args.dense_strides = {dense_outer_stride, dense_class_stride, dense_inner_stride};
+  args.row_max = at<void>(row_max);
+  args.log_sum = at<double>(log_sum);
+  args.upstream = at<void>(upstream);
+  args.upstream_stride = upstream_stride;
+  args.a_scale = a_scale;
+  args.b_scale = b_scale;
+  args.c_scale = c_scale;
+  args.e_scale = e_scale;
+  args.f_scale = f_scale;
+  args.a_extra = a_extra;
+  args.a = at<void>(a);
+  args.b = at<void>(b);
+  args.c = at<void>(c);
+  args.e = at<void>(e);
+  args.f = at<void>(f);
+  without_gil(elements_of(args.tile), [&] { kernels().row_grad(args); });
 }
 
 // A torch tensor of the given shape on a pooled block; the block returns to the pool when its last tensor dies.

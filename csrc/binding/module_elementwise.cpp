@@ -1,12 +1,12 @@
 // The elementwise and cosine kernels as Python functions. A tensor arrives as (address, storage, strides), or None;
-// every check of it belongs to the caller, src/logitless/kernels/cpu_elementwise.py.
+// every check of it belongs to the caller, src/logitless/kernels.
 #include "binding/module_elementwise.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 
-#include "binding/gil.h"
+#include "binding/call.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -27,7 +27,7 @@ Operand operand(const nb::object& given, int dims) {
   for (int d = 0; d < dims; ++d) o.strides[d] = 0;
   if (given.is_none()) return o;
   const nb::tuple parts = nb::cast<nb::tuple>(given);
-  o.data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(parts[0]));
+  o.data = at<void>(nb::cast<Address>(parts[0]));
   o.storage = static_cast<Storage>(nb::cast<int>(parts[1]));
   const nb::tuple strides = nb::cast<nb::tuple>(parts[2]);
   if (strides.size() == 0) return o;
@@ -102,13 +102,16 @@ nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, co
   return nb::make_tuple(sum, outside);
 }
 
-struct Pairs {
+// A call of the cosine kernels as it arrives: all sizes, and in `order` the dimensions that number the rows, of which
+// `kept` have more than one element.
+struct VectorPairs {
   CosineArgs args;
   std::int64_t sizes[kMaxDims];
   int order[kMaxDims], kept, dims;
   std::int64_t elements;
 };
 
+// A tensor as vectors along dimension `dim`.
 void vectors(const nb::object& given, int dims, int dim, Vectors* v) {
   const Operand o = operand(given, dims);
   v->data = o.data;
@@ -116,9 +119,8 @@ void vectors(const nb::object& given, int dims, int dim, Vectors* v) {
   v->step = o.strides[dim];
 }
 
-void pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-           bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t out, std::uintptr_t saved,
-           Pairs* p) {
+void read_pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
+                bool embedding, double eps, double margin, Address target, Address out, Address saved, VectorPairs* p) {
   p->dims = dims_of(shape);
   if (dim < 0 || dim >= p->dims) throw nb::value_error("no such dimension");
   p->kept = 0;
@@ -137,36 +139,41 @@ void pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::
   a.embedding = embedding;
   a.eps = eps;
   a.margin = margin;
-  a.target = reinterpret_cast<const double*>(target);
-  a.out = reinterpret_cast<void*>(out);
-  a.saved = reinterpret_cast<double*>(saved);
+  a.target = at<const double>(target);
+  a.out = at<void>(out);
+  a.saved = at<double>(saved);
 }
 
 void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-            bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t out,
-            std::uintptr_t saved) {
-  Pairs p;
-  pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, out, saved, &p);
+            bool embedding, double eps, double margin, Address target, Address out, Address saved) {
+  VectorPairs p;
+  read_pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, out, saved, &p);
   p.args.rows.dims = arrange<2>(p.sizes, {p.args.x1.strides, p.args.x2.strides}, p.order, p.kept, p.args.rows.sizes);
   void (*const kernel)(const CosineArgs&) = kernels().cosine;
   without_gil(p.elements, [&] { kernel(p.args); });
 }
 
 void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-                 bool embedding, double eps, double margin, std::uintptr_t target, std::uintptr_t saved,
-                 std::uintptr_t upstream, std::int64_t upstream_stride, double upstream_scale, const nb::object& grad1,
+                 bool embedding, double eps, double margin, Address target, Address saved, Address upstream,
+                 std::int64_t upstream_stride, double upstream_scale, const nb::object& grad1,
                  const nb::object& grad2) {
-  Pairs p;
-  pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, 0, saved, &p);
+  VectorPairs p;
+  read_pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, 0, saved, &p);
   CosineGradArgs g;
-  g.upstream = reinterpret_cast<const void*>(upstream);
+  g.upstream = at<const void>(upstream);
   g.upstream_stride = upstream_stride;
   g.upstream_scale = upstream_scale;
   vectors(grad1, p.dims, dim, &g.grad1);
   vectors(grad2, p.dims, dim, &g.grad2);
-  if (!g.grad1.data)
-    g.grad1 = g.grad2.data ? g.grad2 : p.args.x1, g.grad1.data = nullptr;  // its strides must not keep rows apart
-  if (!g.grad2.data) g.grad2 = g.grad1, g.grad2.data = nullptr;
+  // A gradient that is not wanted gets another one's strides: its own must not keep rows apart.
+  if (!g.grad1.data) {
+    g.grad1 = g.grad2.data ? g.grad2 : p.args.x1;
+    g.grad1.data = nullptr;
+  }
+  if (!g.grad2.data) {
+    g.grad2 = g.grad1;
+    g.grad2.data = nullptr;
+  }
   p.args.rows.dims = arrange<4>(p.sizes, {p.args.x1.strides, p.args.x2.strides, g.grad1.strides, g.grad2.strides},
                                 p.order, p.kept, p.args.rows.sizes);
   g.forward = p.args;

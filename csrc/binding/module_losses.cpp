@@ -9,16 +9,13 @@
 #include <memory>
 #include <numeric>
 
-#include "binding/gil.h"
+#include "binding/call.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
 using namespace logitless;
-using Address = std::uintptr_t;
 
 namespace {
-
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 // Contiguous rows [rows, classes], and what cross-entropy asks of them. Either a target or a dense target is given.
 struct Problem {
@@ -71,13 +68,20 @@ Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Re
   const Real* const weight = static_cast<const Real*>(p.weight);
   const Real kept = static_cast<Real>(1 - p.smoothing), spread = static_cast<Real>(p.spread());
   Sum sum{0, p.target ? 0 : static_cast<double>(p.rows)};
-  if (p.target && !weight && p.smoothing == 0 && !losses) {  // of ignored rows the loss is 0
+  // The plain case, in four sums that do not wait for each other. The loss of an ignored row is 0.
+  if (p.target && !weight && p.smoothing == 0 && !losses) {
     double total[4] = {};
     std::int64_t r = 0, ignored = 0;
-    for (; r + 4 <= p.rows; r += 4)
-      for (int k = 0; k < 4; ++k)
-        total[k] += static_cast<double>(nll[r + k]), ignored += p.target[r + k] == p.ignore_index;
-    for (; r < p.rows; ++r) total[0] += static_cast<double>(nll[r]), ignored += p.target[r] == p.ignore_index;
+    for (; r + 4 <= p.rows; r += 4) {
+      for (int k = 0; k < 4; ++k) {
+        total[k] += static_cast<double>(nll[r + k]);
+        ignored += p.target[r + k] == p.ignore_index;
+      }
+    }
+    for (; r < p.rows; ++r) {
+      total[0] += static_cast<double>(nll[r]);
+      ignored += p.target[r] == p.ignore_index;
+    }
     return {(total[0] + total[1]) + (total[2] + total[3]), static_cast<double>(p.rows - ignored)};
   }
   for (std::int64_t r = 0; r < p.rows; ++r) {

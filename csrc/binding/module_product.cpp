@@ -1,12 +1,11 @@
-// Python binding of the matrix product; addresses, shapes and strides as in module.cpp.
+// Python binding of the matrix product; addresses, shapes and strides as in binding/module.cpp.
 #include "binding/module_product.h"
 
-#include "binding/gil.h"
+#include "binding/call.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
 using namespace logitless;
-using Address = std::uintptr_t;
 
 namespace {
 
@@ -18,22 +17,23 @@ void product(int a_dtype, int b_dtype, int c_dtype, int threads, std::int64_t ro
     throw nb::value_error("product: the instruction set in use has none of this dtype");
   if (a_dtype != b_dtype && a_dtype != static_cast<int>(DType::kFloat32))
     throw nb::value_error("product: a and b must have one dtype, or a float32");
-  const ProductArgs args{a_dtype,
-                         b_dtype,
-                         c_dtype,
-                         threads,
-                         rows,
-                         depth,
-                         columns,
-                         reinterpret_cast<const void*>(a),
-                         a_row_stride,
-                         a_depth_stride,
-                         reinterpret_cast<const void*>(b),
-                         b_depth_stride,
-                         b_column_stride,
-                         reinterpret_cast<void*>(c),
-                         c_row_stride,
-                         accumulate};
+  ProductArgs args{};
+  args.a_dtype = a_dtype;
+  args.b_dtype = b_dtype;
+  args.c_dtype = c_dtype;
+  args.threads = threads;
+  args.rows = rows;
+  args.depth = depth;
+  args.columns = columns;
+  args.a = at<void>(a);
+  args.a_row_stride = a_row_stride;
+  args.a_depth_stride = a_depth_stride;
+  args.b = at<void>(b);
+  args.b_depth_stride = b_depth_stride;
+  args.b_column_stride = b_column_stride;
+  args.c = at<void>(c);
+  args.c_row_stride = c_row_stride;
+  args.accumulate = accumulate;
   without_gil(rows * columns * depth, [&] { kernels().product(args); });
 }
 
