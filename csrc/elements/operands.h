@@ -14,6 +14,7 @@
 #include "simd/load_store.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 template <class Real> inline constexpr int64_t kChunk = 4096 / sizeof(Real);  // elements computed from and to L1
 
@@ -178,4 +179,5 @@ template <class Real> struct Source {
   }
 };
 
+}  // namespace
 }  // namespace logitless::LL_ISA

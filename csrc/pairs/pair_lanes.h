@@ -10,6 +10,7 @@
 #include "rows/tile_rows.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 // `width` neighbouring rows, cut into tiles of at most `tile_width` rows and `parts` parts of the classes.
 struct LaneTiles {
@@ -61,4 +62,5 @@ void for_rows_in_lanes(const Tile& tile, int64_t tile_width, int64_t row_bytes, 
   });
 }
 
+}  // namespace
 }  // namespace logitless::LL_ISA

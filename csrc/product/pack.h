@@ -18,6 +18,7 @@
 #include "simd/load_store.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 using Unit = uint32_t;
 
@@ -188,4 +189,5 @@ LL_INLINE void pack_panels(Factor<S> from, int64_t panels, const Lanes& first_la
   }
 }
 
+}  // namespace
 }  // namespace logitless::LL_ISA

@@ -16,6 +16,7 @@
 #include "product/pack.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 #if defined(__AVX512F__)
 inline constexpr int kRows = 14;  // of 32 registers: 28 vectors of sums, two of b, two for a
@@ -124,4 +125,5 @@ LL_INLINE void sums_of_height(int64_t tall, int64_t depth, const Unit* a, const 
   if constexpr (kTall > 1) sums_of_height<T, Out, kTall - 1>(tall, depth, a, b, c, c_row_stride, corner, ahead);
 }
 
+}  // namespace
 }  // namespace logitless::LL_ISA

@@ -19,6 +19,7 @@
 #include "simd/log.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 // Which terms there are beyond a and c: b; f; e.
 enum GradFlags { kGap = 1, kConstant = 2, kTargets = 4 };
@@ -177,4 +178,5 @@ template <class T, int Flags> struct GradRows {
   }
 };
 
+}  // namespace
 }  // namespace logitless::LL_ISA

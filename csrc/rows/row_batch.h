@@ -20,6 +20,7 @@
 #include "rows/tile_rows.h"
 
 namespace logitless::LL_ISA {
+namespace {  // local to the kernel that includes this, as the kernel itself is
 
 enum class RowStatus : uint8_t { kRead, kIgnored, kBadTarget };
 
@@ -132,6 +133,7 @@ template <class T> struct RowBatch {
     count += n;
     const T* logits[L] = {};
     const T* any = nullptr;
+    alignas(LL_BYTES) Real targets[L] = {}, tops[L], sums[L];
     for (int64_t i = 0; i < n; ++i) {
       const RowStatus row_status = status[at + i] = job.status(first + i);
       if (row_status == RowStatus::kRead) any = logits[i] = job.row(first + i);
@@ -140,7 +142,23 @@ template <class T> struct RowBatch {
     if (any) {
       for (const T*& row : logits) row = row ? row : any;  // a row that is not read has one that is in its lane
       const ShortRows<Real> rows = fold_short<T>(logits, n, classes);
-      place_short(first, n, at, logits, rows);
+      store(tops, rows.max);
+      store(sums, rows.rest);
+      if (job.args.target) {
+        for (int64_t i = 0; i < n; ++i)
+          targets[i] = status[at + i] == RowStatus::kRead ? widen(logits[i][job.args.target[first + i]]) : Real(0);
+      }
+      const Vec<double> unit = splat<double>(static_cast<double>(rows.power));
+      for (int64_t i = 0; i < L; i += kLanes<double>) {
+        const Vec<double> top = load_wide(tops + i);
+        store(max + at + i, top);
+        store(above_target + at + i, top - load_wide(targets + i));
+        store(base + at + i, Vec<double>{});
+        store(power + at + i, unit);
+        store(rest + at + i, without_drift<Real>(load_wide(sums + i), unit));
+      }
+      memset(arg + at, 0, sizeof *arg * L);
+      // A row that the common unit did not suit is folded alone.
       if (const uint32_t valid = rows.valid_bits(); __builtin_expect(valid != kAllBits<Real>, 0)) {
         for (int64_t i = 0; i < n; ++i) {
           if ((valid >> i & 1) || status[at + i] != RowStatus::kRead) continue;
@@ -149,28 +167,6 @@ template <class T> struct RowBatch {
       }
     }
     if (count > kMaxRows - L) flush();
-  }
-
-  LL_INLINE void place_short(int64_t first, int64_t n, int64_t at, const T* const* logits,
-                             const ShortRows<Real>& rows) {
-    constexpr int L = kLanes<Real>;
-    alignas(LL_BYTES) Real targets[L] = {}, tops[L], sums[L];
-    store(tops, rows.max);
-    store(sums, rows.rest);
-    if (job.args.target) {
-      for (int64_t i = 0; i < n; ++i)
-        targets[i] = status[at + i] == RowStatus::kRead ? widen(logits[i][job.args.target[first + i]]) : Real(0);
-    }
-    const Vec<double> unit = splat<double>(static_cast<double>(rows.power));
-    for (int64_t i = 0; i < L; i += kLanes<double>) {
-      const Vec<double> top = load_wide(tops + i);
-      store(max + at + i, top);
-      store(above_target + at + i, top - load_wide(targets + i));
-      store(base + at + i, Vec<double>{});
-      store(power + at + i, unit);
-      store(rest + at + i, without_drift<Real>(load_wide(sums + i), unit));
-    }
-    memset(arg + at, 0, sizeof *arg * L);
   }
 
   // 3. One output of every row: values(i) of a vector of rows where they were read.
@@ -231,4 +227,5 @@ template <class T> struct RowBatch {
   }
 };
 
+}  // namespace
 }  // namespace logitless::LL_ISA
