@@ -387,7 +387,7 @@ def test_score_refuses_another_kind_of_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
     base = save_model(tmp_path / "base")
-    line = refused(monkeypatch, capsys, tmp_path, "score", base, "--text", text, "--out", tmp_path / "rows.csv")
+    line = refused(monkeypatch, capsys, tmp_path, "score", base, "--text", text, "--out", tmp_path / "rows.txt")
     assert ".parquet or a .jsonl" in line
 
 

@@ -26,6 +26,12 @@ def main() -> None:
             'run: pip install "logitless[cli]"\n'
         )
         raise SystemExit(2)
-    from logitless.cli.app import run
+    from logitless.cli.stops import Stopped, end_by, stops_raised
 
-    run()
+    try:
+        with stops_raised():
+            from logitless.cli.app import run
+
+            run()
+    except Stopped as stopped:
+        end_by(stopped)

@@ -1,6 +1,6 @@
 """Per-token rows: what `logitless` itself says of each scored token, as numpy columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import logitless as ll
 from logitless.cli.errors import InputError
 from logitless.cli.models import Head, LanguageModel
 from logitless.cli.progress import Steps
+from logitless.cli.states import States
 from logitless.cli.statistics import Columns
 from logitless.cli.text import BosRule, Text, TokenisedText, Window, tokenise
 
@@ -65,17 +66,17 @@ def check_fits(model: LanguageModel, plan: ReadingPlan) -> None:
         raise InputError(f"{model.name.label} has {model.head.rows} classes, but its tokenizer gave token {highest}")
 
 
-def read_hidden(model: LanguageModel, plan: ReadingPlan, steps: Steps) -> list[Tensor]:
+def read_hidden(model: LanguageModel, plan: ReadingPlan, steps: Steps) -> States:
     """Return, for each window, the state that predicts each of its targets."""
     label = f"reading with {model.name.label}"
-    states = []
+    states = States(plan.scored_tokens)
     for _, window in steps.track(plan.windows(), label, plan.window_count):
         prefix = plan.bos.prefix(window)
         states.append(model.hidden(prefix + window.inputs)[len(prefix) :])
     return states
 
 
-def score_rows(head: Head, hidden: Sequence[Tensor], plan: ReadingPlan, label: str, steps: Steps) -> list[Columns]:
+def score_rows(head: Head, hidden: Iterable[Tensor], plan: ReadingPlan, label: str, steps: Steps) -> list[Columns]:
     """Return the columns of one model for each text: token, window, position, nll, lse, entropy and rank."""
     parts: list[list[Columns]] = [[] for _ in plan.texts]
     for (number, window), states in steps.track(zip(plan.windows(), hidden, strict=True), label, plan.window_count):
@@ -88,7 +89,7 @@ def score_rows(head: Head, hidden: Sequence[Tensor], plan: ReadingPlan, label: s
 
 def pair_rows(
     heads: tuple[Head, Head],
-    hidden: tuple[Sequence[Tensor], Sequence[Tensor]],
+    hidden: tuple[Iterable[Tensor], Iterable[Tensor]],
     plan: ReadingPlan,
     label: str,
     steps: Steps,

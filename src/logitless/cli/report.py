@@ -1,34 +1,32 @@
 """The HTML report: tables, plots, and the text around the tokens that moved most, in one file that loads nothing."""
 
 import importlib.resources
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
 from logitless.cli.comparison import Comparison, Pair, WorstToken
 from logitless.cli.plots import figures
-from logitless.cli.tables import number, short_name, size
+from logitless.cli.tables import number, size
 
 _CONTEXT_TOKENS = 30
 
 
-def write_report(comparison: Comparison, results: dict[str, Any], path: Path) -> None:
+def write_report(comparison: Comparison, results: dict[str, Any], file: BinaryIO) -> None:
     """Write the report; every text in it is escaped, and its content policy forbids it to load anything."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
     environment.filters["size"] = size
-    environment.filters["short"] = short_name
     source = importlib.resources.files("logitless.cli").joinpath("report.html.jinja").read_text("utf-8")
-    names = [short_name(candidate["model"], results["base"]["model"]) for candidate in results["candidates"]]
+    names = [candidate["label"] for candidate in results["candidates"]]
     page = environment.from_string(source).render(
         results=results,
         figures=figures(comparison, names),
         worst=[_spans(pair, comparison) for pair in comparison.pairs],
         plotly=get_plotlyjs(),
     )
-    path.write_text(page, "utf-8")
+    file.write(page.encode())
 
 
 def _spans(pair: Pair, comparison: Comparison) -> list[dict[str, Any]]:
