@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from logitless.cli.errors import InputError
 from logitless.cli.text import BosRule, Text, TokenisedText, Window, bos_rule, read_texts, split_pieces, tokenise
-from models import byte_tokenizer
+from models import text_tokenizer
 
 
 @given(count=st.integers(2, 700), size=st.integers(1, 130))
@@ -25,7 +25,7 @@ def test_windows_score_every_token_after_the_first_exactly_once(count: int, size
 
 @given(st.text(min_size=2))
 def test_pieces_of_a_byte_tokenizer_join_to_the_text_and_its_bytes(content: str) -> None:
-    tokens = tokenise(byte_tokenizer(), Text("t", content), None)
+    tokens = tokenise(text_tokenizer(), Text("t", content), None)
     assert "".join(tokens.pieces) == content
     assert len(tokens.ids) == len(content.encode())
     # A character of several bytes belongs to the token that completes it.
@@ -39,21 +39,21 @@ def test_pieces_keep_what_no_token_covers() -> None:
 
 
 def test_max_tokens_is_the_number_of_tokens_scored() -> None:
-    tokens = tokenise(byte_tokenizer(), Text("t", "abcdefgh"), 3)
+    tokens = tokenise(text_tokenizer(), Text("t", "abcdefgh"), 3)
     assert tokens.scored_tokens == 3
     assert tokens.pieces == ["a", "b", "c", "d"]
-    assert tokenise(byte_tokenizer(), Text("t", "abc"), 30).scored_tokens == 2
+    assert tokenise(text_tokenizer(), Text("t", "abc"), 30).scored_tokens == 2
 
 
 def test_a_character_cut_off_by_max_tokens_is_not_counted() -> None:
-    tokens = tokenise(byte_tokenizer(), Text("t", "a😀b"), 2)
+    tokens = tokenise(text_tokenizer(), Text("t", "a😀b"), 2)
     assert tokens.scored_tokens == 2
     assert tokens.scored_bytes == 0
 
 
 def test_bos_follows_the_tokenizer() -> None:
-    assert bos_rule(byte_tokenizer()).token is None
-    assert bos_rule(byte_tokenizer(bos=True)).token == 0
+    assert bos_rule(text_tokenizer()).token is None
+    assert bos_rule(text_tokenizer(bos=True)).token == 0
 
 
 def test_bos_precedes_every_window_but_never_itself() -> None:
@@ -78,4 +78,4 @@ def test_unusable_texts_are_refused(tmp_path: Path, content: bytes | None, messa
 
 def test_a_text_of_one_token_is_refused() -> None:
     with pytest.raises(InputError, match="1 token; two are needed"):
-        tokenise(byte_tokenizer(), Text("t", "a"), None)
+        tokenise(text_tokenizer(), Text("t", "a"), None)

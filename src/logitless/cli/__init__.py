@@ -13,6 +13,8 @@ _CLI_EXTRA = (
     "mpmath",
     "transformers",
     "accelerate",
+    "tokenizers",
+    "safetensors",
     "gguf",
 )
 

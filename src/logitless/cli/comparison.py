@@ -2,26 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import logitless as ll
 from logitless.cli.errors import InputError
-from logitless.cli.measure import ReadingPlan, all_texts, check_fits, make_plan, pair_rows, read_hidden
+from logitless.cli.measure import ReadingPlan, all_texts, make_plan, pair_rows, read_hidden
 from logitless.cli.memory import MemoryMeter, MemoryUse
 from logitless.cli.models import (
     Head,
     LanguageModel,
     ModelName,
+    ModelSource,
     check_model,
     load_model,
+    open_model,
     rounded_copy,
 )
 from logitless.cli.progress import Steps
 from logitless.cli.states import States
 from logitless.cli.statistics import Columns
-from logitless.cli.text import Text, bos_rule
+from logitless.cli.text import Text
 from logitless.cli.token_names import token_name
 
 _WORST_TOKENS = 12
@@ -97,14 +100,15 @@ def compare_models(
     Candidates are loaded one after another, so that at most two models are in memory; one that is a rounding of the
     base is made from it there. Once no rounding is to follow, the base's own weights go, all but its head's.
     """
-    with steps.step(f"loading {base_name.label}"):
-        base = load_model(base_name)
-    bos = bos_rule(base.tokenizer)
-    plan = make_plan(base, bos, texts, window, max_tokens)
+    plan = make_plan(_sources([base_name, *candidate_names]), texts, window, max_tokens)
     steps.note(
         f"{plan.scored_tokens} tokens to score in {plan.window_count} windows of {window}; "
-        f"beginning-of-text token: {bos.description}"
+        f"beginning-of-text token: {plan.bos.description}"
     )
+    for note in plan.notes:
+        steps.note(note)
+    with steps.step(f"loading {base_name.label}"):
+        base = load_model(base_name)
     check_model(base, plan.sample)
     facts, hidden = facts_of(base), read_hidden(base, plan, steps)
     pairs, refused = list[Pair](), list[Refused]()
@@ -122,6 +126,16 @@ def compare_models(
     if not pairs:
         raise InputError("no candidate could be measured: " + "; ".join(one.reason for one in refused))
     return Comparison(facts, plan, pairs, refused, _partial_tokens(base, plan))
+
+
+def _sources(names: Sequence[ModelName]) -> list[ModelSource]:
+    """Look through the files of all models, each once however it is rounded."""
+    found: dict[Path, ModelSource] = {}
+    for name in names:
+        path = name.path.resolve()
+        if path not in found:
+            found[path] = open_model(name)
+    return [found[name.path.resolve()] for name in names]
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
@@ -143,8 +157,7 @@ def _pair(
     name: ModelName, base: LanguageModel, base_name: ModelName, base_hidden: States, plan: ReadingPlan, steps: Steps
 ) -> Pair:
     candidate = _candidate(name, base, base_name, steps)
-    heads = _comparable_heads(base, candidate, plan)
-    check_fits(candidate, plan)
+    heads = base.head.trimmed(plan.classes), candidate.head.trimmed(plan.classes)
     check_model(candidate, plan.sample)
     facts, hidden = facts_of(candidate), read_hidden(candidate, plan, steps)
     return _measure(base, facts, heads, (base_hidden, hidden), plan, steps)
@@ -171,36 +184,6 @@ def _partial_tokens(base: LanguageModel, plan: ReadingPlan) -> dict[int, str]:
         token for text in plan.texts for token, piece in zip(text.ids[1:], text.pieces[1:], strict=True) if piece == ""
     }
     return {token: token_name(base.tokenizer, token) for token in sorted(found)}
-
-
-def _comparable_heads(base: LanguageModel, candidate: LanguageModel, plan: ReadingPlan) -> tuple[Head, Head]:
-    """Refuse tokenizers that differ; of heads padded to different sizes keep the rows the tokenizer has."""
-    if candidate.tokenizer is base.tokenizer:
-        return base.head, candidate.head
-    ours: dict[str, int] = base.tokenizer.get_vocab()
-    theirs: dict[str, int] = candidate.tokenizer.get_vocab()
-    names = f"{base.name.label} and {candidate.name.label}"
-    if ours != theirs:
-        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        raise InputError(
-            f"{names} have different vocabularies ({len(ours)} and {len(theirs)} tokens; {len(differing)} differ, "
-            f"{differing[0]!r} for one), so their predictions cannot be compared token by token"
-        )
-    for text in plan.texts:
-        ids = candidate.tokenizer(text.text.content, add_special_tokens=False)["input_ids"]
-        if ids[: len(text.ids)] != text.ids:
-            raise InputError(f"the tokenizers of {names} split {text.text.name} differently")
-    if bos_rule(candidate.tokenizer) != plan.bos:
-        raise InputError(f"the tokenizers of {names} differ in whether a text begins with a special token")
-    if base.head.rows == candidate.head.rows:
-        return base.head, candidate.head
-    rows = max(ours.values()) + 1
-    if rows > min(base.head.rows, candidate.head.rows):
-        raise InputError(
-            f"{names} have heads of {base.head.rows} and {candidate.head.rows} rows "
-            f"for the tokenizer's {rows}: different vocabularies"
-        )
-    return base.head.trimmed(rows), candidate.head.trimmed(rows)
 
 
 def _measure(

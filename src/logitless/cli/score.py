@@ -9,7 +9,7 @@ from logitless.cli.comparison import facts_of
 from logitless.cli.errors import InputError
 from logitless.cli.measure import all_texts, make_plan, read_hidden, score_rows
 from logitless.cli.memory import MemoryMeter
-from logitless.cli.models import check_model, load_model, parse_model_name
+from logitless.cli.models import check_model, load_model, open_model, parse_model_name
 from logitless.cli.outputs import Outputs, model_files
 from logitless.cli.progress import Steps
 from logitless.cli.results import (
@@ -23,7 +23,7 @@ from logitless.cli.results import (
 from logitless.cli.rows import row_writer, score_table
 from logitless.cli.statistics import model_summary
 from logitless.cli.tables import print_score
-from logitless.cli.text import bos_rule, read_texts
+from logitless.cli.text import read_texts
 
 
 def run_score(
@@ -40,10 +40,12 @@ def run_score(
     outputs = Outputs({"--out": out, "--json": json_path}, [*text_paths, *model_files(name.path)])
     texts = read_texts(text_paths)
     steps = Steps()
+    plan = make_plan([open_model(name)], texts, window, max_tokens)
+    steps.note(f"{plan.scored_tokens} tokens to score; beginning-of-text token: {plan.bos.description}")
+    for note in plan.notes:
+        steps.note(note)
     with steps.step(f"loading {name.label}"):
         model = load_model(name)
-    plan = make_plan(model, bos_rule(model.tokenizer), texts, window, max_tokens)
-    steps.note(f"{plan.scored_tokens} tokens to score; beginning-of-text token: {plan.bos.description}")
     check_model(model, plan.sample)
     hidden = read_hidden(model, plan, steps)
     with MemoryMeter() as meter:

@@ -16,7 +16,7 @@ def token_name(tokenizer: Any, token: int) -> str:
     text: str = tokenizer.decode([token])
     if text and "\ufffd" not in text:
         return text
-    stored = tokenizer.convert_ids_to_tokens(token)
+    stored = tokenizer.token(token)
     if stored is None:
         return f"token {token}"
     if _BYTE_TOKEN.fullmatch(stored) or any(character not in _BYTE_OF for character in stored):
