@@ -9,9 +9,8 @@ from typing import Any
 
 from tokenizers import Regex
 from tokenizers.normalizers import NFC
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-_GPT_2 = "gpt-2"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _REST
@@ -30,10 +29,13 @@ _GPT_4O = (
 )
 _SEED_CODER = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CJK_DEEPSEEK = "[一-龥ࠀ-一가-퟿]+"
-_DEEPSEEK_LLM_WORD = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐ"
-    r"ῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+# Cased letters as DeepSeek lists them; escaped are those that Unicode's composition would change in this file.
+_DEEPSEEK_CASED = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
+    "Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
+_DEEPSEEK_LLM_WORD = rf"\s?[{_DEEPSEEK_CASED}]+"
 _DEEPSEEK_LLM = (r"[\r\n]", _DEEPSEEK_LLM_WORD, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK_DEEPSEEK)
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_DEEPSEEK)
 _DEEPSEEK_V3 = (
@@ -69,11 +71,6 @@ def _single_digits(normalizer: Any = None) -> PreTokenizer:
     return PreTokenizer(Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), normalizer)
 
 
-def _falcon() -> PreTokenizer:
-    steps = [Punctuation("contiguous"), ByteLevel(add_prefix_space=False), Digits(individual_digits=False)]
-    return PreTokenizer(Sequence([*steps, Split(Regex("[0-9][0-9][0-9]"), "isolated")]))
-
-
 def _llama_3() -> PreTokenizer:
     return PreTokenizer(_split(_LLAMA_3), ignore_merges=True, adds_bos=True)
 
@@ -93,7 +90,6 @@ _RULES = {
     "deepseek-llm": lambda: PreTokenizer(_split(*_DEEPSEEK_LLM, digits=True)),
     "deepseek-coder": lambda: PreTokenizer(_split(*_DEEPSEEK_CODER, digits=True)),
     "deepseek-v3": lambda: PreTokenizer(_split(*_DEEPSEEK_V3)),
-    "falcon": _falcon,
 }
 
 NAMES = tuple(sorted(_RULES))
