@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from logitless.cli.models import LanguageModel, ModelName, load_model
+from logitless.cli.models import LanguageModel, ModelName, ModelSource, load_model
 from logitless.cli.networks import transformers
 from logitless.cli.tokenizer import TextTokenizer, read_tokenizer_json
 
@@ -85,9 +85,9 @@ def real_model_path() -> Path:
     return packaged_model()
 
 
-def read_once(name: ModelName) -> LanguageModel:
+def read_once(name: ModelName, source: ModelSource | None = None) -> LanguageModel:
     """Stand in for `load_model`: the real model comes from `real_model`, others from their files."""
-    return real_model() if name.path == real_model_path() and name.rounding is None else load_model(name)
+    return real_model() if name.path == real_model_path() and name.rounding is None else load_model(name, source)
 
 
 def dense_log_probs(network: Any, ids: list[int]) -> torch.Tensor:

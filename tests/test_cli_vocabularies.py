@@ -43,7 +43,7 @@ def compared(
 
 
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "load_model", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(comparison, "load_model", lambda *_: pytest.fail("a model was loaded"))
 
 
 def nll(path: Path, classes: int) -> float:

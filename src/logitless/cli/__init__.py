@@ -12,7 +12,6 @@ _CLI_EXTRA = (
     "plotly",
     "mpmath",
     "transformers",
-    "accelerate",
     "tokenizers",
     "safetensors",
     "gguf",

@@ -152,7 +152,9 @@ def _stored_types(file: Path) -> Iterator[tuple[str, str]]:
                 for name in stored.keys():  # noqa: SIM118 (not a mapping)
                     yield name, stored.get_slice(name).get_dtype()
         except safetensors.SafetensorError as error:
-            raise InputError(f"{file} cannot be loaded: it is cut short or damaged ({first_line(error)})") from error
+            raise InputError(
+                f"{file} cannot be loaded: it is cut short or damaged ({first_line(error)}); fetch it again"
+            ) from error
         return
     try:
         stored = torch.load(file, map_location="meta", weights_only=True)

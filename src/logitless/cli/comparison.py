@@ -100,7 +100,8 @@ def compare_models(
     Candidates are loaded one after another, so that at most two models are in memory; one that is a rounding of the
     base is made from it there. Once no rounding is to follow, the base's own weights go, all but its head's.
     """
-    plan = make_plan(_sources([base_name, *candidate_names]), texts, window, max_tokens)
+    sources = _sources([base_name, *candidate_names])
+    plan = make_plan(list(sources.values()), texts, window, max_tokens)
     steps.note(
         f"{plan.scored_tokens} tokens to score in {plan.window_count} windows of {window}; "
         f"beginning-of-text token: {plan.bos.description}"
@@ -108,14 +109,14 @@ def compare_models(
     for note in plan.notes:
         steps.note(note)
     with steps.step(f"loading {base_name.label}"):
-        base = load_model(base_name)
+        base = load_model(base_name, sources[base_name])
     check_model(base, plan.sample)
     facts, hidden = facts_of(base), read_hidden(base, plan, steps)
     pairs, refused = list[Pair](), list[Refused]()
     for index, name in enumerate(candidate_names):
         try:
             # In a function of its own, so that a candidate's memory is free before the next one loads.
-            pairs.append(_pair(name, base, base_name, hidden, plan, steps))
+            pairs.append(_pair(name, sources[name], base, base_name, hidden, plan, steps))
         except InputError as error:
             if len(candidate_names) == 1:
                 raise
@@ -128,14 +129,14 @@ def compare_models(
     return Comparison(facts, plan, pairs, refused, _partial_tokens(base, plan))
 
 
-def _sources(names: Sequence[ModelName]) -> list[ModelSource]:
-    """Look through the files of all models, each once however it is rounded."""
+def _sources(names: Sequence[ModelName]) -> dict[ModelName, ModelSource]:
+    """Look through the files of all models, each once however it is rounded; the base stays first."""
     found: dict[Path, ModelSource] = {}
     for name in names:
         path = name.path.resolve()
         if path not in found:
             found[path] = open_model(name)
-    return [found[name.path.resolve()] for name in names]
+    return {name: replace(found[name.path.resolve()], name=name) for name in names}
 
 
 def facts_of(model: LanguageModel) -> ModelFacts:
@@ -154,9 +155,15 @@ def facts_of(model: LanguageModel) -> ModelFacts:
 
 
 def _pair(
-    name: ModelName, base: LanguageModel, base_name: ModelName, base_hidden: States, plan: ReadingPlan, steps: Steps
+    name: ModelName,
+    source: ModelSource,
+    base: LanguageModel,
+    base_name: ModelName,
+    base_hidden: States,
+    plan: ReadingPlan,
+    steps: Steps,
 ) -> Pair:
-    candidate = _candidate(name, base, base_name, steps)
+    candidate = _candidate(name, source, base, base_name, steps)
     heads = base.head.trimmed(plan.classes), candidate.head.trimmed(plan.classes)
     check_model(candidate, plan.sample)
     facts, hidden = facts_of(candidate), read_hidden(candidate, plan, steps)
@@ -167,7 +174,9 @@ def _has_files_of(base_name: ModelName, name: ModelName) -> bool:
     return name.path.resolve() == base_name.path.resolve()
 
 
-def _candidate(name: ModelName, base: LanguageModel, base_name: ModelName, steps: Steps) -> LanguageModel:
+def _candidate(
+    name: ModelName, source: ModelSource, base: LanguageModel, base_name: ModelName, steps: Steps
+) -> LanguageModel:
     if _has_files_of(base_name, name):
         if name.rounding == base_name.rounding:
             return base
@@ -175,7 +184,7 @@ def _candidate(name: ModelName, base: LanguageModel, base_name: ModelName, steps
             with steps.step(f"rounding the weights to {name.rounding}"):
                 return rounded_copy(base, name.rounding)
     with steps.step(f"loading {name.label}"):
-        return load_model(name)
+        return load_model(name, source)
 
 
 def _partial_tokens(base: LanguageModel, plan: ReadingPlan) -> dict[int, str]:

@@ -6,6 +6,9 @@ class InputError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Return the type and the first line of an error that another library raised."""
+    """Return the type and the first line of an error of another library, and the next if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LEGACY_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 _NOT_MODELS = {"adapter": "a LoRA adapter", "mmproj": "the projector of images or sound", "imatrix": "an imatrix"}
 _FLOAT = gguf.GGUFValueType.FLOAT32
+_STRINGS = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
 _INTEGERS = frozenset(getattr(gguf.GGMLQuantizationType, name) for name in ("I8", "I16", "I32", "I64"))
 
 
@@ -132,15 +134,33 @@ class _BoundedReader(gguf.GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """Read a list of numbers at once; the library takes one after another, which is slow for a vocabulary."""
-        if raw_type == gguf.GGUFValueType.ARRAY:
-            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
-            if number is not None:
-                values = self._get(orig_offs + 12, number, count[0])
-                types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
-                return 12 + int(values.nbytes), [kind, count, values], [2], types
-        return super()._get_field_parts(orig_offs, raw_type)
+        """Read a list at once; the library makes arrays for each of its entries, seconds for a vocabulary."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        entry_type = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        number = self.gguf_scalar_to_np.get(entry_type)
+        if number is not None:
+            values = self._get(start, number, count)
+            return 12 + int(values.nbytes), [values], [0], [gguf.GGUFValueType.ARRAY, entry_type]
+        if entry_type != gguf.GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        strings, end = self._strings(start, count)
+        return end - orig_offs, [strings], [0], [gguf.GGUFValueType.ARRAY, entry_type]
+
+    def _strings(self, offset: int, count: int) -> tuple[list[bytes], int]:
+        content = self.data.data
+        length = struct.Struct(">Q" if self.endianess == gguf.GGUFEndian.BIG else "<Q")
+        strings = []
+        for _ in range(count):
+            if offset + 8 > len(content):
+                raise _CutShortError(f"it ends at byte {len(content)}, and byte {offset + 8} is needed")
+            start = offset + 8
+            offset = start + length.unpack_from(content, offset)[0]
+            if offset > len(content):
+                raise _CutShortError(f"it ends at byte {len(content)}, and byte {offset} is needed")
+            strings.append(bytes(content[start:offset]))
+        return strings, offset
 
 
 class _CutShortError(Exception):
@@ -160,6 +180,8 @@ def _reader(path: Path) -> Any:
 
 def _value(path: Path, entry: Any) -> Any:
     try:
+        if entry.types == _STRINGS:
+            return [string.decode("utf-8") for string in entry.parts[entry.data[0]]]
         value = entry.contents()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be loaded: metadata {entry.name} is not UTF-8") from error

@@ -172,12 +172,16 @@ def open_model(name: ModelName) -> ModelSource:
         checkpoint = Checkpoint(name.path)
         return ModelSource(name, read_tokenizer_json(name.path), checkpoint)
     file = read_gguf(name.path)
-    return ModelSource(name, gguf_tokenizer(file), GgufModel(file))
+    model = GgufModel(file)
+    return ModelSource(name, gguf_tokenizer(file), model)
 
 
-def load_model(name: ModelName) -> LanguageModel:
-    """Load a model and its tokenizer from local files into float32, checked for lost, unfit and non-finite weights."""
-    source = open_model(name)
+def load_model(name: ModelName, source: ModelSource | None = None) -> LanguageModel:
+    """Load a model and its tokenizer from local files into float32, checked for lost, unfit and non-finite weights.
+
+    `source` is what `open_model` found, where it has looked already.
+    """
+    source = open_model(name) if source is None else source
     network = source.content.network()
     for key, weight in network.named_parameters():
         if not torch.isfinite(weight).all():

@@ -40,12 +40,13 @@ def run_score(
     outputs = Outputs({"--out": out, "--json": json_path}, [*text_paths, *model_files(name.path)])
     texts = read_texts(text_paths)
     steps = Steps()
-    plan = make_plan([open_model(name)], texts, window, max_tokens)
+    source = open_model(name)
+    plan = make_plan([source], texts, window, max_tokens)
     steps.note(f"{plan.scored_tokens} tokens to score; beginning-of-text token: {plan.bos.description}")
     for note in plan.notes:
         steps.note(note)
     with steps.step(f"loading {name.label}"):
-        model = load_model(name)
+        model = load_model(name, source)
     check_model(model, plan.sample)
     hidden = read_hidden(model, plan, steps)
     with MemoryMeter() as meter:
