@@ -136,7 +136,7 @@ def run() -> None:
 
 def _run_verb() -> int | str | None:
     try:
-        status: int | str | None = app(standalone_mode=False)
+        status: int | str | None = app(standalone_mode=False, prog_name="logitless")
     except InputError as error:
         sys.stderr.write(f"logitless: {printable(str(error))}\n")
         return 2

@@ -56,7 +56,7 @@ class Outputs:
         for target in self._targets.values():
             if target.kind == "file":
                 _refuse_input(target, inputs)
-                with _beside(target.place):
+                with _beside(target.given):
                     pass  # a place without room for a file is known before the work
 
     @property

@@ -56,6 +56,7 @@ def plan_results(plan: ReadingPlan) -> dict[str, Any]:
         "windows": plan.window_count,
         "scored": "every token of a text after its first, once; texts are not joined",
         "bos": plan.bos.description,
+        "notes": [printable(note) for note in plan.notes],
         "texts": [
             {
                 "name": printable(text.text.name),

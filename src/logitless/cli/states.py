@@ -1,6 +1,7 @@
 """The hidden states of every window of the texts, kept until a candidate's are compared with them."""
 
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -33,14 +34,16 @@ class States:
         if not self._sizes:
             self._features = states.shape[1]
             if 4 * self._rows * self._features > _KEPT_IN_MEMORY:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed when the object goes)
+                weakref.finalize(self, self._file.close)
         self._sizes.append(len(states))
         if self._file is None:
             self._windows.append(states)
             return
         try:
-            self._file.write(states.float().contiguous().numpy().data)
-            self._file.flush()  # so that a full disk is told here
+            content = memoryview(states.float().numpy().tobytes())
+            while content:  # a disk that fills takes a part, and refuses the next
+                content = content[self._file.write(content) :]
         except OSError as error:
             raise InputError(
                 f"the hidden states of {self._rows} tokens take {4 * self._rows * self._features:,} bytes in "

@@ -66,9 +66,14 @@ def identity_summary(columns: Columns) -> dict[str, Any]:
 
 
 def distribution(values: Floats) -> dict[str, float]:
-    """Return the mean, the quantiles (linear interpolation) and the largest of `values`."""
-    found = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
+    """Return the mean, the quantiles (linear interpolation, infinite next to infinity) and the largest of `values`."""
+    found = {name: _quantile(values, share) for name, share in _QUANTILES.items()}
     return {"mean": float(values.mean()), **found, "max": float(values.max())}
+
+
+def _quantile(values: Floats, share: float) -> float:
+    above = float(np.quantile(values, share, method="higher"))
+    return above if math.isinf(above) else float(np.quantile(values, share))
 
 
 def naive_error(values: Floats) -> float | None:
