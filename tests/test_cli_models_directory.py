@@ -174,6 +174,25 @@ def test_stacks_of_matrices_are_not_rounded_in_silence(tmp_path: Path) -> None:
         load_model(parse_model_name(f"{folder}:int8"))
 
 
+def test_matrices_kept_the_other_way_round_are_rounded_along_their_inputs(tmp_path: Path) -> None:
+    from logitless.cli.networks import transformers
+    from logitless.cli.rounding import round_weight
+
+    folder = save_model(tmp_path / "model")
+    config = transformers.GPT2Config(vocab_size=257, n_embd=40, n_layer=1, n_head=2, tie_word_embeddings=False)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    weight = load(folder).network.transformer.h[0].mlp.c_fc.weight
+    rounded = load_model(parse_model_name(f"{folder}:int4")).network.transformer.h[0].mlp.c_fc.weight
+    assert weight.shape == (40, 160)
+    assert torch.equal(rounded, round_weight(weight.T.contiguous(), "int4").T)
+
+
+def test_a_model_without_a_vocabulary_is_no_language_model(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "is no language model: its config.json gives no vocab_size" in refusal(folder)
+
+
 def test_names_lead_to_what_is_meant(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
 

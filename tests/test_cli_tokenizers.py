@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from gguf_models import Writer
 from logitless.cli import pre_tokenizers as rules
 from logitless.cli.errors import InputError
+from logitless.cli.gguf_architectures import ARCHITECTURES
 from logitless.cli.gguf_file import read_gguf
 from logitless.cli.gguf_tokenizer import gguf_tokenizer
 from logitless.cli.models import open_model, parse_model_name
@@ -186,6 +187,12 @@ def test_a_named_rule_is_that_of_the_class(tmp_path: Path, vocabulary: Any, name
 def test_every_rule_is_held_to_another_source() -> None:
     # DeepSeek-LLM's letters are listed one by one there as here, so there is nothing else to hold them to.
     assert set(rules.NAMES) == {*LLAMA_CPP, *TRANSFORMERS, "deepseek-llm"}
+
+
+def test_the_documentation_names_every_rule_and_architecture() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text("utf-8")
+    words = set(regex.findall(r"[\w.]+(?:-[\w.]+)*", page.replace(". Another", " Another")))
+    assert {*rules.NAMES, *ARCHITECTURES} <= words
 
 
 def test_deepseek_llm_splits_lines_words_punctuation_and_digits(tmp_path: Path, vocabulary: Any) -> None:

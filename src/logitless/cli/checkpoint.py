@@ -42,6 +42,8 @@ class Checkpoint:
         # transformers raises any of a dozen types for a configuration it cannot use.
         except Exception as error:
             raise InputError(f"{folder / 'config.json'} cannot be loaded: {first_line(error)}") from error
+        if not isinstance(getattr(self._config.get_text_config(), "vocab_size", None), int):
+            raise InputError(f"{folder} is no language model: its config.json gives no vocab_size")
 
     @property
     def rows(self) -> int:

@@ -17,6 +17,7 @@ from logitless.cli.gguf_file import gguf_parts, is_gguf, read_gguf
 from logitless.cli.gguf_model import GgufModel
 from logitless.cli.gguf_tokenizer import gguf_tokenizer
 from logitless.cli.lfs import refuse_lfs_pointer
+from logitless.cli.networks import transformers
 from logitless.cli.rounding import ROUNDINGS, round_weight
 from logitless.cli.tokenizer import TextTokenizer, read_tokenizer_json
 from logitless.lazy import LazyLogits
@@ -58,7 +59,7 @@ class Head:
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> LazyLogits:
-        """Return the logits of `hidden` without computing them, to be measured in float64."""
+        """Return the logits of `hidden` without computing them: products in float32, sums over classes in float64."""
         return ll.linear(hidden, self.weight, self.bias, scale=self.scale, softcap=self.softcap).double()
 
     def trimmed(self, rows: int) -> "Head":
@@ -188,7 +189,12 @@ def load_model(name: ModelName, source: ModelSource | None = None) -> LanguageMo
             raise InputError(f"{name.path}: weight {key} holds NaN or infinity")
     if network.get_output_embeddings() is None:
         raise InputError(f"{name.path} has no language head")
-    head = _head_of(network).trimmed(source.classes)
+    head = _head_of(network)
+    if head.rows != source.rows:
+        raise InputError(
+            f"{name.path}: its head has {head.rows} rows where its configuration gives {source.rows} classes"
+        )
+    head = head.trimmed(source.classes)
     loaded = LanguageModel(replace(name, rounding=None), source.tokenizer, network, head, _digest(name.path))
     return loaded if name.rounding is None else _round_in_place(loaded, name.rounding)
 
@@ -241,6 +247,10 @@ def _is_rounded(model: LanguageModel, key: str) -> bool:
 
 
 def _round_in_place(model: LanguageModel, rounding: str) -> LanguageModel:
+    # GPT-2 keeps its matrices the other way round: their columns are what one input feeds, not their rows.
+    turned = {
+        id(module.weight) for module in model.network.modules() if isinstance(module, transformers.pytorch_utils.Conv1D)
+    }
     for key, weight in model.network.named_parameters():
         if weight.ndim > 2:
             raise InputError(
@@ -248,7 +258,9 @@ def _round_in_place(model: LanguageModel, rounding: str) -> LanguageModel:
                 "and only single matrices are"
             )
         if _is_rounded(model, key):
-            weight.data = round_weight(weight.data, rounding)
+            matrix = weight.data.T if id(weight) in turned else weight.data
+            rounded = round_weight(matrix.contiguous(), rounding)
+            weight.data = rounded.T.contiguous() if id(weight) in turned else rounded
     head = _head_of(model.network).trimmed(model.head.rows)
     return replace(model, name=replace(model.name, rounding=rounding), head=head)
 
