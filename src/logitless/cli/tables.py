@@ -88,11 +88,11 @@ def _summary_cells(summary: dict[str, Any]) -> list[str]:
 
 def _pairs(results: dict[str, Any]) -> Group:
     base = results["base"]["label"]
-    spread = _table(f"Divergence from p = {base}, nats per token; ± is the standard error of the mean, by windows", "q")
-    for name in ("measure", "mean", "±", "median", "p90", "p99", "p99.9", "max"):
+    spread = _table(f"Divergence from p = {base}, nats per token", "q")
+    for name in ("measure", "mean", "± (windows)", "median", "p90", "p99", "p99.9", "max"):
         spread.add_column(name, justify="left" if name == "measure" else "right")
     single = _table(f"Agreement with {base}", "candidate")
-    for name in ("same top token", "cosine of states", "ln PPL ratio", "± clustered (windows)", "± naive"):
+    for name in ("same top token", "cosine of states", "ln PPL ratio", "± (windows)", "± naive"):
         single.add_column(name, justify="right")
     for candidate in results["candidates"]:
         pair, label = candidate["overall"]["pair"], candidate["label"]
