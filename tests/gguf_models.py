@@ -45,6 +45,9 @@ _ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "phi3": "phi3",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -141,7 +144,12 @@ class Writer:
             self.key("rope.scaling.factor", float(full["factor"]))
         if full["rope_type"] == "yarn":
             self.key("rope.scaling.original_context_length", full["original_max_position_embeddings"])
-        if self.architecture == "llama":
+        if self.architecture == "granite":
+            self.key("attention.scale", float(config.attention_multiplier))
+            self.key("embedding_scale", float(config.embedding_multiplier))
+            self.key("residual_scale", float(config.residual_multiplier))
+            self.key("logit_scale", float(config.logits_scaling))
+        if self.architecture in ("llama", "granite", "smollm3"):
             self.key("vocab_size", config.vocab_size)
             self.key("rope.dimension_count", head_dim)
             if config.model_type == "mistral" and config.sliding_window:
@@ -171,7 +179,8 @@ class Writer:
 
     def _add_tensors(self) -> None:
         config = self.config
-        post_attention = "post_attention_norm" if self.architecture in ("gemma2", "gemma3") else "ffn_norm"
+        apart = self.architecture in ("gemma2", "gemma3", "olmo2")
+        post_attention = "post_attention_norm" if apart else "ffn_norm"
         names = {**_LAYER, "post_attention_layernorm": post_attention}
         for name, tensor in load_file(self.folder / "model.safetensors").items():
             module, _, part = name.rpartition(".")
@@ -181,7 +190,7 @@ class Writer:
             else:
                 _, _, layer, inner = module.split(".", 3)
                 target = f"blk.{layer}.{names[inner]}"
-            if self.architecture == "llama" and target.endswith(("attn_q", "attn_k")):
+            if self.architecture in ("llama", "granite", "smollm3") and target.endswith(("attn_q", "attn_k")):
                 heads = config.num_attention_heads if target.endswith("attn_q") else config.num_key_value_heads
                 values = permuted(values, heads)
             if self.architecture.startswith("gemma") and name.endswith("norm.weight"):

@@ -90,6 +90,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.22,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {"sliding_window": 8, "partial_rotary_factor": 1.0}),
     "phi3-longrope": (
         "Phi3",

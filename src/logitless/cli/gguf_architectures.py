@@ -27,6 +27,7 @@ _OF_NO_EFFECT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 # number of layers, since no key does.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _GEMMA3_PATTERN = 6
+_SMOLLM3_STEP = 4
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -198,6 +199,26 @@ def _phi3(keys: Keys) -> Config:
     }
 
 
+def _granite(keys: Keys) -> Config:
+    """Granite is Llama with four multipliers."""
+    config = _llama(keys)
+    if "sliding_window" in config:
+        raise InputError(f"{keys.file.path}: {keys.file.architecture}.attention.sliding_window is not understood")
+    return config | {
+        "attention_multiplier": keys.number("attention.scale"),
+        "embedding_multiplier": keys.number("embedding_scale"),
+        "residual_multiplier": keys.number("residual_scale"),
+        "logits_scaling": keys.number("logit_scale"),
+    }
+
+
+def _smollm3(keys: Keys) -> Config:
+    """SmolLM3 is Llama whose every fourth layer is not rotated, which llama.cpp knows and no key says."""
+    config = _whole_heads(keys, _sizes(keys) | {"rope_parameters": _rotary(keys)})
+    turned = [int((layer + 1) % _SMOLLM3_STEP != 0) for layer in range(config["num_hidden_layers"])]
+    return config | {"no_rope_layers": turned, "use_sliding_window": False, "pad_token_id": None}
+
+
 def _longrope_attention(config: Config, original: int) -> float:
     scale = config["max_position_embeddings"] / original
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
@@ -293,6 +314,10 @@ _FOUR_NORMS = {
     "blk.ffn_norm.weight": "pre_feedforward_layernorm.weight",
     "blk.post_ffw_norm.weight": "post_feedforward_layernorm.weight",
 }
+_NORMS_AFTER = {
+    "blk.post_attention_norm.weight": "post_attention_layernorm.weight",
+    "blk.post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
 _DECODER = {**_OUTER, **_ATTENTION, **_FEED_FORWARD, **_NORMS}
 _PHI3 = {
     **_OUTER,
@@ -312,6 +337,11 @@ ARCHITECTURES = {
     "llama": Architecture(_llama_family, _llama, _DECODER, _unpermuted),
     "qwen2": Architecture(_family("Qwen2"), _qwen2, _DECODER),
     "qwen3": Architecture(_family("Qwen3"), _qwen3, {**_DECODER, **_QUERY_KEY_NORMS}),
+    "granite": Architecture(_family("Granite"), _granite, _DECODER, _unpermuted),
+    "smollm3": Architecture(_family("SmolLM3"), _smollm3, _DECODER, _unpermuted),
+    "olmo2": Architecture(
+        _family("Olmo2"), _qwen2, {**_OUTER, **_ATTENTION, **_FEED_FORWARD, **_NORMS_AFTER, **_QUERY_KEY_NORMS}
+    ),
     "phi3": Architecture(_family("Phi3"), _phi3, _PHI3),
     "gemma": Architecture(_family("Gemma"), _gemma, _DECODER, _less_one),
     "gemma2": Architecture(
