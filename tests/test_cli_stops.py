@@ -90,10 +90,10 @@ def test_a_signal_during_the_work_leaves_nothing(place: Path) -> None:
 def test_timeout_reports_that_it_was_its_signal(place: Path) -> None:
     os.mkfifo(place / "fifo")
     (place / "out.json").write_text("old")
-    waiting = os.open(place / "fifo", os.O_RDWR)  # the run waits for a text that never comes
-    process = started(place, "--text", "fifo", "--json", "out.json", before=("timeout", "20"))
-    status, _, error = ended(process)
-    os.close(waiting)
+    process = started(place, "--text", "fifo", "--json", "out.json", before=("timeout", "600"))
+    with (place / "fifo").open("w"):
+        process.send_signal(signal.SIGALRM)  # the alarm by which `timeout` learns that its time is over
+        status, _, error = ended(process)
     assert (status, error) == (124, "logitless: stopped by SIGTERM\n")
     assert left(place) == ["out.json"]
     assert (place / "out.json").read_text() == "old"
