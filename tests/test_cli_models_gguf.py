@@ -268,6 +268,22 @@ REFUSED: dict[str, tuple[str, Callable[[Writer], Any], str]] = {
     "another size of values": ("llama", with_key("attention.value_length", 8), r"value_length is 8, and only 16"),
     "another window pattern": ("gemma3", with_key("attention.sliding_window_pattern", 4), r"pattern is 4, and only 6"),
     "heads by layer": ("llama", with_key("attention.head_count", [2, 2]), r"attention\.head_count is \[2, 2\]"),
+    "no end of layers": ("qwen3", with_key("block_count", 4_000_000_000), r"is 4000000000, and it holds"),
+    "one kind of factors": (
+        "phi3-longrope",
+        lambda writer: writer.tensors.pop("rope_factors_short.weight"),
+        r"rope_factors_short\.weight is missing, or has not 6",
+    ),
+    "factors of another size": (
+        "phi3-longrope",
+        with_tensor("rope_factors_long.weight", FLOATS),
+        r"rope_factors_long\.weight is missing, or has not 6 values",
+    ),
+    "a missing tensor": (
+        "llama",
+        lambda writer: writer.tensors.pop("blk.1.ffn_up.weight"),
+        r"nothing in it for model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
     "no heads": ("llama", with_key("attention.head_count", 0), r"describes no model|makes no Llama"),
     "a tensor too many": (
         "llama",
@@ -275,7 +291,7 @@ REFUSED: dict[str, tuple[str, Callable[[Writer], Any], str]] = {
         r"tensor blk\.0\.attn_sinks",
     ),
     "a layer too many": ("llama", with_key("block_count", 1), r"holds blk\.1\.\w+\.weight and \d+ more, which"),
-    "a layer too few": ("llama", with_key("block_count", 3), r"nothing in it for model\.layers\.2\."),
+    "a layer too few": ("llama", with_key("block_count", 3), r"block_count is 3, and it holds the weights of 2"),
     "frequencies elsewhere": ("qwen2", with_tensor("rope_freqs.weight", FLOATS), r"tensor rope_freqs\.weight is none"),
     "frequencies of another size": ("llama", with_tensor("rope_freqs.weight", FLOATS[:4]), r"shape \(4,\), not 8"),
     "integers": ("llama", with_tensor("output_norm.weight", np.ones(32, np.int32)), r"output_norm\.weight holds int"),

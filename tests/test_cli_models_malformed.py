@@ -150,6 +150,7 @@ MALFORMED: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "code of its own": (configured(model_type="nobodys", auto_map={"AutoConfig": "x.Y"}), "needs code of its own"),
     "no heads": (configured(num_attention_heads=0), "cannot be loaded"),
     "a negative width": (configured(hidden_size=-32), "cannot be loaded"),
+    "no end of layers": (configured(num_hidden_layers=4_000_000_000, layer_types="gone"), "says 4000000000 layers"),
     "words for a number": (configured(num_hidden_layers="two"), "cannot be loaded"),
     "another width": (configured(hidden_size=64), "has shape"),
     "no tokenizer": (removed("tokenizer.json"), "has no fast tokenizer (tokenizer.json)"),

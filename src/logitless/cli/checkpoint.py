@@ -44,6 +44,10 @@ class Checkpoint:
             raise InputError(f"{folder / 'config.json'} cannot be loaded: {first_line(error)}") from error
         if not isinstance(getattr(self._config.get_text_config(), "vocab_size", None), int):
             raise InputError(f"{folder} is no language model: its config.json gives no vocab_size")
+        layers = getattr(self._config.get_text_config(), "num_hidden_layers", None)
+        stored = sum(1 for file in self._files for _ in _stored_types(file))
+        if isinstance(layers, int) and layers > stored:
+            raise InputError(f"{folder}: config.json says {layers} layers, and its files hold {stored} weights")
 
     @property
     def rows(self) -> int:

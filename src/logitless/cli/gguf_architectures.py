@@ -111,11 +111,16 @@ def _sizes(keys: Keys) -> Config:
     head_dim = int(keys.value("attention.key_length", int, embedding // max(heads, 1)))
     keys.must_be("attention.value_length", head_dim)
     keys.must_be("attention.causal", True)
+    layers = keys.integer("block_count")
+    stored = {name.split(".")[1] for name in keys.file.tensors if name.startswith("blk.")}
+    if layers > len(stored):
+        key = f"{keys.file.architecture}.block_count"
+        raise InputError(f"{keys.file.path}: {key} is {layers}, and it holds the weights of {len(stored)} layers")
     return {
         "vocab_size": keys.file.tensors["token_embd.weight"].shape[0],
         "hidden_size": embedding,
         "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": int(keys.value("attention.head_count_kv", int, heads)),
         "head_dim": head_dim,
@@ -183,9 +188,15 @@ def _phi3(keys: Keys) -> Config:
     rotary = _rotary(keys) | {"partial_rotary_factor": rotated / config["head_dim"]}
     original = keys.value("rope.scaling.original_context_length", int, config["max_position_embeddings"])
     attention = keys.value("rope.scaling.attn_factor", (int, float))
-    if "rope_factors_long.weight" in keys.file.tensors:
-        short, long = (keys.file.tensors[f"rope_factors_{name}.weight"].read().tolist() for name in ("short", "long"))
-        rotary |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    factors = {name: keys.file.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
+    if any(factors.values()):
+        for name, stored in factors.items():
+            if stored is None or stored.shape != (rotated // 2,):
+                raise InputError(
+                    f"{keys.file.path}: rope_factors_{name}.weight is missing, or has not {rotated // 2} values"
+                )
+            rotary[f"{name}_factor"] = stored.read().tolist()
+        rotary["rope_type"] = "longrope"
         rotary["original_max_position_embeddings"] = original
         if attention is not None and not _same_float(attention, _longrope_attention(config, original)):
             rotary["attention_factor"] = float(attention)
