@@ -1,10 +1,9 @@
 // How Python calls a kernel: tensors arrive as addresses, and work that is long enough lets other Python threads run.
 #pragma once
 
-#include <nanobind/nanobind.h>
-
 #include <cstdint>
 
+#include "binding/python.h"
 #include "kernels.h"
 
 namespace logitless {
@@ -18,7 +17,7 @@ inline constexpr std::int64_t kReleaseAt = 16384;  // elements from which releas
 
 template <class Work> void without_gil(std::int64_t elements, const Work& work) {
   if (elements < kReleaseAt) return work();
-  const nanobind::gil_scoped_release release;
+  const GilReleased released;
   work();
 }
 

@@ -9,30 +9,30 @@
 #include "binding/call.h"
 #include "kernels.h"
 
-namespace nb = nanobind;
 using namespace logitless;
 
 namespace {
 
-int dims_of(const nb::tuple& shape) {
-  if (shape.size() > kMaxDims) throw nb::value_error("more than 64 dimensions");
+int dims_of(const Tuple& shape) {
+  if (shape.size() > kMaxDims) throw std::invalid_argument("more than 64 dimensions");
   return static_cast<int>(shape.size());
 }
 
 // The strides in the tensor's own order, the outermost first. No strides at all: one element for everything.
-Operand operand(const nb::object& given, int dims) {
+Operand operand(const Any& given, int dims) {
   Operand o;
   o.data = nullptr;
   o.storage = Storage::kFloat32;
   for (int d = 0; d < dims; ++d) o.strides[d] = 0;
   if (given.is_none()) return o;
-  const nb::tuple parts = nb::cast<nb::tuple>(given);
-  o.data = at<void>(nb::cast<Address>(parts[0]));
-  o.storage = static_cast<Storage>(nb::cast<int>(parts[1]));
-  const nb::tuple strides = nb::cast<nb::tuple>(parts[2]);
+  if (!PyTuple_Check(given.object)) throw std::invalid_argument("a tensor is (address, storage, strides), or None");
+  const Tuple parts{given.object};
+  o.data = at<void>(element<Address>(parts, 0));
+  o.storage = static_cast<Storage>(element<int>(parts, 1));
+  const Tuple strides = element<Tuple>(parts, 2);
   if (strides.size() == 0) return o;
-  if (static_cast<int>(strides.size()) != dims) throw nb::value_error("as many strides as sizes are needed");
-  for (int d = 0; d < dims; ++d) o.strides[d] = nb::cast<std::int64_t>(strides[d]);
+  if (static_cast<int>(strides.size()) != dims) throw std::invalid_argument("as many strides as sizes are needed");
+  for (int d = 0; d < dims; ++d) o.strides[d] = element<std::int64_t>(strides, d);
   return o;
 }
 
@@ -64,9 +64,8 @@ int arrange(const std::int64_t* sizes, const std::array<std::int64_t*, N>& strid
   return dims;
 }
 
-nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, const nb::object& input,
-                      const nb::object& target, const nb::object& weight, const nb::object& pos_weight,
-                      const nb::object& upstream, double scale, const nb::object& out) {
+LL_PYTHON(Object, elementwise, int op, bool wide, int threads, const Tuple& shape, const Any& input, const Any& target,
+          const Any& weight, const Any& pos_weight, const Any& upstream, double scale, const Any& out) {
   const int dims = dims_of(shape);
   double sum = 0;
   int outside = 0;
@@ -86,7 +85,7 @@ nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, co
   std::int64_t sizes[kMaxDims], elements = 1;
   int order[kMaxDims], kept = 0;
   for (int d = dims; d-- > 0;) {
-    sizes[d] = nb::cast<std::int64_t>(shape[d]);
+    sizes[d] = element<std::int64_t>(shape, d);
     elements *= sizes[d];
     if (sizes[d] != 1) order[kept++] = d;
   }
@@ -99,7 +98,7 @@ nb::tuple elementwise(int op, bool wide, int threads, const nb::tuple& shape, co
                          order, kept, args.sizes);
   void (*const kernel)(const ElementwiseArgs&) = kernels().elementwise;
   if (elements) without_gil(elements, [&] { kernel(args); });
-  return nb::make_tuple(sum, outside);
+  return make_tuple(sum, outside);
 }
 
 // A call of the cosine kernels as it arrives: all sizes, and in `order` the dimensions that number the rows, of which
@@ -112,21 +111,21 @@ struct VectorPairs {
 };
 
 // A tensor as vectors along dimension `dim`.
-void vectors(const nb::object& given, int dims, int dim, Vectors* v) {
+void vectors(const Any& given, int dims, int dim, Vectors* v) {
   const Operand o = operand(given, dims);
   v->data = o.data;
   std::copy(o.strides, o.strides + dims, v->strides);
   v->step = o.strides[dim];
 }
 
-void read_pairs(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-                bool embedding, double eps, double margin, Address target, Address out, Address saved, VectorPairs* p) {
+void read_pairs(int storage, int threads, const Tuple& shape, int dim, const Any& x1, const Any& x2, bool embedding,
+                double eps, double margin, Address target, Address out, Address saved, VectorPairs* p) {
   p->dims = dims_of(shape);
-  if (dim < 0 || dim >= p->dims) throw nb::value_error("no such dimension");
+  if (dim < 0 || dim >= p->dims) throw std::invalid_argument("no such dimension");
   p->kept = 0;
   p->elements = 1;
   for (int d = p->dims; d-- > 0;) {
-    p->sizes[d] = nb::cast<std::int64_t>(shape[d]);
+    p->sizes[d] = element<std::int64_t>(shape, d);
     p->elements *= p->sizes[d];
     if (d != dim && p->sizes[d] != 1) p->order[p->kept++] = d;
   }
@@ -144,8 +143,8 @@ void read_pairs(int storage, int threads, const nb::tuple& shape, int dim, const
   a.saved = at<double>(saved);
 }
 
-void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-            bool embedding, double eps, double margin, Address target, Address out, Address saved) {
+LL_PYTHON(void, cosine, int storage, int threads, const Tuple& shape, int dim, const Any& x1, const Any& x2,
+          bool embedding, double eps, double margin, Address target, Address out, Address saved) {
   VectorPairs p;
   read_pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, out, saved, &p);
   p.args.rows.dims = arrange<2>(p.sizes, {p.args.x1.strides, p.args.x2.strides}, p.order, p.kept, p.args.rows.sizes);
@@ -153,10 +152,9 @@ void cosine(int storage, int threads, const nb::tuple& shape, int dim, const nb:
   without_gil(p.elements, [&] { kernel(p.args); });
 }
 
-void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, const nb::object& x1, const nb::object& x2,
-                 bool embedding, double eps, double margin, Address target, Address saved, Address upstream,
-                 std::int64_t upstream_stride, double upstream_scale, const nb::object& grad1,
-                 const nb::object& grad2) {
+LL_PYTHON(void, cosine_grad, int storage, int threads, const Tuple& shape, int dim, const Any& x1, const Any& x2,
+          bool embedding, double eps, double margin, Address target, Address saved, Address upstream,
+          std::int64_t upstream_stride, double upstream_scale, const Any& grad1, const Any& grad2) {
   VectorPairs p;
   read_pairs(storage, threads, shape, dim, x1, x2, embedding, eps, margin, target, 0, saved, &p);
   CosineGradArgs g;
@@ -183,15 +181,8 @@ void cosine_grad(int storage, int threads, const nb::tuple& shape, int dim, cons
 
 }  // namespace
 
-void bind_elementwise(nb::module_& m) {
-  m.def("elementwise", &elementwise, nb::arg("op"), nb::arg("wide"), nb::arg("threads"), nb::arg("shape"),
-        nb::arg("input").none(), nb::arg("target").none(), nb::arg("weight").none(), nb::arg("pos_weight").none(),
-        nb::arg("upstream").none(), nb::arg("scale"), nb::arg("out").none());
-  m.def("cosine", &cosine, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"), nb::arg("x1"),
-        nb::arg("x2"), nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"), nb::arg("out"),
-        nb::arg("saved"));
-  m.def("cosine_grad", &cosine_grad, nb::arg("storage"), nb::arg("threads"), nb::arg("shape"), nb::arg("dim"),
-        nb::arg("x1"), nb::arg("x2"), nb::arg("embedding"), nb::arg("eps"), nb::arg("margin"), nb::arg("target"),
-        nb::arg("saved"), nb::arg("upstream"), nb::arg("upstream_stride"), nb::arg("upstream_scale"),
-        nb::arg("grad1").none(), nb::arg("grad2").none());
+void bind_elementwise(PyObject* module) {
+  LL_DEFINE(module, elementwise);
+  LL_DEFINE(module, cosine);
+  LL_DEFINE(module, cosine_grad);
 }

@@ -1,5 +1,5 @@
 #pragma once
 
-#include <nanobind/nanobind.h>
+#include "binding/python.h"
 
-void bind_elementwise(nanobind::module_& m);
+void bind_elementwise(PyObject* module);

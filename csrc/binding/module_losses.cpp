@@ -8,11 +8,11 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <utility>
 
 #include "binding/call.h"
 #include "kernels.h"
 
-namespace nb = nanobind;
 using namespace logitless;
 
 namespace {
@@ -43,14 +43,14 @@ struct Saved {
   static std::size_t real_bytes(const Problem& p) {
     return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   }
-  static nb::bytes room(const Problem& p, bool save) {
+  static Object room(const Problem& p, bool save) {
     const std::size_t a_row = save ? sizeof(double) + real_bytes(p) * (p.target ? 1 : 2) : 0;
-    return nb::steal<nb::bytes>(
+    return Object(
         PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
   }
-  Saved(const nb::bytes& bytes, const Problem& p) {
+  Saved(const Bytes& bytes, const Problem& p) {
     if (bytes.size() == 0) return;
-    char* const data = PyBytes_AsString(bytes.ptr());
+    char* const data = bytes.data();
     const std::size_t rows = static_cast<std::size_t>(p.rows);
     log_sum = reinterpret_cast<double*>(data);
     pivot = data + rows * sizeof(double);
@@ -105,13 +105,13 @@ template <class Real> double weight_sum(const Problem& p) {
 
 // Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
 // row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad and empty unless asked for.
-template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address losses, bool save) {
+template <class Real> Object reduced(const Problem& p, bool mean, Address losses, bool save) {
   // nll or dense_sum, and smooth_sum: one each a row
   const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
   Real* const loss = scratch.get();
   Real* const smooth_sum = loss + p.rows;
-  const nb::bytes bytes = Saved::room(p, save);
-  const Saved saved(bytes, p);
+  Object bytes = Saved::room(p, save);
+  const Saved saved(Bytes{bytes.get()}, p);
   std::int64_t bad_row = -1;
 
   RowStatsArgs args{};
@@ -139,10 +139,11 @@ template <class Real> nb::tuple reduced(const Problem& p, bool mean, Address los
     kernels().row_stats(args);
     if (bad_row < 0) sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
   });
-  if (bad_row >= 0) return nb::make_tuple(bad_row, 0.0, 0.0, bytes);
+  if (bad_row >= 0) return make_tuple(bad_row, 0.0, 0.0, std::move(bytes));
   const double denominator = mean ? sum.denominator : 1.0;
   // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
-  return nb::make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator, bytes);
+  return make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator,
+                    std::move(bytes));
 }
 
 Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
@@ -159,21 +160,21 @@ Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::
           smoothing};
 }
 
-nb::tuple cross_entropy(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
-                        std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
-                        Address losses, bool save) {
+LL_PYTHON(Object, cross_entropy, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
+          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
+          Address losses, bool save) {
   const Problem p =
       problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
   return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses, save) : reduced<float>(p, mean, losses, save);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
-void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
-                        std::int64_t ignore_index, Address weight, Address dense_target, double smoothing,
-                        const nb::bytes& bytes, double scale, double denominator, Address upstream, Address grad) {
+LL_PYTHON(void, cross_entropy_grad, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
+          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing,
+          const Bytes& saved, double scale, double denominator, Address upstream, Address grad) {
   const Problem p =
       problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  const Saved saved(bytes, p);
+  const Saved forward(saved, p);
   scale /= denominator;
   const double kept = scale * (1 - smoothing), spread = scale * p.spread();
   RowGradArgs args{};
@@ -186,8 +187,8 @@ void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t row
   args.target = p.target;
   args.ignore_index = ignore_index;
   args.class_weight = p.weight;
-  args.row_max = saved.pivot;
-  args.log_sum = saved.log_sum;
+  args.row_max = forward.pivot;
+  args.log_sum = forward.log_sum;
   args.upstream = at<void>(upstream);
   args.upstream_stride = 1;
   args.a_scale = kept;
@@ -197,7 +198,7 @@ void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t row
   } else {
     args.dense_target = p.dense_target;
     args.dense_strides = {classes, 1, 0};
-    args.a = saved.dense_mass;
+    args.a = forward.dense_mass;
     args.e_scale = -kept;
   }
   if (smoothing > 0) {
@@ -207,11 +208,13 @@ void cross_entropy_grad(int dtype, int threads, Address logits, std::int64_t row
   without_gil(p.rows * p.classes, [&] { kernels().row_grad(args); });
 }
 
+// os.environ's own look-up encodes the name at each call, at a cost that a small loss notices.
+LL_PYTHON(bool, backend_is_forced) { return std::getenv("LOGITLESS_BACKEND") != nullptr; }
+
 }  // namespace
 
-void bind_losses(nb::module_& m) {
-  m.def("cross_entropy", &cross_entropy);
-  m.def("cross_entropy_grad", &cross_entropy_grad);
-  // os.environ's own look-up encodes the name at each call, at a cost that a small loss notices.
-  m.def("backend_is_forced", [] { return std::getenv("LOGITLESS_BACKEND") != nullptr; });
+void bind_losses(PyObject* module) {
+  LL_DEFINE(module, cross_entropy);
+  LL_DEFINE(module, cross_entropy_grad);
+  LL_DEFINE(module, backend_is_forced);
 }

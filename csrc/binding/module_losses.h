@@ -1,4 +1,4 @@
 #pragma once
-#include <nanobind/nanobind.h>
+#include "binding/python.h"
 
-void bind_losses(nanobind::module_& m);
+void bind_losses(PyObject* module);

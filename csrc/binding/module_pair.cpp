@@ -4,18 +4,16 @@
 #include "binding/call.h"
 #include "kernels.h"
 
-namespace nb = nanobind;
 using namespace logitless;
 
 namespace {
 
-std::int64_t pair_row_stats(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes,
-                            std::int64_t inner, std::int64_t outer_stride, std::int64_t class_stride,
-                            std::int64_t inner_stride, Address other, std::int64_t other_outer_stride,
-                            std::int64_t other_class_stride, std::int64_t other_inner_stride, Address target,
-                            std::int64_t ignore_index, Address kl, Address reverse_kl, Address js,
-                            Address cross_entropy, Address entropy_p, Address entropy_q, Address nll_p, Address nll_q,
-                            Address same_top, Address saved) {
+LL_PYTHON(std::int64_t, pair_row_stats, int dtype, int threads, Address logits, std::int64_t outer,
+          std::int64_t classes, std::int64_t inner, std::int64_t outer_stride, std::int64_t class_stride,
+          std::int64_t inner_stride, Address other, std::int64_t other_outer_stride, std::int64_t other_class_stride,
+          std::int64_t other_inner_stride, Address target, std::int64_t ignore_index, Address kl, Address reverse_kl,
+          Address js, Address cross_entropy, Address entropy_p, Address entropy_q, Address nll_p, Address nll_q,
+          Address same_top, Address saved) {
   std::int64_t bad_row = -1;
   PairRowStatsArgs args{};
   args.dtype = static_cast<DType>(dtype);
@@ -41,14 +39,14 @@ std::int64_t pair_row_stats(int dtype, int threads, Address logits, std::int64_t
   return bad_row;
 }
 
-void pair_row_grad(int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes, std::int64_t inner,
-                   std::int64_t outer_stride, std::int64_t class_stride, std::int64_t inner_stride, Address other,
-                   std::int64_t other_outer_stride, std::int64_t other_class_stride, std::int64_t other_inner_stride,
-                   Address target, std::int64_t ignore_index, Address saved, Address kl, Address reverse_kl, Address js,
-                   Address cross_entropy, Address entropy_p, Address entropy_q, Address nll_p, Address nll_q,
-                   Address grad, std::int64_t grad_outer_stride, std::int64_t grad_class_stride,
-                   std::int64_t grad_inner_stride, Address other_grad, std::int64_t other_grad_outer_stride,
-                   std::int64_t other_grad_class_stride, std::int64_t other_grad_inner_stride) {
+LL_PYTHON(void, pair_row_grad, int dtype, int threads, Address logits, std::int64_t outer, std::int64_t classes,
+          std::int64_t inner, std::int64_t outer_stride, std::int64_t class_stride, std::int64_t inner_stride,
+          Address other, std::int64_t other_outer_stride, std::int64_t other_class_stride,
+          std::int64_t other_inner_stride, Address target, std::int64_t ignore_index, Address saved, Address kl,
+          Address reverse_kl, Address js, Address cross_entropy, Address entropy_p, Address entropy_q, Address nll_p,
+          Address nll_q, Address grad, std::int64_t grad_outer_stride, std::int64_t grad_class_stride,
+          std::int64_t grad_inner_stride, Address other_grad, std::int64_t other_grad_outer_stride,
+          std::int64_t other_grad_class_stride, std::int64_t other_grad_inner_stride) {
   PairRowGradArgs args{};
   args.dtype = static_cast<DType>(dtype);
   args.threads = threads;
@@ -76,8 +74,8 @@ void pair_row_grad(int dtype, int threads, Address logits, std::int64_t outer, s
 
 }  // namespace
 
-void bind_pair(nb::module_& m) {
-  m.attr("PAIR_SAVED") = static_cast<int>(kPairSaved);
-  m.def("pair_row_stats", &pair_row_stats);
-  m.def("pair_row_grad", &pair_row_grad);
+void bind_pair(PyObject* module) {
+  if (PyModule_AddIntConstant(module, "PAIR_SAVED", kPairSaved)) throw PythonError{};
+  LL_DEFINE(module, pair_row_stats);
+  LL_DEFINE(module, pair_row_grad);
 }

@@ -1,5 +1,5 @@
 #pragma once
 
-#include <nanobind/nanobind.h>
+#include "binding/python.h"
 
-void bind_pair(nanobind::module_& m);  // the two-row kernels
+void bind_pair(PyObject* module);  // the two-row kernels

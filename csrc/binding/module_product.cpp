@@ -4,19 +4,18 @@
 #include "binding/call.h"
 #include "kernels.h"
 
-namespace nb = nanobind;
 using namespace logitless;
 
 namespace {
 
-void product(int a_dtype, int b_dtype, int c_dtype, int threads, std::int64_t rows, std::int64_t depth,
-             std::int64_t columns, Address a, std::int64_t a_row_stride, std::int64_t a_depth_stride, Address b,
-             std::int64_t b_depth_stride, std::int64_t b_column_stride, Address c, std::int64_t c_row_stride,
-             bool accumulate) {
+LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std::int64_t rows, std::int64_t depth,
+          std::int64_t columns, Address a, std::int64_t a_row_stride, std::int64_t a_depth_stride, Address b,
+          std::int64_t b_depth_stride, std::int64_t b_column_stride, Address c, std::int64_t c_row_stride,
+          bool accumulate) {
   if (b_dtype != static_cast<int>(DType::kFloat32) && !product_supported(b_dtype))
-    throw nb::value_error("product: the instruction set in use has none of this dtype");
+    throw std::invalid_argument("product: the instruction set in use has none of this dtype");
   if (a_dtype != b_dtype && a_dtype != static_cast<int>(DType::kFloat32))
-    throw nb::value_error("product: a and b must have one dtype, or a float32");
+    throw std::invalid_argument("product: a and b must have one dtype, or a float32");
   ProductArgs args{};
   args.a_dtype = a_dtype;
   args.b_dtype = b_dtype;
@@ -39,7 +38,7 @@ void product(int a_dtype, int b_dtype, int c_dtype, int threads, std::int64_t ro
 
 }  // namespace
 
-void bind_product(nb::module_& m) {
-  m.def("product", &product);
-  m.def("product_supported", &product_supported);
+void bind_product(PyObject* module) {
+  LL_DEFINE(module, product);
+  Exposed<&product_supported>::add_to(module, "product_supported", "int dtype");
 }

@@ -1,5 +1,5 @@
 #pragma once
 
-#include <nanobind/nanobind.h>
+#include "binding/python.h"
 
-void bind_product(nanobind::module_& m);
+void bind_product(PyObject* module);
