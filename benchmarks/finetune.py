@@ -38,7 +38,7 @@ def finetune(variant: str, steps: int, tokens: int) -> dict[str, Any]:
     model = load_model(ModelName(packaged_model(), None))
     network = model.network.train()
     text = "\n".join(unwrap(topic) for topic in topics.values())
-    ids = torch.tensor(model.tokenizer(text[: 8 * steps * tokens])["input_ids"][: steps * tokens])
+    ids = torch.tensor(model.tokenizer.encoded(text[: 8 * steps * tokens]).ids[: steps * tokens])
     if len(ids) < steps * tokens:
         raise SystemExit(f"the text has fewer than {steps} x {tokens} tokens")
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)

@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = loaded(Path(folder))
     text = "\n".join(unwrap(topic) for topic in topics.values())
-    ids = torch.tensor([model.tokenizer(text[: 8 * tokens])["input_ids"][:tokens]])
+    ids = torch.tensor([model.tokenizer.encoded(text[: 8 * tokens]).ids[:tokens]])
     network = model.network.train()
     plain_loss, plain_growth = call_and_growth(lambda: step(network, ids))
     network.zero_grad()

@@ -1,4 +1,5 @@
-// Which instruction set runs: the best one that is compiled in and that the processor has, or the one LOGITLESS_ISA names.
+// Which instruction set runs: the best one that is compiled in and that the processor has, or the one LOGITLESS_ISA
+// names.
 #if defined(LL_X86)
 #include <cpuid.h>
 #endif
@@ -41,7 +42,8 @@ int index_of(const std::string& wanted) {
   std::string known;
   for (int i = 0; kNames[i]; ++i) {
     if (wanted == kNames[i]) {
-      if (!isa_supported(kNames[i])) throw std::runtime_error("instruction set " + wanted + ": this processor does not have it");
+      if (!isa_supported(kNames[i]))
+        throw std::runtime_error("instruction set " + wanted + ": this processor does not have it");
       return i;
     }
     known += std::string(i ? ", " : "") + kNames[i];
@@ -69,9 +71,10 @@ std::atomic<bool> forked{false};
 bool isa_supported(const char* name) {
 #if defined(LL_X86)
   if (std::strcmp(name, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx2") == 0)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return std::strcmp(name, "portable") == 0;
 }
@@ -94,8 +97,7 @@ bool has_amx_bfloat16() {
 bool product_supported(int dtype) {
 #if defined(LL_X86)
   static const bool bfloat16 = __builtin_cpu_supports("avx512bf16") && !has_amx_bfloat16();
-  if (std::strcmp(isa_name(), "avx512") == 0)
-    return static_cast<DType>(dtype) != DType::kBFloat16 || bfloat16;
+  if (std::strcmp(isa_name(), "avx512") == 0) return static_cast<DType>(dtype) != DType::kBFloat16 || bfloat16;
 #endif
   static_cast<void>(dtype);
   return false;

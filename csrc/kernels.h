@@ -1,57 +1,67 @@
-// Every kernel's arguments, and the table of kernels of one instruction set.
+// Every kernel's arguments, and the table of kernels of one instruction set. Start here: docs/kernels.md says how a row
+// is folded, and the rooms are simd/ (vectors and their functions), rows/ (one row of logits), pairs/ (two), elements/
+// (losses of single elements, cosines), product/ (a matrix product), memory/ (the pool) and binding/ (what Python
+// sees).
 //
-// To add a kernel: give its arguments a struct here, add it to LL_KERNELS, define
-// `void name(const NameArgs&)` inside `namespace logitless::LL_ISA` in a file listed in CMakeLists.txt, and bind it in
-// module.cpp.
+// To add a kernel: give its arguments a struct here, add it to LL_KERNELS, define `void name(const NameArgs&)` inside
+// `namespace logitless::LL_ISA` in a file listed in CMakeLists.txt, and bind it in binding/module.cpp.
 #pragma once
 
 #include <cstdint>
 
-#include "binary.h"
-#include "cosine.h"
-#include "product.h"
+#include "elements/cosine.h"
+#include "elements/elementwise.h"
+#include "product/product.h"
 
 namespace logitless {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Logits of shape (outer, classes, inner), strides in elements. A row is one (outer, inner) pair, numbered
-// outer * inner_count + inner; every per-row array is dense in that numbering.
+// Logits of shape (outer, classes, inner), strides in elements. A row is one (outer, inner) pair, numbered outer *
+// inner_count + inner; every per-row array is dense in that numbering.
 struct Tile {
   int64_t outer, classes, inner;
   int64_t outer_stride, class_stride, inner_stride;
 };
-struct Strides { int64_t outer, classes, inner; };
+struct Strides {
+  int64_t outer, classes, inner;
+};
 
 // Pointers that are null are outputs not wanted or inputs not given. "Real" is float, or double for double logits.
+//
+// lse = row_max + log_sum, kept apart and log_sum in double, since the gradient needs both to be right to an ulp.
+// `pivot` is in place of row_max, where a caller takes any logit of the row that lse is pivot + log_sum of: the
+// target's or the largest. Where neither row_max, lse nor argmax is wanted, the fold may be a faster one that holds out
+// the target.
 struct RowStatsArgs {
   DType dtype;
   int threads;
   Tile tile;
   const void* logits;
-  const int64_t* target;     // class index per row, or null
+  const int64_t* target;  // the class index of each row
   int64_t ignore_index;
   const void* class_weight;  // Real[classes]: weighs smooth_sum and dense_sum
-  const void* dense_target;  // same dtype as the logits, same shape
+  const void* dense_target;  // of the logits' dtype and shape
   Strides dense_strides;
-  // Outputs, one per row. Of an ignored row: 0, and -1 for argmax and rank.
-  void* nll;         // Real: lse - z[target]. Where neither row_max, lse nor argmax is wanted, the fold may be a faster one
+  // Outputs, one a row. Of an ignored row: 0, and -1 for argmax and rank.
+  void* nll;         // Real: lse - z[target]
   void* lse;         // Real
-  void* row_max;     // Real   } lse = row_max + log_sum, kept apart and log_sum in double: the gradient needs both
-  void* pivot;       // Real: in place of row_max, a logit of the row that lse is pivot + log_sum of: the target's or the largest
-  double* log_sum;   // double } to be right to an ulp
+  void* row_max;     // Real
+  void* pivot;       // Real
+  double* log_sum;   // double
   void* entropy;     // Real
   int64_t* argmax;   // the first of equal ones
   int64_t* rank;     // how many classes have a larger logit than the target
   void* smooth_sum;  // Real: sum_j w_j (lse - z_j)
   void* dense_sum;   // Real: sum_j t_j w_j (lse - z_j), 0 * inf = 0
   void* dense_mass;  // Real: sum_j t_j w_j
-  int64_t* bad_row;  // one value: first row whose target is out of range and not ignored, else -1; such a row gives NaN
+  int64_t* bad_row;  // one value: the first row whose target is no class and not ignored, else -1; such a row gives NaN
 };
 
 // dz_j = p_j (a + b (z_j - lse)) + c [j = target] + e t_j w_j + f w_j
-// Each coefficient X of a row is g * X_scale * X[row], where null X means 1, g = upstream[row * upstream_stride] or 1.
-// With `index_weight`, a and c are further multiplied by class_weight[target]; a_extra * g is then added to a.
+//
+// Each coefficient X of a row is g * X_scale * X[row], where null X means 1, and g = upstream[row * upstream_stride] or
+// 1. With `index_weight`, a and c are further multiplied by class_weight[target]; then a_extra * g is added to a.
 struct RowGradArgs {
   DType dtype;
   int threads;
@@ -73,9 +83,23 @@ struct RowGradArgs {
   const void *a, *b, *c, *e, *f;  // Real
 };
 
-// Two rows of logits of the same classes, p = softmax(logits), q = softmax(other).
-// `saved` has kPairSaved doubles a row, which pair_row_grad needs.
-enum PairSaved { kMaxP, kLogSumP, kMaxQ, kLogSumQ, kLogSumGap, kKl, kReverseKl, kKlPM, kKlQM, kCrossEntropy, kEntropyP, kEntropyQ, kPairSaved };
+// Two rows of logits of the same classes, p = softmax(logits), q = softmax(other). `saved` has kPairSaved doubles a
+// row, which pair_row_grad needs.
+enum PairSaved {
+  kMaxP,
+  kLogSumP,
+  kMaxQ,
+  kLogSumQ,
+  kLogSumGap,
+  kKl,
+  kReverseKl,
+  kKlPM,
+  kKlQM,
+  kCrossEntropy,
+  kEntropyP,
+  kEntropyQ,
+  kPairSaved
+};
 
 struct PairRowStatsArgs {
   DType dtype;
@@ -104,20 +128,20 @@ struct PairRowGradArgs {
   int64_t ignore_index;
   const double* saved;  // from pair_row_stats, which was asked for every measure that has a gradient here
   const void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;
-  void* grad;        // null: not wanted
+  void* grad;  // null: not wanted
   Strides grad_strides;
   void* other_grad;  // null: not wanted
   Strides other_grad_strides;
 };
 
-#define LL_KERNELS(X)                  \
-  X(row_stats, RowStatsArgs)           \
-  X(row_grad, RowGradArgs)             \
-  X(pair_row_stats, PairRowStatsArgs)  \
-  X(pair_row_grad, PairRowGradArgs)    \
-  X(elementwise, ElementwiseArgs)      \
-  X(cosine, CosineArgs)                \
-  X(cosine_grad, CosineGradArgs)       \
+#define LL_KERNELS(X)                 \
+  X(row_stats, RowStatsArgs)          \
+  X(row_grad, RowGradArgs)            \
+  X(pair_row_stats, PairRowStatsArgs) \
+  X(pair_row_grad, PairRowGradArgs)   \
+  X(elementwise, ElementwiseArgs)     \
+  X(cosine, CosineArgs)               \
+  X(cosine_grad, CosineGradArgs)      \
   X(product, ProductArgs)
 
 struct Kernels {
@@ -127,7 +151,10 @@ struct Kernels {
 };
 
 #define LL_DECLARE(name, Args) void name(const Args&);
-#define LL_DECLARE_ISA(isa) namespace isa { LL_KERNELS(LL_DECLARE) }
+#define LL_DECLARE_ISA(isa) \
+  namespace isa {           \
+  LL_KERNELS(LL_DECLARE)    \
+  }
 LL_DECLARE_ISA(portable)
 #if defined(LL_X86)
 LL_DECLARE_ISA(avx2)
@@ -136,7 +163,7 @@ LL_DECLARE_ISA(avx512)
 #undef LL_DECLARE_ISA
 
 // dispatch.cpp
-const Kernels& kernels();        // of the instruction set in use, chosen at the first call
+const Kernels& kernels();  // of the instruction set in use, chosen at the first call
 const char* isa_name();
 const char* const* isa_names();  // compiled in, best first, null at the end
 bool isa_supported(const char* name);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from logitless.cli.models import LanguageModel, ModelName, load_model, transformers
+from logitless.cli.models import LanguageModel, ModelName, ModelSource, load_model
+from logitless.cli.networks import transformers
+from logitless.cli.tokenizer import TextTokenizer, read_tokenizer_json
 
 
-def byte_tokenizer(*, bos: bool = False, extra: int = 0) -> Any:
-    """Make a tokenizer of one token a byte, `<s>`, and `extra` tokens that no text contains."""
+def byte_tokenizer(*, bos: bool = False, extra: int = 0, swapped: bool = False) -> Any:
+    """Make a tokenizer of one token a byte, `<s>`, and `extra` tokens that no text contains; two may be swapped."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if swapped:
+        alphabet[:2] = alphabet[1::-1]
     vocabulary = {token: index for index, token in enumerate(["<s>", *alphabet, *(f"<{i}>" for i in range(extra))])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -23,6 +28,14 @@ def byte_tokenizer(*, bos: bool = False, extra: int = 0) -> Any:
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@functools.cache
+def text_tokenizer(**options: Any) -> TextTokenizer:
+    """Return `byte_tokenizer` as the command line reads it from a directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer(**options).save_pretrained(folder)
+        return read_tokenizer_json(Path(folder))
 
 
 def save_model(
@@ -49,8 +62,8 @@ def save_model(
         "pad_token_id": None,
         "tie_word_embeddings": False,
     }
-    settings = getattr(transformers, f"{kind}Config")(vocab_size=rows, **(sizes | config))
-    model = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    family = getattr(transformers, f"{kind}ForCausalLM")
+    model = family(family.config_class(vocab_size=rows, **(sizes | config)))
     if change is not None:
         with torch.no_grad():
             change(model)
@@ -72,9 +85,9 @@ def real_model_path() -> Path:
     return packaged_model()
 
 
-def read_once(name: ModelName) -> LanguageModel:
+def read_once(name: ModelName, source: ModelSource | None = None) -> LanguageModel:
     """Stand in for `load_model`: the real model comes from `real_model`, others from their files."""
-    return real_model() if name.path == real_model_path() and name.rounding is None else load_model(name)
+    return real_model() if name.path == real_model_path() and name.rounding is None else load_model(name, source)
 
 
 def dense_log_probs(network: Any, ids: list[int]) -> torch.Tensor:

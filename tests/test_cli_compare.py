@@ -298,7 +298,7 @@ def test_bad_input_is_one_line_and_exit_2(
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text("\n")
     short.write_text("x")
-    other = save_model(tmp_path / "other", rows=300, tokenizer=byte_tokenizer(extra=2))
+    other = save_model(tmp_path / "other", rows=300, tokenizer=byte_tokenizer(swapped=True))
     not_a_number = save_model(tmp_path / "nan", change=_set_nan)
     (tmp_path / "plain.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" * 64)
     (tmp_path / "text.gguf").write_text("not at all")
@@ -315,7 +315,9 @@ def test_bad_input_is_one_line_and_exit_2(
     assert "is empty" in said(base, base, empty)
     assert "1 token; two are needed" in said(base, base, short)
     assert "1 token; two are needed" in said(base, base, text, short, more=narrow)
-    assert "different vocabularies (257 and 259 tokens; 2 differ, '<0>'" in said(base, other, text, more=narrow)
+    assert "different vocabularies (257 and 257 tokens; 2 differ, '!' and '\"' for one" in said(
+        base, other, text, more=narrow
+    )
     assert "layers.0.mlp.up_proj.weight holds NaN" in said(base, not_a_number, text, more=narrow)
     assert "cannot be loaded" in said(tmp_path / "plain.gguf", base, text)
     assert "does not begin with GGUF" in said(tmp_path / "text.gguf", base, text)
@@ -387,7 +389,7 @@ def test_score_refuses_another_kind_of_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path
 ) -> None:
     base = save_model(tmp_path / "base")
-    line = refused(monkeypatch, capsys, tmp_path, "score", base, "--text", text, "--out", tmp_path / "rows.csv")
+    line = refused(monkeypatch, capsys, tmp_path, "score", base, "--text", text, "--out", tmp_path / "rows.txt")
     assert ".parquet or a .jsonl" in line
 
 

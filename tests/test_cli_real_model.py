@@ -32,7 +32,7 @@ def test_compare_equals_brute_force_over_full_logits(tmp_path: Path, monkeypatch
     results = json.loads(out.read_text())
     candidate = rounded_copy(real_model(), "int4")
     for number, text in enumerate(texts):
-        ids = real_model().tokenizer(text.content)["input_ids"][:41]
+        ids = real_model().tokenizer.encoded(text.content).ids[:41]
         expected = brute_force(real_model().network, candidate.network, ids, 32, [], 49152)
         found = results["candidates"][0]["texts"][number]
         assert_summary_equals(found, expected)

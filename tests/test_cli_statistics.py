@@ -55,5 +55,6 @@ def test_a_perplexity_too_large_for_a_float_is_infinite() -> None:
 
 def test_json_has_no_literal_that_json_lacks(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_json({"a": [math.inf, -math.inf, math.nan, 1.5], "b": {"c": None}}, path)
+    with path.open("wb") as file:
+        write_json({"a": [math.inf, -math.inf, math.nan, 1.5], "b": {"c": None}}, file)
     assert json.loads(path.read_text()) == {"a": ["inf", "-inf", "nan", 1.5], "b": {"c": None}}

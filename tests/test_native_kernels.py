@@ -18,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 from logitless import _native
 from logitless.kernels import cpu
+from logitless.kernels.interface import PairRowStats
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -444,7 +445,7 @@ def pair_truth(p: Tensor, q: Tensor) -> Any:
     return out
 
 
-def all_measures(p: Tensor, q: Tensor, target: Tensor | None = None, **options: Any) -> cpu.PairRowStats:
+def all_measures(p: Tensor, q: Tensor, target: Tensor | None = None, **options: Any) -> PairRowStats:
     return cpu.pair_row_stats(p, q, target, reverse_kl=True, js=True, cross_entropy=True, entropy=True, **options)
 
 
@@ -764,6 +765,7 @@ def test_autograd_takes_pooled_gradients_and_gives_them_back() -> None:
 SWITCHES = """
 import torch
 from logitless.kernels import cpu
+from logitless.kernels.interface import PairRowStats
 held = [cpu.empty_like_pooled(torch.empty(1 << 20)) for _ in range(5)]
 print(cpu.native_info()["isa"], cpu.native_info()["pool_used_bytes"] >> 20, end=" ")
 del held
@@ -773,6 +775,7 @@ print(cpu.native_info()["pool_free_bytes"] >> 20)
 FORKS = """
 import os, torch
 from logitless.kernels import cpu
+from logitless.kernels.interface import PairRowStats
 torch.set_num_threads(2)
 z = torch.randn(512, 4096)
 before = cpu.row_stats(z).log_sum

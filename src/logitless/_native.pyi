@@ -1,9 +1,11 @@
-"""The compiled kernels; see csrc/module.cpp. Tensors are addresses, so only `logitless.kernels.cpu` may call these."""
+"""The compiled kernels; see csrc/binding. Tensors are addresses, so only `logitless.kernels.cpu` may call these.
 
-from typing import TypedDict
+tests/test_native_stub.py holds names, order and types of the parameters to the extension's own.
+"""
 
-from torch import Tensor
+from typing import TypedDict, type_check_only
 
+@type_check_only
 class NativeInfo(TypedDict):
     isa: str
     compiled: list[str]
@@ -148,7 +150,7 @@ def pair_row_grad(
     other_grad_inner_stride: int,
     /,
 ) -> None: ...
-def pool_tensor(dtype: int, shape: list[int], /) -> Tensor: ...
+def pool_block(dtype: int, shape: tuple[int, ...], /) -> object: ...  # a DLPack capsule
 def pool_clear() -> None: ...
 def select_isa(name: str, /) -> None: ...
 def native_info() -> NativeInfo: ...
@@ -189,21 +191,21 @@ def cross_entropy_grad(
 def backend_is_forced() -> bool: ...
 def product_supported(dtype: int, /) -> bool: ...
 def product(
-    first_dtype: int,
-    second_dtype: int,
-    out_dtype: int,
+    a_dtype: int,
+    b_dtype: int,
+    c_dtype: int,
     threads: int,
     rows: int,
     depth: int,
     columns: int,
-    first: int,
-    first_row_stride: int,
-    first_depth_stride: int,
-    second: int,
-    second_depth_stride: int,
-    second_column_stride: int,
-    out: int,
-    out_row_stride: int,
+    a: int,
+    a_row_stride: int,
+    a_depth_stride: int,
+    b: int,
+    b_depth_stride: int,
+    b_column_stride: int,
+    c: int,
+    c_row_stride: int,
     accumulate: bool,
     /,
 ) -> None: ...
@@ -222,6 +224,7 @@ def elementwise(
     upstream: _Operand,
     scale: float,
     out: _Operand,
+    /,
 ) -> tuple[float, int]: ...
 def cosine(
     storage: int,
@@ -236,6 +239,7 @@ def cosine(
     target: int,
     out: int,
     saved: int,
+    /,
 ) -> None: ...
 def cosine_grad(
     storage: int,
@@ -254,4 +258,5 @@ def cosine_grad(
     upstream_scale: float,
     grad1: _Operand,
     grad2: _Operand,
+    /,
 ) -> None: ...

@@ -13,6 +13,7 @@ tile is then widened before anything else, and bfloat16 without any of them is r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -250,8 +251,7 @@ class _Gradients:
         self._bias = None
         if bias is not None and needed[2]:
             self._bias = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
-        # Of the scale's gradient, what the bias gives.
-        self._bias_inner = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        self._bias_inner: Tensor | None = None  # of the scale's gradient, what the bias gives
 
     def add(
         self,
@@ -275,7 +275,8 @@ class _Gradients:
             if self._bias is not None:
                 self._bias[first:last] += sums
             if self._needed[3]:
-                self._bias_inner += (bias[first:last].double() * sums).sum()
+                inner = (bias[first:last].double() * sums).sum()
+                self._bias_inner = inner if self._bias_inner is None else self._bias_inner + inner
 
     def _add_weight(self, gradient: Tensor, part: Tensor, first: int, last: int) -> None:
         total = self._weight
@@ -291,10 +292,10 @@ class _Gradients:
         if self._needed[3] and hidden is not None:
             # Few rows at a time: in float64 all of them would take more than the tiles.
             pairs = zip(self._given.split(_SCALE_ROWS), hidden.split(_SCALE_ROWS), strict=True)
-            inner = torch.zeros_like(self._bias_inner)
-            for given, to_given in pairs:
-                inner += (given.double() * to_given.double()).sum()
-            scalar = self._bias_inner + inner
+            inner = functools.reduce(
+                torch.add, ((given.double() * to_given.double()).sum() for given, to_given in pairs)
+            )
+            scalar = inner if self._bias_inner is None else self._bias_inner + inner
         if weight is not None:
             weight[self._written :] = 0
         for grad in (hidden, weight):

@@ -43,7 +43,7 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
 
 def hold_data(*tensors: Tensor | None) -> bool:
     """Say whether all tensors hold data: neither fake, nor on meta."""
-    return not any(t is not None and (isinstance(t, FakeTensor) or t.is_meta) for t in tensors)
+    return all(t is None or not (isinstance(t, FakeTensor) or t.is_meta) for t in tensors)
 
 
 def values_are_readable(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The identities that tie the measures together, each as a worst residual beside what rounding allows.
 
-A residual and its allowance are compared row by row in float64. What is allowed counts roundings, as in `_truth`:
+A residual and its allowance are compared row by row in float64. What is allowed counts roundings, as in `truth`:
 eps times the terms that were added, times the factor by which `exp` magnifies the rounding of its argument.
 """
 

@@ -12,7 +12,8 @@ _CLI_EXTRA = (
     "plotly",
     "mpmath",
     "transformers",
-    "accelerate",
+    "tokenizers",
+    "safetensors",
     "gguf",
 )
 
@@ -26,6 +27,12 @@ def main() -> None:
             'run: pip install "logitless[cli]"\n'
         )
         raise SystemExit(2)
-    from logitless.cli.app import run
+    from logitless.cli.stops import Stopped, end_by, stops_raised
 
-    run()
+    try:
+        with stops_raised():
+            from logitless.cli.app import run
+
+            run()
+    except Stopped as stopped:
+        end_by(stopped)

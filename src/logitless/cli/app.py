@@ -1,30 +1,58 @@
 """The verbs and their options; each verb's work is in the file of its name, imported when the verb runs."""
 
+import errno
+import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from logitless.cli.errors import InputError
+from logitless.cli.names import printable
+from logitless.cli.stops import end_by_signal
+from logitless.cli.streams import Stream, lasting_streams
 
 app = typer.Typer(
     name="logitless",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure language models with logitless: no logits in memory, no network, every number in nats.",
 )
 
 _MODEL = "A Hugging Face directory or a .gguf file; append :int8, :int4 or :bf16 to round its weights."
 
 Texts = Annotated[list[Path], typer.Option("--text", help="A UTF-8 text file; repeat it for several, never joined.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write every number, and what made it, to this JSON file.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write every number, and what made it, to this JSON file; - is stdout.")
+]
 Html = Annotated[Path | None, typer.Option("--html", help="Write a self-contained report with plots to this file.")]
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=1, help="Score at most this many tokens of each text.")
 ]
 Window = Annotated[int, typer.Option("--window", min=1, help="Tokens a window holds; windows do not overlap.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Write a row for each token to a .parquet, .jsonl or .csv file.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"logitless {version('logitless')}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def logitless(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Measure language models with logitless: no logits in memory, no network, every number in nats."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -42,26 +70,25 @@ def demo(
 @app.command()
 def compare(
     base: Annotated[str, typer.Argument(help=_MODEL)],
-    candidate: Annotated[str, typer.Argument(help=_MODEL)],
+    candidates: Annotated[list[str], typer.Argument(help="As BASE, one or more; each is compared with BASE.")],
     text: Texts,
+    out: Out = None,
     json: Json = None,
     html: Html = None,
     max_tokens: MaxTokens = None,
     window: Window = 512,
 ) -> None:
-    """Say how far CANDIDATE is from BASE on the same tokens: KL both ways, JS, perplexity, agreement."""
+    """Say how far each of CANDIDATES is from BASE on the same tokens: KL both ways, JS, perplexity, agreement."""
     from logitless.cli.compare import run_compare
 
-    run_compare(base, [candidate], text, json, html, max_tokens, window)
+    run_compare(base, candidates, text, out, json, html, max_tokens, window)
 
 
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(help=_MODEL)],
     text: Texts,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write a row for each token, to a .parquet or a .jsonl file.")
-    ] = None,
+    out: Out = None,
     json: Json = None,
     max_tokens: MaxTokens = None,
     window: Window = 512,
@@ -100,9 +127,32 @@ def bench(
 
 
 def run() -> None:
-    """Run the app on `sys.argv`; an `InputError` becomes one line on stderr and exit status 2."""
+    """Run the app on `sys.argv`; what cannot be used becomes one line on stderr and exit status 2."""
+    with lasting_streams() as (output, errors):
+        status = _run_verb()
+    # The reader of stderr may go, as in `2>&1 | head`: what was to be told is lost with it, the results are not.
+    raise SystemExit(_told(output, errors) or status)
+
+
+def _run_verb() -> int | str | None:
     try:
-        app()
+        status: int | str | None = app(standalone_mode=False, prog_name="logitless")
     except InputError as error:
-        sys.stderr.write(f"logitless: {error}\n")
-        raise SystemExit(2) from None
+        sys.stderr.write(f"logitless: {printable(str(error))}\n")
+        return 2
+    except typer.TyperException as error:  # an option or an argument
+        sys.stderr.write(f"logitless: {printable(error.format_message())} (see logitless --help)\n")
+        return error.exit_code
+    except SystemExit as end:
+        return end.code
+    return status
+
+
+def _told(output: Stream, errors: Stream) -> int:
+    """Return 1 if standard output could not be written, saying so; end as others do whose reader went."""
+    if output.failure is None:
+        return 0
+    if output.failure.errno == errno.EPIPE and hasattr(signal, "SIGPIPE"):
+        end_by_signal(signal.SIGPIPE)
+    errors.write(f"logitless: standard output was not written: {output.failure.strerror}\n")
+    return 1

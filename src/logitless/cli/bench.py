@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from logitless._bench.passes import MOVES
 from logitless._bench.protocol import Case, GateError, Row, gate, ratios, shares, sizes
 from logitless.cli.bench_report import write_report
 from logitless.cli.errors import InputError
-from logitless.cli.outputs import check_distinct, staged
+from logitless.cli.outputs import Outputs
 from logitless.cli.progress import Steps
 
 SCHEMA = 1
@@ -37,7 +37,7 @@ def run_bench(
 ) -> None:
     """Check every case, time it, print the medians and ratios, and write the files asked for."""
     chosen = _chosen(only, quick)
-    check_distinct(json_path, html_path)
+    outputs = Outputs({"--json": json_path, "--html": html_path})
     torch.set_num_threads(threads or torch.get_num_threads())
     steps, notes = Steps(), list[str]()
 
@@ -46,22 +46,22 @@ def run_bench(
         steps.note(message)
 
     rows: list[Row] = []
-    with staged(json_path) as json_file, staged(html_path) as html_file:
-        try:
-            errors = {
-                case.name: gate(case)
-                for case in steps.track(chosen, "values and gradients against float64, before any timing", len(chosen))
-            }
-            for index, case in enumerate(chosen, 1):
-                with steps.step(f"[{index}/{len(chosen)}] {case.name}"):
-                    rows += suite.run(case, rounds, errors[case.name], note, quick=quick)
-        except GateError as error:
-            Console(stderr=True).print(f"nothing is written: {error}", markup=False, highlight=False, soft_wrap=True)
-            raise SystemExit(1) from None
-        json_file.write_text(json.dumps(_report(rows, notes, quick), indent=1) + "\n", encoding="utf-8")
-        if html_path is not None:
-            write_report(rows, notes, html_file)
-    _print(rows, notes)
+    try:
+        errors = {
+            case.name: gate(case)
+            for case in steps.track(chosen, "values and gradients against float64, before any timing", len(chosen))
+        }
+        for index, case in enumerate(chosen, 1):
+            with steps.step(f"[{index}/{len(chosen)}] {case.name}"):
+                rows += suite.run(case, rounds, errors[case.name], note, quick=quick)
+    except GateError as error:
+        steps.note(f"nothing is written: {error}")
+        raise SystemExit(1) from None
+    _print(rows, notes, outputs.table_stream)
+    report = json.dumps(_report(rows, notes, quick), indent=1) + "\n"
+    outputs.write("--json", lambda file: file.write(report.encode()))
+    outputs.write("--html", lambda file: write_report(rows, notes, file))
+    outputs.finish()
 
 
 def _chosen(only: str | None, quick: bool) -> list[Case]:
@@ -115,10 +115,10 @@ def _case(row: Row) -> dict[str, Any]:
     return {"section": row.section, "what": row.what, "mode": row.mode, "shape": row.shape, "dtype": row.dtype}
 
 
-def _print(rows: Sequence[Row], notes: Sequence[str]) -> None:
-    console = Console()
+def _print(rows: Sequence[Row], notes: Sequence[str], stream: TextIO) -> None:
+    console = Console(file=stream)
     if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
+        console = Console(file=stream, width=_PIPED_WIDTH)
     first = rows[0]
     facts = [f"{name} {value}" for name, value in {**first.machine, **first.versions}.items()]
     console.print(f"{', '.join(facts)}; {first.threads} threads", highlight=False, markup=False)

@@ -6,8 +6,7 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jinja2
 import plotly.graph_objects as go
@@ -20,7 +19,7 @@ _COLOURS = ("#e0762f", "#3b82d6", "#3f9d6b", "#a05fc4", "#8a8f98", "#c4a62f", "#
 _ROW_PIXELS = 22
 
 
-def write_report(rows: Sequence[Row], notes: Sequence[str], path: Path) -> None:
+def write_report(rows: Sequence[Row], notes: Sequence[str], file: BinaryIO) -> None:
     """Write the page; every text in it is escaped, and its content policy forbids it to load anything."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     source = importlib.resources.files("logitless.cli").joinpath("bench.html.jinja").read_text("utf-8")
@@ -33,7 +32,7 @@ def write_report(rows: Sequence[Row], notes: Sequence[str], path: Path) -> None:
         sizes=sizes,
         plotly=get_plotlyjs(),
     )
-    path.write_text(page, "utf-8")
+    file.write(page.encode())
 
 
 def _timings(rows: Sequence[Row]) -> go.Figure:

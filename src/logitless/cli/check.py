@@ -15,7 +15,7 @@ from rich.table import Table
 from logitless._verify.accuracy import Accuracy, accuracy_steps, row_backend
 from logitless._verify.identities import Identity, identity_steps
 from logitless._verify.truth import BITS
-from logitless.cli.outputs import staged
+from logitless.cli.outputs import Outputs
 from logitless.cli.progress import Steps
 
 SCHEMA = 1
@@ -23,20 +23,19 @@ SCHEMA = 1
 
 def check_command(json_path: Path | None = None) -> None:
     """Print both tables and write them to `json_path`; exit 1 if one row of one table fails."""
+    outputs = Outputs({"--json": json_path})
     steps = Steps()
     identities: list[Identity] = []
     accuracies: list[Accuracy] = []
     work: list[tuple[str, Callable[[], Identity | list[Accuracy]]]] = [*identity_steps(), *accuracy_steps()]
-    with staged(json_path) as file:
-        for _, run in steps.track(work, f"checking against {BITS}-bit arithmetic", len(work)):
-            found = run()
-            if isinstance(found, Identity):
-                identities.append(found)
-            else:
-                accuracies.extend(found)
-        accuracies = _by_measure(accuracies)
-        file.write_text(json.dumps(_report(identities, accuracies), indent=1) + "\n", encoding="utf-8")
-    console = Console()
+    for _, run in steps.track(work, f"checking against {BITS}-bit arithmetic", len(work)):
+        found = run()
+        if isinstance(found, Identity):
+            identities.append(found)
+        else:
+            accuracies.extend(found)
+    accuracies = _by_measure(accuracies)
+    console = Console(file=outputs.table_stream)
     console.print(_identity_table(identities))
     console.print(_accuracy_table(accuracies))
     failed = [row.name for row in identities if not row.passed]
@@ -45,6 +44,9 @@ def check_command(json_path: Path | None = None) -> None:
     for name in failed:
         console.print(f"failed: {name}", markup=False, highlight=False)
     console.print(f"{total - len(failed)} of {total} checks passed", highlight=False)
+    report = json.dumps(_report(identities, accuracies), indent=1) + "\n"
+    outputs.write("--json", lambda file: file.write(report.encode()))
+    outputs.finish()
     if failed:
         raise SystemExit(1)
 

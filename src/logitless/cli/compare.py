@@ -1,49 +1,57 @@
-"""`logitless compare`: a candidate against a base on the user's texts."""
+"""`logitless compare`: one or more candidates against a base on the user's texts."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from logitless.cli.comparison import compare_models
 from logitless.cli.models import parse_model_name
-from logitless.cli.outputs import check_distinct, staged
+from logitless.cli.outputs import Outputs, model_files
 from logitless.cli.progress import Steps
 from logitless.cli.report import write_report
 from logitless.cli.results import comparison_results, write_json
+from logitless.cli.rows import comparison_table, row_writer
 from logitless.cli.tables import print_comparison
 from logitless.cli.text import Text, read_texts
 
 
 def run_compare(
     base: str,
-    candidates: list[str],
-    text_paths: list[Path],
+    candidates: Sequence[str],
+    text_paths: Sequence[Path],
+    out: Path | None,
     json_path: Path | None,
     html_path: Path | None,
     max_tokens: int | None,
     window: int,
 ) -> None:
-    """Compare, print the tables, and write the files asked for."""
-    texts = read_texts(text_paths)
-    compare_texts(base, candidates, texts, json_path, html_path, max_tokens, window)
+    """Compare on the texts of files: everything that can be refused early is refused before a model loads."""
+    row_writer(out)
+    models = [parse_model_name(name).path for name in (base, *candidates)]
+    inputs = [*text_paths, *(file for model in models for file in model_files(model))]
+    outputs = Outputs({"--out": out, "--json": json_path, "--html": html_path}, inputs)
+    compare_texts(base, candidates, read_texts(list(text_paths)), outputs, max_tokens, window, out)
 
 
 def compare_texts(
     base: str,
-    candidates: list[str],
+    candidates: Sequence[str],
     texts: list[Text],
-    json_path: Path | None,
-    html_path: Path | None,
+    outputs: Outputs,
     max_tokens: int | None,
     window: int,
+    out: Path | None = None,
 ) -> None:
-    """Compare on texts already read: everything that can be refused early is refused before a model loads."""
-    base_name = parse_model_name(base)
+    """Compare, print the tables, and write the files asked for; end with status 1 if some of it could not be done."""
     names = [parse_model_name(candidate) for candidate in candidates]
-    check_distinct(json_path, html_path)
-    with staged(json_path) as json_file, staged(html_path) as html_file:
-        comparison = compare_models(base_name, names, texts, window, max_tokens, Steps())
-        results = comparison_results(comparison)
-        if json_path is not None:
-            write_json(results, json_file)
-        if html_path is not None:
-            write_report(comparison, results, html_file)
-        print_comparison(results)
+    comparison = compare_models(parse_model_name(base), names, texts, window, max_tokens, Steps())
+    results = comparison_results(comparison)
+    print_comparison(results, outputs.table_stream)
+    labels = [candidate["label"] for candidate in results["candidates"]]
+    write_rows = row_writer(out)
+    outputs.write("--json", partial(write_json, results))
+    outputs.write("--out", lambda file: write_rows(comparison_table(comparison, labels), file))
+    outputs.write("--html", partial(write_report, comparison, results))
+    outputs.finish()
+    if comparison.refused:
+        raise SystemExit(1)

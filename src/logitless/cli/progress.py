@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from logitless.cli.names import printable
+
 Item = TypeVar("Item")
 
 
@@ -18,11 +20,11 @@ class Steps:
     def __init__(self) -> None:
         """Write to the stderr of this moment."""
         # The stream is fixed here, since stderr is redirected while a model loads (see `models.quiet`).
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, markup=False, emoji=False)
 
     def note(self, message: str) -> None:
         """Print one line that stays."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(message), highlight=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
@@ -39,7 +41,11 @@ class Steps:
 
     @contextmanager
     def _bar(self, label: str, total: int | None) -> Iterator[Progress]:
-        columns = [SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=24)]
+        columns = [
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+        ]
         if total is not None:
             columns.append(MofNCompleteColumn())
         started = time.perf_counter()
@@ -52,7 +58,7 @@ class Steps:
             redirect_stderr=False,
         )
         with progress:
-            task = progress.add_task(label, total=total)
+            task = progress.add_task(printable(label), total=total)
             yield progress
             progress.update(task, total=total or 1, completed=total or 1)
         if not self._console.is_terminal:

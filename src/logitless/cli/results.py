@@ -4,14 +4,14 @@ import json
 import math
 import platform
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from logitless.cli.comparison import Comparison, ModelFacts, Pair
 from logitless.cli.measure import ReadingPlan
 from logitless.cli.memory import MemoryUse
+from logitless.cli.names import printable, told_apart
 from logitless.cli.statistics import Columns, identity_summary, model_summary, pair_summary
 
 SCHEMA_VERSION = 1
@@ -22,11 +22,16 @@ def comparison_results(comparison: Comparison) -> dict[str, Any]:
     plan = comparison.plan
     sizes = [text.scored_bytes for text in plan.texts]
     first = comparison.pairs[0]
+    facts = [comparison.base, *(pair.candidate for pair in comparison.pairs)]
+    base_label, *labels = told_apart(
+        [_short_name(model, comparison.base) for model in facts], [printable(model.given) for model in facts]
+    )
     return {
         "schema": {"name": "logitless.comparison", "version": SCHEMA_VERSION},
         "made_by": made_by(),
         "plan": plan_results(plan),
         "base": {
+            "label": base_label,
             "model": model_results(comparison.base),
             "overall": model_summary(first.overall["nll_base"], first.overall["entropy_base"], sum(sizes)),
             "texts": [
@@ -34,7 +39,11 @@ def comparison_results(comparison: Comparison) -> dict[str, Any]:
                 for columns, size in zip(first.per_text, sizes, strict=True)
             ],
         },
-        "candidates": [_pair_results(pair, plan, sizes) for pair in comparison.pairs],
+        "candidates": [
+            {"label": label, **_pair_results(pair, plan, sizes)}
+            for label, pair in zip(labels, comparison.pairs, strict=True)
+        ],
+        "left_out": [{"name": printable(one.label), "reason": printable(one.reason)} for one in comparison.refused],
     }
 
 
@@ -42,13 +51,15 @@ def plan_results(plan: ReadingPlan) -> dict[str, Any]:
     """Return how the texts were read, and what they were."""
     return {
         "unit": "nats",
+        "arithmetic": "models and their heads' products in float32; log-sum-exp and every sum over classes in float64",
         "window_tokens": plan.window,
         "windows": plan.window_count,
         "scored": "every token of a text after its first, once; texts are not joined",
         "bos": plan.bos.description,
+        "notes": [printable(note) for note in plan.notes],
         "texts": [
             {
-                "name": text.text.name,
+                "name": printable(text.text.name),
                 "sha256": text.text.digest,
                 "bytes": len(text.text.content.encode()),
                 "scored_tokens": text.scored_tokens,
@@ -62,7 +73,7 @@ def plan_results(plan: ReadingPlan) -> dict[str, Any]:
 def model_results(model: ModelFacts) -> dict[str, Any]:
     """Return what identifies a model."""
     return {
-        "name": model.label,
+        "name": printable(model.label),
         "sha256": model.digest,
         "rounding": model.rounding,
         "architecture": model.architecture,
@@ -76,7 +87,8 @@ def model_results(model: ModelFacts) -> dict[str, Any]:
 def memory_results(memory: MemoryUse, logits_bytes: int) -> dict[str, Any]:
     """Return the memory figures in bytes, beside what the logits alone would have taken in float32."""
     return {
-        "measured": "resident bytes; `measure_growth` is the peak while measuring less what was resident before it",
+        "measured": "resident bytes; `measure_growth` is the peak while measuring less what was resident before it, "
+        "free memory given back to the system first",
         "before_measure": memory.before,
         "measure_peak": memory.peak,
         "measure_growth": memory.growth,
@@ -97,9 +109,15 @@ def made_by() -> dict[str, Any]:
     }
 
 
-def write_json(results: dict[str, Any], path: Path) -> None:
+def write_json(results: dict[str, Any], file: BinaryIO) -> None:
     """Write strict JSON: a number that is not finite becomes the string "inf", "-inf" or "nan"."""
-    path.write_text(json.dumps(strict(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    file.write((json.dumps(strict(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _short_name(model: ModelFacts, base: ModelFacts) -> str:
+    """Return the rounding alone for a rounding of the base's own files, else the model's name."""
+    rounded_base = model.digest == base.digest and model.rounding is not None and base.rounding is None
+    return str(model.rounding) if rounded_base else printable(model.label)
 
 
 def _pair_results(pair: Pair, plan: ReadingPlan, sizes: list[int]) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def _pair_results(pair: Pair, plan: ReadingPlan, sizes: list[int]) -> dict[str, 
         ],
         "worst_tokens": [
             {
-                "text": plan.texts[worst.text].text.name,
+                "text": printable(plan.texts[worst.text].text.name),
                 "position": int(pair.per_text[worst.text]["position"][worst.row]),
                 "token": plan.texts[worst.text].pieces[worst.row + 1],
                 "base_top": worst.base_top,

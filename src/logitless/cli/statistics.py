@@ -32,9 +32,14 @@ def pair_summary(columns: Columns) -> dict[str, Any]:
     clustered = clustered_error(difference, columns["cluster"])
     return {
         "kl_base_candidate": distribution(columns["kl"]),
+        "kl_base_candidate_se_clustered": clustered_error(columns["kl"], columns["cluster"]),
+        "kl_base_candidate_se_naive": naive_error(columns["kl"]),
         "kl_candidate_base": distribution(columns["reverse_kl"]),
+        "kl_candidate_base_se_clustered": clustered_error(columns["reverse_kl"], columns["cluster"]),
         "js": distribution(columns["js"]),
+        "js_se_clustered": clustered_error(columns["js"], columns["cluster"]),
         "same_top": float(columns["same_top"].mean()),
+        "same_top_se_clustered": clustered_error(columns["same_top"].astype(np.float64), columns["cluster"]),
         "mean_hidden_cosine": float(columns["cosine"].mean()) if "cosine" in columns else None,
         "log_perplexity_ratio": ratio,
         "log_perplexity_ratio_se_clustered": clustered,
@@ -61,21 +66,30 @@ def identity_summary(columns: Columns) -> dict[str, Any]:
 
 
 def distribution(values: Floats) -> dict[str, float]:
-    """Return the mean, the quantiles (linear interpolation) and the largest of `values`."""
-    found = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
+    """Return the mean, the quantiles (linear interpolation, infinite next to infinity) and the largest of `values`."""
+    found = {name: _quantile(values, share) for name, share in _QUANTILES.items()}
     return {"mean": float(values.mean()), **found, "max": float(values.max())}
 
 
+def _quantile(values: Floats, share: float) -> float:
+    above = float(np.quantile(values, share, method="higher"))
+    return above if math.isinf(above) else float(np.quantile(values, share))
+
+
 def naive_error(values: Floats) -> float | None:
-    """Return the standard error of the mean if every value were independent; none of fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    """Return the standard error of the mean if every value were independent; none of fewer than two, or of infinity."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def clustered_error(values: Floats, clusters: NDArray[Any]) -> float | None:
-    """Return the standard error of the mean if only clusters were independent; none of fewer than two clusters.
+    """Return the standard error of the mean if only clusters were independent; none of fewer than two, or of infinity.
 
     SE² = G/(G-1) Σ_g (Σ_{i in g} (x_i - mean))² / N², with G clusters of N values in all.
     """
+    if not np.isfinite(values).all():
+        return None
     _, index = np.unique(clusters, return_inverse=True)
     sums = np.bincount(index, weights=values - values.mean())
     count = len(sums)

@@ -1,7 +1,7 @@
 """Tables on stdout, made of the results that also go to the JSON file."""
 
 import math
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console, Group
@@ -11,12 +11,13 @@ from rich.text import Text
 _NARROWEST = 100  # columns; a pipe has no width, and a table cut to 80 loses its numbers
 
 
-def print_comparison(results: dict[str, Any]) -> None:
-    """Print the models, each pair, the identity, and the memory."""
-    _print(_models(results), _pairs(results), _identity(results), _memory(results))
+def print_comparison(results: dict[str, Any], stream: TextIO) -> None:
+    """Print the models, each pair, the identity, and the memory, and what was left out."""
+    left_out = [Text(f"Left out: {one['name']}: {one['reason']}") for one in results["left_out"]]
+    _print(stream, _models(results), _pairs(results), _identity(results), _memory(results), *left_out)
 
 
-def print_score(results: dict[str, Any]) -> None:
+def print_score(results: dict[str, Any], stream: TextIO) -> None:
     """Print one model's summary for each text and overall."""
     names = [text["name"] for text in results["plan"]["texts"]]
     rows = [*zip(names, results["texts"], strict=True), ("all", results["overall"])]
@@ -30,7 +31,7 @@ def print_score(results: dict[str, Any]) -> None:
         f"Memory: scoring took {size(memory['measure_growth'])}; the logits would take "
         f"{size(memory['logits_would_take'])}; peak of the process, model included, {size(memory['process_peak'])}"
     )
-    _print(table, Text(line))
+    _print(stream, table, Text(line))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -44,16 +45,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def short_name(model: dict[str, Any], base: dict[str, Any]) -> str:
-    """Return the rounding alone for a rounding of the base's own files, else the model's name."""
-    rounded_base = model["sha256"] == base["sha256"] and model["rounding"] is not None
-    return str(model["rounding"] if rounded_base and base["rounding"] is None else model["name"])
-
-
 def size(count: float | None) -> str:
     """Format bytes in MB, or GB from ten thousand MB on."""
     if count is None:
         return "not measured here"
+    if count < 1e6:
+        return "under 1 MB"
     return f"{count / 1e6:,.0f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
 
 
@@ -66,10 +63,10 @@ def _models(results: dict[str, Any]) -> Table:
     for name in ("text", "tokens", "nats/token", "bits/byte", "perplexity", "mean entropy"):
         table.add_column(name, justify="left" if name == "text" else "right")
     base = results["base"]
-    models = [(base["model"]["name"], base["texts"], base["overall"])]
+    models = [(base["label"], base["texts"], base["overall"])]
     for candidate in results["candidates"]:
         texts = [text["candidate"] for text in candidate["texts"]]
-        models.append((short_name(candidate["model"], base["model"]), texts, candidate["overall"]["candidate"]))
+        models.append((candidate["label"], texts, candidate["overall"]["candidate"]))
     names = [text["name"] for text in plan["texts"]]
     for label, texts, overall in models:
         rows = [*zip(names, texts, strict=True)] if len(names) > 1 else []
@@ -90,18 +87,21 @@ def _summary_cells(summary: dict[str, Any]) -> list[str]:
 
 
 def _pairs(results: dict[str, Any]) -> Group:
-    base = results["base"]["model"]
-    spread = _table(f"Divergence from p = {base['name']}, nats per token", "q")
-    for name in ("measure", "mean", "median", "p90", "p99", "p99.9", "max"):
+    base = results["base"]["label"]
+    spread = _table(f"Divergence from p = {base}, nats per token", "q")
+    for name in ("measure", "mean", "± (windows)", "median", "p90", "p99", "p99.9", "max"):
         spread.add_column(name, justify="left" if name == "measure" else "right")
-    single = _table(f"Agreement with {base['name']}", "candidate")
-    for name in ("same top token", "cosine of states", "ln PPL ratio", "± clustered (windows)", "± naive"):
+    single = _table(f"Agreement with {base}", "candidate")
+    for name in ("same top token", "cosine of states", "ln PPL ratio", "± (windows)", "± naive"):
         single.add_column(name, justify="right")
     for candidate in results["candidates"]:
-        pair, label = candidate["overall"]["pair"], short_name(candidate["model"], base)
+        pair, label = candidate["overall"]["pair"], candidate["label"]
         measures = {"KL(p‖q)": "kl_base_candidate", "KL(q‖p)": "kl_candidate_base", "JS(p, q)": "js"}
         for index, (name, key) in enumerate(measures.items()):
-            spread.add_row(label if index == 0 else "", name, *(number(value) for value in pair[key].values()))
+            mean, *others = pair[key].values()
+            error = number(pair[f"{key}_se_clustered"], 2)
+            cells = (number(mean), error, *(number(value) for value in others))
+            spread.add_row(label if index == 0 else "", name, *cells)
         spread.add_section()
         single.add_row(
             label,
@@ -121,7 +121,7 @@ def _identity(results: dict[str, Any]) -> Table:
     for candidate in results["candidates"]:
         identity = candidate["overall"]["identity"]
         table.add_row(
-            short_name(candidate["model"], results["base"]["model"]),
+            candidate["label"],
             f"{identity['mean_cross_entropy']:.6f}",
             f"{identity['mean_entropy']:.6f}",
             f"{identity['mean_kl']:.6f}",
@@ -138,7 +138,7 @@ def _memory(results: dict[str, Any]) -> Table:
     for candidate in results["candidates"]:
         memory = candidate["memory"]
         table.add_row(
-            short_name(candidate["model"], results["base"]["model"]),
+            candidate["label"],
             size(memory["measure_growth"]),
             size(memory["logits_would_take"]),
             size(memory["process_peak"]),
@@ -152,10 +152,11 @@ def _table(title: str, first: str) -> Table:
     return table
 
 
-def _print(*parts: Table | Group | Text) -> None:
-    console = Console()
+def _print(stream: TextIO, *parts: Table | Group | Text) -> None:
+    # Names of files and tokens are among the cells, and square brackets in them are no markup.
+    console = Console(file=stream, markup=False, emoji=False)
     if console.width < _NARROWEST and not console.is_terminal:
-        console = Console(width=_NARROWEST + 20)
+        console = Console(file=stream, markup=False, emoji=False, width=_NARROWEST + 20)
     for part in parts:
         console.print()
         console.print(part, highlight=False)

@@ -6,12 +6,20 @@ once. Texts are never joined.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from logitless.cli.errors import InputError
+from logitless.cli.tokenizer import TextTokenizer
+
+_BYTE_ORDER_MARK = "\ufeff"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# A text is tokenised from its beginning, in a part that grows, until the tokens asked for no longer depend on the end
+# of the part: longer by half they are still the same, and this many tokens follow them.
+_CHARACTERS_A_TOKEN = 8
+_TOKENS_AFTER = 64
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Text:
 
     name: str
     content: str
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -44,6 +53,7 @@ class TokenisedText:
     text: Text
     ids: list[int]
     pieces: list[str]
+    notes: tuple[str, ...] = ()
 
     @property
     def scored_tokens(self) -> int:
@@ -63,30 +73,62 @@ class TokenisedText:
 
 
 def read_texts(paths: list[Path]) -> list[Text]:
-    """Read UTF-8 files whole; refuse one that is missing, not text, or empty."""
-    texts = []
-    for path in paths:
-        try:
-            content = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
-        except OSError as error:
-            raise InputError(f"cannot read text {path}: {error.strerror}") from error
-        if not content.strip():
-            raise InputError(f"text {path} is empty")
-        texts.append(Text(str(path), content))
-    return texts
+    """Read UTF-8 files whole, without a byte order mark; refuse one that is missing, not text, or empty."""
+    return [_read_text(path) for path in paths]
 
 
-def tokenise(tokenizer: Any, text: Text, max_tokens: int | None) -> TokenisedText:
+def _read_text(path: Path) -> Text:
+    try:
+        stored = path.read_bytes()
+        content = stored.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = "; it looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8" if stored[:2] in _UTF_16 else ""
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded{hint}") from error
+    except OSError as error:
+        raise InputError(f"cannot read text {path}: {error.strerror}") from error
+    notes: tuple[str, ...] = ()
+    if content.startswith(_BYTE_ORDER_MARK):
+        content = content.removeprefix(_BYTE_ORDER_MARK)
+        notes = (f"{path}: the byte order mark it begins with is no text and is left out",)
+    if not content.strip():
+        raise InputError(f"text {path} is empty")
+    return Text(str(path), content, notes)
+
+
+def tokenise(tokenizer: TextTokenizer, text: Text, max_tokens: int | None) -> TokenisedText:
     """Tokenise a text without special tokens, keeping what is needed to score `max_tokens` of its tokens."""
-    encoded = tokenizer(text.content, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(encoded["input_ids"])
+    content, ids, offsets = _leading_tokens(tokenizer, text.content, None if max_tokens is None else max_tokens + 1)
     if len(ids) < 2:
         raise InputError(f"text {text.name} has {len(ids)} token; two are needed, since the first is not predicted")
-    pieces = split_pieces(text.content, encoded["offset_mapping"])
+    pieces = split_pieces(content, offsets)
     keep = len(ids) if max_tokens is None else max_tokens + 1
-    return TokenisedText(text, ids[:keep], pieces[:keep])
+    ids = ids[:keep]
+    return TokenisedText(text, ids, pieces[:keep], (*text.notes, *_special_tokens(tokenizer, text.name, ids)))
+
+
+def _leading_tokens(
+    tokenizer: TextTokenizer, content: str, count: int | None
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """Return a leading part of the text whose first `count` tokens are those of the whole, with all of its tokens."""
+    end = len(content) if count is None else _CHARACTERS_A_TOKEN * (count + _TOKENS_AFTER)
+    while count is not None and end < len(content):
+        part = tokenizer.encoded(content[:end])
+        longer = tokenizer.encoded(content[: end + end // 2])
+        if len(part.ids) >= count + _TOKENS_AFTER and part.ids[:count] == longer.ids[:count]:
+            return content[:end], part.ids, part.offsets
+        end *= 2
+    whole = tokenizer.encoded(content)
+    return content, whole.ids, whole.offsets
+
+
+def _special_tokens(tokenizer: TextTokenizer, name: str, ids: list[int]) -> list[str]:
+    """Say which special tokens the text spells, since they are read as such and not as text."""
+    counts = Counter(token for token in ids if token in tokenizer.special)
+    return [
+        f"{name} spells the special token {tokenizer.special[token]!r} {count} time{'s' if count > 1 else ''}: "
+        "it is read as that token, as this model's tokenizer does"
+        for token, count in sorted(counts.items())
+    ]
 
 
 def split_pieces(content: str, offsets: list[tuple[int, int]]) -> list[str]:
@@ -120,11 +162,9 @@ class BosRule:
         return [self.token]
 
 
-def bos_rule(tokenizer: Any) -> BosRule:
+def bos_rule(tokenizer: TextTokenizer) -> BosRule:
     """Follow the tokenizer: if it starts a text with its beginning-of-text token, every window starts with it."""
-    with_special: list[int] = list(tokenizer("a")["input_ids"])
-    plain: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos]:
-        return BosRule(bos, f"{tokenizer.bos_token} before every window, not scored (this tokenizer adds it)")
-    return BosRule(None, "none (this tokenizer adds none)")
+    if tokenizer.bos is None:
+        return BosRule(None, f"none ({tokenizer.bos_reason})")
+    name = tokenizer.token(tokenizer.bos)
+    return BosRule(tokenizer.bos, f"{name} before every window, not scored ({tokenizer.bos_reason})")

@@ -37,21 +37,21 @@ def cross_entropy(
 ) -> Tensor:
     """Return the reduced loss; a scalar makes its gradient in the forward pass where its divisor is known by then."""
     logits = _classes_last(logits, meaning)
-    source = logits.rows()
-    backend = _picked(name, logits, source, meaning, asked, compiles=True)
+    source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
+    backend = _picked(name, source, compute, meaning, asked, compiles=True)
     each_row = reduction == "none" or (reduction == "mean" and divisor_needs_rows(meaning, asked))
     shape = logits.shape[:-1]
     if backend.PLAIN:
         rows = LossRows.of_checked(source, checked_values(name, meaning), shape)
         values = _reference_rows(rows, logits, asked)
     elif torch.compiler.is_compiling():
-        head = _arguments(name, logits, source, meaning, asked)
+        head = _arguments(name, source, compute, meaning, asked)
         if not each_row:
             return operators.loss(backend, head, asked.normalizer, reduction, result, empty)
         values = definitions.ClassRows(*(value.view(shape) for value in operators.rows(backend, head)))
     else:
         rows = LossRows.of(name, source, meaning, shape, backend)
-        call = loss_call(backend, rows, asked, _compute(logits, meaning))
+        call = loss_call(backend, rows, asked, compute)
         if not each_row:
             return reduced(call, loss_reduction(backend, rows, asked, reduction, result, empty))
         values = definitions.ClassRows(*map(rows.everywhere, per_row(call)))
@@ -62,12 +62,12 @@ def cross_entropy(
 def cross_entropy_rows(name: str, logits: LazyLogits, meaning: ClassTarget, asked: HeadLoss) -> definitions.ClassRows:
     """Return the rows of `definitions.cross_entropy` for a checked target, on logits made a tile at a time."""
     logits = _classes_last(logits, meaning)
-    source = logits.rows()
-    backend = _picked(name, logits, source, meaning, asked, compiles=False)
+    source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
+    backend = _picked(name, source, compute, meaning, asked, compiles=False)
     rows = LossRows.of_checked(source, meaning, logits.shape[:-1])
     if backend.PLAIN:
         return _reference_rows(rows, logits, asked)
-    call = loss_call(backend, rows, asked, _compute(logits, meaning))
+    call = loss_call(backend, rows, asked, compute)
     return definitions.ClassRows(*map(rows.everywhere, per_row(call)))
 
 
@@ -82,18 +82,13 @@ def _classes_last(logits: LazyLogits, meaning: ClassTarget) -> LazyLogits:
     return moved
 
 
-def _compute(logits: LazyLogits, meaning: ClassTarget) -> torch.dtype:
-    return precision_of(logits, meaning.probabilities).compute
-
-
 def _picked(
-    name: str, logits: LazyLogits, source: HeadRows, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool
+    name: str, source: HeadRows, compute: torch.dtype, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool
 ) -> Backend:
     """Return who serves the call."""
 
     def foreseen(backend: Backend) -> dispatch.Forecast:
-        compute = _compute(logits, meaning)
-        rows = LossRows.of(name, source, meaning, logits.shape[:-1], backend)
+        rows = LossRows.of(name, source, meaning, torch.Size((source.rows,)), backend)
         return forecast(loss_call(backend, rows, asked, compute))
 
     tensors = (*source.tensors, meaning.indices, meaning.probabilities, asked.weight)
@@ -108,7 +103,7 @@ def _picked(
 
 
 def _arguments(
-    name: str, logits: LazyLogits, source: HeadRows, meaning: ClassTarget, asked: HeadLoss
+    name: str, source: HeadRows, compute: torch.dtype, meaning: ClassTarget, asked: HeadLoss
 ) -> operators.Head:
     hidden, weight, bias, factor = source.tensors
     assert hidden is not None
@@ -125,7 +120,7 @@ def _arguments(
         asked.weight,
         meaning.ignore_index,
         asked.label_smoothing,
-        precision_of(logits, meaning.probabilities).compute,
+        compute,
         asked.max_bytes,
         name,
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from logitless.kernels.native import DTYPES
 from logitless.kernels.native import extension as _native
@@ -44,4 +45,4 @@ def empty_pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """`torch.empty(shape, dtype=dtype)`, of at least 1 MB on a pooled block; see `empty_like_pooled`."""
     if not POOL_IN_USE or shape.numel() * dtype.itemsize < POOLED_BYTES:
         return torch.empty(shape, dtype=dtype)
-    return _native.pool_tensor(DTYPES[dtype], list(shape))
+    return from_dlpack(_native.pool_block(DTYPES[dtype], shape))

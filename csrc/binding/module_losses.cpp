@@ -1,0 +1,220 @@
+// A whole loss in one call: where rows are few, the calls around the kernels cost as much as the arithmetic, and where
+// they are many and short, so do passes over their losses.
+//
+// Precision: the row kernels' own; the sum over rows is in double.
+#include "binding/module_losses.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "binding/call.h"
+#include "kernels.h"
+
+using namespace logitless;
+
+namespace {
+
+// Contiguous rows [rows, classes], and what cross-entropy asks of them. Either a target or a dense target is given.
+struct Problem {
+  DType dtype;
+  int threads;
+  std::int64_t rows, classes;
+  const void* logits;
+  const std::int64_t* target;
+  std::int64_t ignore_index;
+  const void* weight;
+  const void* dense_target;
+  double smoothing;
+
+  double spread() const { return smoothing / static_cast<double>(classes); }
+  Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
+};
+
+// What the gradient needs of the forward pass, for each row; null where there will be none. Python holds it as bytes,
+// which cost a fraction of a tensor to make.
+struct Saved {
+  double* log_sum = nullptr;
+  void* pivot = nullptr;
+  void* dense_mass = nullptr;  // of a dense target alone
+
+  static std::size_t real_bytes(const Problem& p) {
+    return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  }
+  static Object room(const Problem& p, bool save) {
+    const std::size_t a_row = save ? sizeof(double) + real_bytes(p) * (p.target ? 1 : 2) : 0;
+    return Object(
+        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
+  }
+  Saved(const Bytes& bytes, const Problem& p) {
+    if (bytes.size() == 0) return;
+    char* const data = bytes.data();
+    const std::size_t rows = static_cast<std::size_t>(p.rows);
+    log_sum = reinterpret_cast<double*>(data);
+    pivot = data + rows * sizeof(double);
+    dense_mass = data + rows * (sizeof(double) + real_bytes(p));
+  }
+};
+
+struct Sum {
+  double total, denominator;
+};
+
+// Reduce the rows' losses; with `losses` also keep them.
+template <class Real>
+Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Real* dense_sum, Real* losses) {
+  const Real* const weight = static_cast<const Real*>(p.weight);
+  const Real kept = static_cast<Real>(1 - p.smoothing), spread = static_cast<Real>(p.spread());
+  Sum sum{0, p.target ? 0 : static_cast<double>(p.rows)};
+  // The plain case, in four sums that do not wait for each other. The loss of an ignored row is 0.
+  if (p.target && !weight && p.smoothing == 0 && !losses) {
+    double total[4] = {};
+    std::int64_t r = 0, ignored = 0;
+    for (; r + 4 <= p.rows; r += 4) {
+      for (int k = 0; k < 4; ++k) {
+        total[k] += static_cast<double>(nll[r + k]);
+        ignored += p.target[r + k] == p.ignore_index;
+      }
+    }
+    for (; r < p.rows; ++r) {
+      total[0] += static_cast<double>(nll[r]);
+      ignored += p.target[r] == p.ignore_index;
+    }
+    return {(total[0] + total[1]) + (total[2] + total[3]), static_cast<double>(p.rows - ignored)};
+  }
+  for (std::int64_t r = 0; r < p.rows; ++r) {
+    Real loss = p.target ? nll[r] : dense_sum[r];
+    if (p.target && p.target[r] != p.ignore_index) {
+      const Real row_weight = weight ? weight[p.target[r]] : Real(1);
+      loss = row_weight == 0 ? Real(0) : row_weight * loss;
+      sum.denominator += static_cast<double>(row_weight);
+    }
+    if (p.smoothing > 0) loss = kept * loss + spread * smooth_sum[r];
+    if (losses) losses[r] = loss;
+    sum.total += static_cast<double>(loss);
+  }
+  return sum;
+}
+
+template <class Real> double weight_sum(const Problem& p) {
+  const Real* const weight = static_cast<const Real*>(p.weight);
+  return weight ? std::accumulate(weight, weight + p.classes, 0.0) : static_cast<double>(p.classes);
+}
+
+// Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
+// row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad and empty unless asked for.
+template <class Real> Object reduced(const Problem& p, bool mean, Address losses, bool save) {
+  // nll or dense_sum, and smooth_sum: one each a row
+  const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
+  Real* const loss = scratch.get();
+  Real* const smooth_sum = loss + p.rows;
+  Object bytes = Saved::room(p, save);
+  const Saved saved(Bytes{bytes.get()}, p);
+  std::int64_t bad_row = -1;
+
+  RowStatsArgs args{};
+  args.dtype = p.dtype;
+  args.threads = p.threads;
+  args.tile = p.tile();
+  args.logits = p.logits;
+  args.target = p.target;
+  args.ignore_index = p.ignore_index;
+  args.class_weight = p.weight;
+  args.pivot = saved.pivot;
+  args.log_sum = saved.log_sum;
+  if (p.target) {
+    args.nll = loss;
+  } else {
+    args.dense_target = p.dense_target;
+    args.dense_strides = {p.classes, 1, 0};
+    args.dense_sum = loss;
+    args.dense_mass = saved.dense_mass;
+  }
+  if (p.smoothing > 0) args.smooth_sum = smooth_sum;
+  args.bad_row = &bad_row;
+  Sum sum{};
+  without_gil(p.rows * p.classes, [&] {
+    kernels().row_stats(args);
+    if (bad_row < 0) sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
+  });
+  if (bad_row >= 0) return make_tuple(bad_row, 0.0, 0.0, std::move(bytes));
+  const double denominator = mean ? sum.denominator : 1.0;
+  // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
+  return make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator,
+                    std::move(bytes));
+}
+
+Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
+                std::int64_t ignore_index, Address weight, Address dense_target, double smoothing) {
+  return {static_cast<DType>(dtype),
+          threads,
+          rows,
+          classes,
+          at<void>(logits),
+          at<std::int64_t>(target),
+          ignore_index,
+          at<void>(weight),
+          at<void>(dense_target),
+          smoothing};
+}
+
+LL_PYTHON(Object, cross_entropy, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
+          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
+          Address losses, bool save) {
+  const Problem p =
+      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses, save) : reduced<float>(p, mean, losses, save);
+}
+
+// The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
+LL_PYTHON(void, cross_entropy_grad, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
+          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing,
+          const Bytes& saved, double scale, double denominator, Address upstream, Address grad) {
+  const Problem p =
+      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+  const Saved forward(saved, p);
+  scale /= denominator;
+  const double kept = scale * (1 - smoothing), spread = scale * p.spread();
+  RowGradArgs args{};
+  args.dtype = p.dtype;
+  args.threads = p.threads;
+  args.tile = p.tile();
+  args.logits = p.logits;
+  args.grad_strides = {classes, 1, 0};
+  args.grad = at<void>(grad);
+  args.target = p.target;
+  args.ignore_index = ignore_index;
+  args.class_weight = p.weight;
+  args.row_max = forward.pivot;
+  args.log_sum = forward.log_sum;
+  args.upstream = at<void>(upstream);
+  args.upstream_stride = 1;
+  args.a_scale = kept;
+  if (p.target) {
+    args.index_weight = p.weight != nullptr;
+    args.c_scale = -kept;
+  } else {
+    args.dense_target = p.dense_target;
+    args.dense_strides = {classes, 1, 0};
+    args.a = forward.dense_mass;
+    args.e_scale = -kept;
+  }
+  if (smoothing > 0) {
+    args.a_extra = spread * (p.dtype == DType::kFloat64 ? weight_sum<double>(p) : weight_sum<float>(p));
+    args.f_scale = -spread;
+  }
+  without_gil(p.rows * p.classes, [&] { kernels().row_grad(args); });
+}
+
+// os.environ's own look-up encodes the name at each call, at a cost that a small loss notices.
+LL_PYTHON(bool, backend_is_forced) { return std::getenv("LOGITLESS_BACKEND") != nullptr; }
+
+}  // namespace
+
+void bind_losses(PyObject* module) {
+  LL_DEFINE(module, cross_entropy);
+  LL_DEFINE(module, cross_entropy_grad);
+  LL_DEFINE(module, backend_is_forced);
+}

@@ -1,0 +1,4 @@
+#pragma once
+#include "binding/python.h"
+
+void bind_losses(PyObject* module);

@@ -1,5 +1,0 @@
-#pragma once
-
-#include <nanobind/nanobind.h>
-
-void bind_pair(nanobind::module_& m);  // the two-row kernels
