@@ -265,7 +265,8 @@ class LazyTensor(Tensor):
             requires_grad = self.requires_grad
         if self.form.shape.numel() * self.form.dtype.itemsize < sum(p.nbytes for p in parts if p is not None):
             with torch.no_grad():
-                return _again_as_values, (type(self).dense_values(self.raw, self.settings), requires_grad)
+                values = type(self).dense_values(self.raw, self.settings)
+            return values.requires_grad_(requires_grad).__reduce_ex__(protocol)
         return _again, (type(self), parts, self.wanted, self.settings, requires_grad)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -286,6 +287,10 @@ class LazyTensor(Tensor):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise: a write to what this gave would be lost."""
         raise TypeError(f"{type(self).__name__} have no memory to share by dlpack, at {callers_line()}: {_FIX}")
+
+    def __dlpack_device__(self) -> Any:
+        """Raise, as `__dlpack__` does."""
+        return self.__dlpack__()
 
     def share_memory_(self) -> Any:
         """Raise: there is no memory to share."""
@@ -437,6 +442,7 @@ def is_here(device: torch.device, asked: torch.device | str | int | None) -> boo
 _LIKE = frozenset((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like))
 _LIKE |= frozenset((aten.randint_like, aten.empty_permuted))
 _NEW = frozenset((aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided))
+_NEW |= frozenset((aten.is_pinned,))
 
 
 def _without_values(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -475,10 +481,6 @@ def _again(
 ) -> Any:
     with no_torch_functions():
         return kind.made(parts, wanted, settings, None).requires_grad_(requires_grad)
-
-
-def _again_as_values(values: Tensor, requires_grad: bool) -> Tensor:
-    return values.requires_grad_(requires_grad)
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler, half a second, with the package
