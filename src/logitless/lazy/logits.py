@@ -478,6 +478,11 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torc
         """Add one number a class, or another head's logits, in place."""
         return self._sum_in_place("add_", self.sum_with(other) if alpha == 1 else None)
 
+    def sub_(self, other: Any, *, alpha: Any = 1) -> Any:
+        """Subtract another head's logits, in place."""
+        negative = other.scaled(-1.0) if isinstance(other, HeadLogits) and alpha == 1 else None
+        return self._sum_in_place("sub_", None if negative is None else self.sum_with(negative))
+
     def _sum_in_place(self, name: str, total: Any) -> Any:
         if not isinstance(total, LazyLogits) or total.dtype != self.dtype:
             raise TypeError(
@@ -523,6 +528,8 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torc
     __imul__ = mul_
     __itruediv__ = div_
     __iadd__ = add_
+    __isub__ = sub_
+    __idiv__ = div_
     __hash__ = Tensor.__hash__
 
     @classmethod
