@@ -91,4 +91,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = importlib.import_module(sys.argv[1]).CASES
     for line in sys.stdin:
-        print(json.dumps(in_child(cases[line.strip()])), flush=True)
+        sys.stdout.write(json.dumps(in_child(cases[line.strip()])) + "\n")
+        sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What ordinary user code does with logits, each case against the tensor the lazy ones stand for; run by `forked.py`."""
+"""What user code does with logits: each case on lazy ones and on the tensor they stand for; run by `forked.py`."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def number(value: Any) -> Tensor:
     return value.materialize() if hasattr(value, "materialize") else value
 
 
-def both(
-    function: Callable[[Any, Tensor], Any], bias: bool = True, *, backward: bool = False, **limits: float
-) -> None:
+def both(function: Callable[[Any, Tensor], Any], bias: bool = True, *, backward: bool = False, **limits: float) -> None:
     """Hold value and gradients of a function of the logits to the dense ones, at an upstream gradient of its own.
 
     `backward` asks for the gradients by `.backward()`, which is all that a reentrant checkpoint allows.
@@ -296,19 +294,25 @@ def full_backward_hooks() -> None:
 @case
 def full_backward_hook_changes() -> None:
     _hooked(
-        lambda m, seen: m.lm_head.register_full_backward_hook(lambda module, into, out: seen.append(1) or (into[0] * 3,))
+        lambda m, seen: m.lm_head.register_full_backward_hook(
+            lambda module, into, out: seen.append(1) or (into[0] * 3,)
+        )
     )
 
 
 @case
 def full_backward_pre_hooks() -> None:
-    _hooked(lambda m, seen: m.lm_head.register_full_backward_pre_hook(lambda module, out: seen.append(1) or (out[0] * 2,)))
+    _hooked(
+        lambda m, seen: m.lm_head.register_full_backward_pre_hook(lambda module, out: seen.append(1) or (out[0] * 2,))
+    )
 
 
 @case
 def forward_hooks() -> None:
     _hooked(lambda m, seen: m.lm_head.register_forward_hook(lambda module, given, out: seen.append(1) or out * 0.5))
-    _hooked(lambda m, seen: m.lm_head.register_forward_pre_hook(lambda module, given: seen.append(1) or (given[0] * 2,)))
+    _hooked(
+        lambda m, seen: m.lm_head.register_forward_pre_hook(lambda module, given: seen.append(1) or (given[0] * 2,))
+    )
 
 
 @case
@@ -365,7 +369,9 @@ def checkpoint_of_the_model() -> None:
 def selective_checkpoint() -> None:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    contexts = lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
     dense, lazy = models()
     for model in (dense, lazy):
         checkpoint(lambda m=model: m(*batch())[0], use_reentrant=False, context_fn=contexts).backward()
@@ -381,7 +387,7 @@ def saved_tensor_hooks() -> None:
         return x.clone()
 
     for reduction in ("mean", "none", "sum"):
-        leaves = [p for p in parts()]
+        leaves = parts()
         packed.clear()
         with torch.autograd.graph.saved_tensors_hooks(copied, lambda x: x):
             loss = loss_of(ll.linear(*leaves), targets(), reduction=reduction)
@@ -419,7 +425,8 @@ def what_is_saved_passes_the_hooks() -> None:
         kept = sum(x.numel() for x in seen)
         assert kept >= CLASSES * WIDTH, "the weight's gradient, or the weight, is not among what the hooks saw"
         own = parts(rows=(3, 9))
-        for pair in zip(mine, torch.autograd.grad(loss_of(F.linear(*own), targets((3, 9)), reduction=reduction).sum(), own)):
+        true = torch.autograd.grad(loss_of(F.linear(*own), targets((3, 9)), reduction=reduction).sum(), own)
+        for pair in zip(mine, true, strict=True):
             close(*pair)
 
 
@@ -468,7 +475,9 @@ def infinite_upstream_gradients() -> None:
                 close(mine[finite], true[finite], 1e-9, 1e-12 * min(abs(factor), 1.0) if factor == factor else 0)
 
 
-def _errors(dtype: torch.dtype, scale: float, reduction: str, divisor: float, rows: int = 512) -> tuple[float, float, float, float]:
+def _errors(
+    dtype: torch.dtype, scale: float, reduction: str, divisor: float, rows: int = 512
+) -> tuple[float, float, float, float]:
     draw = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, 16, generator=draw).to(dtype)
     weight = (torch.randn(1000, 16, generator=draw) * 0.3).to(dtype)
@@ -481,8 +490,14 @@ def _errors(dtype: torch.dtype, scale: float, reduction: str, divisor: float, ro
         loss = F.cross_entropy(logits, target, reduction=reduction) / divisor
         (loss.sum() * scale).backward()
         found.append([x.grad.double() for x in leaves])
-    error = lambda a, b: float((a - b).norm() / b.norm())
-    return (*(error(x, y) for x, y in zip(found[1], found[0])), *(error(x, y) for x, y in zip(found[2], found[0])))
+
+    def error(mine: Tensor, true: Tensor) -> float:
+        return float((mine - true).norm() / true.norm())
+
+    return (
+        *(error(x, y) for x, y in zip(found[1], found[0], strict=True)),
+        *(error(x, y) for x, y in zip(found[2], found[0], strict=True)),
+    )
 
 
 @case
@@ -551,8 +566,9 @@ def negative_and_far_indices() -> None:
         _refused_as_dense(lambda z, d=dim, i=index: z.index_select(d, torch.tensor([i])), f"index_select {dim} {index}")
     for target in (torch.full((14,), CLASSES), torch.full((14,), -1)):
         _refused_as_dense(lambda z, t=target: loss_of(z, t), f"cross_entropy of {int(target[0])}")
-        flat = lambda z: z.view(-1, CLASSES)
-        _refused_as_dense(lambda z, t=target: F.nll_loss(flat(z).log_softmax(-1), t), f"nll_loss of {int(target[0])}")
+        _refused_as_dense(
+            lambda z, t=target: F.nll_loss(z.view(-1, CLASSES).log_softmax(-1), t), f"nll_loss of {int(target[0])}"
+        )
 
 
 @case
@@ -707,7 +723,9 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "squeeze_": lambda z: z.unsqueeze_(0),
     "storage": lambda z: z.untyped_storage().fill_(0),
     "swap_tensors": lambda z: torch.utils.swap_tensors(z, detached()[1] * 2),
-    "masked_scatter_": lambda z: z.masked_scatter_(detached()[1] > 0, torch.zeros(2 * 7 * CLASSES, dtype=torch.float64)),
+    "masked_scatter_": lambda z: z.masked_scatter_(
+        detached()[1] > 0, torch.zeros(2 * 7 * CLASSES, dtype=torch.float64)
+    ),
     "neg_": lambda z: z.neg_(),
     "tanh_": lambda z: z.tanh_(),
     "add_ of classes": lambda z: z.add_(torch.linspace(-1, 1, CLASSES, dtype=torch.float64)),
@@ -858,8 +876,6 @@ def a_write_between_loss_and_backward_raises() -> None:
         except RuntimeError:
             continue
         # Gradients that were made in the forward are those of the weight as it was.
-        for mine, true in zip((hidden, weight, bias), parts(), strict=True):
-            assert mine.grad is not None
         true = parts()
         loss_of(F.linear(*true), targets(), reduction=reduction).sum().backward()
         for mine, wanted in zip((hidden, weight, bias), true, strict=True):
@@ -927,11 +943,10 @@ def the_gradients_values_are_given_or_refused() -> None:
     own = F.linear(*parts())
     (true,) = torch.autograd.grad(loss_of(own, targets()), own)
     try:
-        values = g.abs()
-    except TypeError as error:
-        assert "materialize" in str(error)
-    else:
-        close(values, true.abs())
+        close(g.abs(), true.abs())
+    except TypeError:
+        with pytest.raises(TypeError, match="materialize"):
+            g.abs()
 
 
 @case
@@ -1054,11 +1069,7 @@ def export_of_the_logits() -> None:
     ids = batch()[0]
     wanted = model(ids).detach()
     ll.lazy_head(model)
-    try:
-        exported = torch.export.export(model, (ids,), strict=False)
-    except (TypeError, RuntimeError) as error:
-        assert "lazy" in str(error).lower()  # noqa: PT017
-        return
+    exported = torch.export.export(model, (ids,), strict=False)
     close(number(exported.module()(ids)).detach(), wanted)
 
 
@@ -1110,7 +1121,13 @@ def a_saved_row_is_small() -> None:
 def numpy_numbers() -> None:
     z, d = detached()
     for value in (np.float64(2), np.float32(0.5), np.int64(3)):
-        for operation in (lambda a, b: a * b, lambda a, b: b * a, lambda a, b: a / b, lambda a, b: a + b, lambda a, b: b - a):
+        for operation in (
+            lambda a, b: a * b,
+            lambda a, b: b * a,
+            lambda a, b: a / b,
+            lambda a, b: a + b,
+            lambda a, b: b - a,
+        ):
             got, wanted = operation(z, value), operation(d, value)
             assert type(number(got)) is type(wanted), (type(got), type(wanted))
             close(torch.as_tensor(number(got)), torch.as_tensor(wanted))

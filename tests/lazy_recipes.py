@@ -1,4 +1,4 @@
-"""What to call torch's functions with, where torch's own samples say nothing: by a function, an argument's name, a type."""
+"""What to call torch's functions with where torch's samples say nothing: by function, an argument's name, its type."""
 
 from __future__ import annotations
 
@@ -18,25 +18,74 @@ def places(*shape: int, below: int = 2) -> Tensor:
     return torch.randint(0, below, shape)
 
 
-# Calls that end, change or wait for the process, ask for a device that is not there, or make what no user makes by hand.
+# Calls that end, change or wait for the process, ask for a device that is not there, or make what no user makes.
 NOT_CALLED = {
     *(f"torch.{name}" for name in ("compile", "fork", "wait", "load", "_foobar", "_import_device_backends")),
     *(f"torch.{name}" for name in ("prepare_multiprocessing_environment", "_initExtension", "_preload_cuda_deps")),
     *(f"torch.{name}" for name in ("set_num_threads", "set_num_interop_threads", "set_default_device", "save")),
     *(f"torch.{name}" for name in ("seed", "manual_seed", "set_rng_state", "from_file", "_load_global_deps")),
+    # What reads memory that nobody wrote, of arguments as good as any; functorch's and torch's own tests' internals.
+    *(f"torch.{name}" for name in ("_weight_norm", "_weight_norm_interface", "_compute_linear_combination")),
+    *(f"torch.{name}" for name in ("_reshape_alias_copy", "_add_batch_dim", "_test_parallel_materialize")),
+    # Seconds a call.
+    *(f"torch.{name}" for name in ("lobpcg", "quantized_lstm")),
     *(f"torch.Tensor.{name}" for name in ("__new__", "__init__", "__init_subclass__", "__subclasshook__", "__class__")),
     *(f"torch.Tensor.{name}" for name in ("__dict__", "__doc__", "__module__", "__weakref__", "__annotations__")),
-    *(f"torch.Tensor.{name}" for name in ("__torch_function__", "__torch_dispatch__", "_make_subclass", "_fix_weakref")),
+    *(
+        f"torch.Tensor.{name}"
+        for name in ("__torch_function__", "__torch_dispatch__", "_make_subclass", "_fix_weakref")
+    ),
     *(f"torch.Tensor.{name}" for name in ("_make_wrapper_subclass", "_dtensor__new__", "__getattribute__")),
     *(f"torch.Tensor.{name}" for name in ("__delattr__", "__array_priority__", "__dir__", "__sizeof__")),
 }
 
+# They change how torch computes from then on, and take no tensor.
+SETTINGS = (
+    "torch.set_",
+    "torch.use_",
+    "torch.autocast_",
+    "torch.clear_",
+    "torch._set_",
+    "torch._enable",
+    "torch._disable",
+)
+
 # What names one object, or writes it out: two tensors of the same numbers differ in it as well.
 OPAQUE = {
-    *("__repr__", "__str__", "__format__", "__hash__", "__reduce__", "__reduce_ex__", "_reduce_ex_internal", "__getstate__"),
-    *("data_ptr", "const_data_ptr", "_cdata", "grad_fn", "_grad_fn", "_version", "_base", "_is_view", "name", "typename"),
+    *(
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__hash__",
+        "__reduce__",
+        "__reduce_ex__",
+        "_reduce_ex_internal",
+        "__getstate__",
+    ),
+    *(
+        "data_ptr",
+        "const_data_ptr",
+        "_cdata",
+        "grad_fn",
+        "_grad_fn",
+        "_version",
+        "_base",
+        "_is_view",
+        "name",
+        "typename",
+    ),
     *("_use_count", "_typed_storage", "storage", "untyped_storage", "register_hook", "_backward_hooks"),
-    *("empty_like", "new_empty", "new_empty_strided", "new", "empty", "empty_strided", "empty_permuted", "_print", "is_same"),
+    *(
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+        "new",
+        "empty",
+        "empty_strided",
+        "empty_permuted",
+        "_print",
+        "is_same",
+    ),
     *("__dlpack__", "to_dlpack", "_python_dispatch", "output_nr", "_debug_has_internal_overlap", "resize_"),
 }
 
@@ -81,7 +130,11 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "data": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS), numbers(*_ROWS)), {})],
     "requires_grad": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS), True), {})],
     "backward": [((numbers(*_ROWS), numbers(*_ROWS)), {})],
-    "type": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS), torch.float32), {}), ((numbers(*_ROWS), "torch.FloatTensor"), {})],
+    "type": [
+        ((numbers(*_ROWS),), {}),
+        ((numbers(*_ROWS), torch.float32), {}),
+        ((numbers(*_ROWS), "torch.FloatTensor"), {}),
+    ],
     "type_as": [((numbers(*_ROWS), numbers(1, dtype=torch.float32)), {}), ((numbers(*_ROWS), places(2)), {})],
     "to": [
         ((numbers(*_ROWS), torch.float32), {}),
@@ -141,8 +194,6 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     ],
     "gumbel_softmax": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS),), {"hard": True})],
     "nested_tensor": [(([numbers(*_ROWS), numbers(*_ROWS)],), {})],
-    "clip_grad_norm_": [],
-    "multi_head_attention_forward": [],
     "xavier_uniform_": [((numbers(*_ROWS),), {})],
     "torch.nn.init.uniform_": [((numbers(*_ROWS),), {})],
     "torch.nn.init.normal_": [((numbers(*_ROWS),), {})],
@@ -172,8 +223,46 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "as_strided": [((numbers(3, 4), (2, 2), (4, 1)), {})],
     "as_strided_": [((numbers(3, 4), (2, 2), (4, 1)), {})],
     "segment_reduce": [((numbers(3, 4), "sum"), {"lengths": torch.tensor([1, 2])})],
-    "lobpcg": [],
-    "vmap": [],
+    "torch.kl_div": [((numbers(3, 4), numbers(3, 4)), {"reduction": 1})],
+    "torch.instance_norm": [((numbers(2, 3, 4), None, None, None, None, True, 0.1, 1e-5, False), {})],
+    "torch.batch_norm": [((numbers(3, 4), None, None, None, None, True, 0.1, 1e-5, False), {})],
+    "torch.ctc_loss": [
+        ((numbers(5, 2, 4), torch.tensor([[1, 2], [2, 3]]), torch.tensor([5, 5]), torch.tensor([2, 2])), {})
+    ],
+    "torch.cosine_embedding_loss": [((numbers(3, 4), numbers(3, 4), torch.tensor([1, -1, 1])), {})],
+    "torch.quantize_per_tensor": [((numbers(3, 4, dtype=torch.float32), 0.1, 10, torch.quint8), {})],
+    "torch.quantize_per_channel": [
+        ((numbers(3, 4, dtype=torch.float32), torch.tensor([0.1] * 3), torch.zeros(3), 0, torch.quint8), {})
+    ],
+    "torch.quantize_per_tensor_dynamic": [((numbers(3, 4, dtype=torch.float32), torch.quint8, False), {})],
+    "torch.chain_matmul": [((numbers(3, 4), numbers(4, 5), numbers(5, 2)), {})],
+    "torch.gru_cell": [((numbers(3, 4), numbers(3, 4), numbers(12, 4), numbers(12, 4)), {})],
+    "torch.rnn_tanh_cell": [((numbers(3, 4), numbers(3, 4), numbers(4, 4), numbers(4, 4)), {})],
+    "torch.rnn_relu_cell": [((numbers(3, 4), numbers(3, 4), numbers(4, 4), numbers(4, 4)), {})],
+    "torch.rnn_tanh": [
+        ((numbers(2, 3, 4), numbers(1, 3, 4), [numbers(4, 4), numbers(4, 4)], False, 1, 0.0, True, False, False), {})
+    ],
+    "torch.gru": [
+        ((numbers(2, 3, 4), numbers(1, 3, 4), [numbers(12, 4), numbers(12, 4)], False, 1, 0.0, True, False, False), {})
+    ],
+    "torch.lstm": [
+        (
+            (
+                numbers(2, 3, 4),
+                [numbers(1, 3, 4), numbers(1, 3, 4)],
+                [numbers(16, 4), numbers(16, 4)],
+                *(False, 1, 0.0, True, False, False),
+            ),
+            {},
+        )
+    ],
+    "torch.result_type": [((numbers(3, 4), numbers(3, 4, dtype=torch.float32)), {})],
+    "torch.is_tensor": [((numbers(3, 4),), {})],
+    "torch.is_storage": [((numbers(3, 4),), {})],
+    "torch.numel": [((numbers(3, 4),), {})],
+    "torch.is_floating_point": [((numbers(3, 4),), {})],
+    "torch.affine_grid_generator": [((numbers(2, 2, 3), (2, 1, 3, 3), True), {})],
+    "affine_grid": [((numbers(2, 2, 3), (2, 1, 3, 3)), {})],
 }
 
 _INDICES = ("index", "indices", "target", "labels", "ids", "offsets", "index1", "tensor_indices_or_sections")
@@ -182,7 +271,19 @@ _MASKS = ("mask", "condition", "where", "key_padding_mask")
 
 def by_name(name: str, shape: tuple[int, ...], place: int) -> list[Any]:
     """Give values for a required argument of this name, in a call whose first tensor has this shape."""
-    if name in ("tensors", "tensor_list", "tensor_lists", "matrices", "self", "input", "x", "a", "tensor", "A", "arrays"):
+    if name in (
+        "tensors",
+        "tensor_list",
+        "tensor_lists",
+        "matrices",
+        "self",
+        "input",
+        "x",
+        "a",
+        "tensor",
+        "A",
+        "arrays",
+    ):
         many = name in ("tensors", "tensor_list", "matrices", "arrays")
         return [[numbers(*shape), numbers(*shape)]] if many else [numbers(*shape)]
     if name in _INDICES:

@@ -1,4 +1,4 @@
-"""transformers' own Trainer on a tiny Llama whose head is lazy, beside the same with a dense head, in several processes.
+"""transformers' Trainer on a tiny Llama with a lazy head, beside the same with a dense head, in several processes.
 
 `run(world)` starts the processes once; each trains every case twice and compares losses, metrics and weights.
 """
@@ -10,13 +10,12 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 import logitless as ll
@@ -41,7 +40,11 @@ class Rows(Dataset[dict[str, Tensor]]):
         return len(self.ids)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[row], "labels": self.labels[row], "attention_mask": torch.ones_like(self.ids[row])}
+        return {
+            "input_ids": self.ids[row],
+            "labels": self.labels[row],
+            "attention_mask": torch.ones_like(self.ids[row]),
+        }
 
 
 def tiny_llama(tied: bool = False) -> Any:
@@ -74,7 +77,7 @@ def _metrics(found: Any) -> dict[str, float]:
 CASES: dict[str, Run] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
-    "no supervised token": {"gradient_accumulation_steps": 2, "unsupervised": tuple(range(0, 12))},
+    "no supervised token": {"gradient_accumulation_steps": 2, "unsupervised": tuple(range(12))},
     "nothing supervised at all": {"unsupervised": tuple(range(24))},
     "checkpoints": {
         "gradient_checkpointing": True,
@@ -204,4 +207,4 @@ if __name__ == "__main__":
     import sys
 
     for name, text in run(int(sys.argv[1]), " ".join(sys.argv[2:])).items():
-        print(f"--- {name}\n{text[-1500:]}")
+        sys.stdout.write(f"--- {name}\n{text[-1500:]}\n")

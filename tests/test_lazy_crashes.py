@@ -1,4 +1,4 @@
-"""Lines of ordinary user code on lazy logits: each in a process of its own, so that one that crashes or hangs fails alone."""
+"""Lines of user code on lazy logits, each in a process of its own: one that crashes or hangs fails alone."""
 
 from collections.abc import Iterator
 

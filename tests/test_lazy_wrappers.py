@@ -1,4 +1,4 @@
-"""A lazy head inside DDP, FSDP1, FSDP2, tensor parallel, accelerate: gradients are the dense head's, in 1 and 2 processes."""
+"""A lazy head inside DDP, FSDP1, FSDP2, accelerate: gradients are the dense head's, in one process and in two."""
 
 import pytest
 
