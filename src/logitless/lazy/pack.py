@@ -84,8 +84,8 @@ class _Pack(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parts)
-        ctx.kind, ctx.settings, ctx.window = kind, settings, window
-        ctx.wanted = wanted = ctx.needs_input_grad[_ARGUMENTS:]
+        wanted = ctx.needs_input_grad[_ARGUMENTS:]
+        ctx.made = (kind, settings, window, wanted)
         if inherited is not None:
             # Made without a graph (in another function's forward), it still wants what its origin wanted.
             wanted = tuple(
@@ -100,7 +100,8 @@ class _Pack(torch.autograd.Function):
 
 
 def _gradients_of_parts(ctx: Any, gradient: Tensor | None) -> Sequence[Tensor | None]:
-    wanted: Sequence[bool] = ctx.wanted
+    wanted: Sequence[bool]
+    kind, settings, window, wanted = ctx.made
     if gradient is None:
         return (None,) * len(wanted)
     parts: Sequence[Tensor | None] = (None,) * len(wanted)
@@ -109,7 +110,7 @@ def _gradients_of_parts(ctx: Any, gradient: Tensor | None) -> Sequence[Tensor | 
         again = torch.is_grad_enabled()
         *parts, dense = _UnpackGradient.apply(gradient) if again else gradient.parts  # type: ignore[no-untyped-call] # torch types it not
     if dense is not None:
-        more = ctx.kind.gradients_of_dense(ctx.saved_tensors, wanted, ctx.settings, ctx.window, dense)
+        more = kind.gradients_of_dense(ctx.saved_tensors, wanted, settings, window, dense)
         parts = [b if a is None else a if b is None else a + b for a, b in zip(parts, more, strict=True)]
     return [part if want else None for part, want in zip(parts, wanted, strict=True)]
 
@@ -121,10 +122,10 @@ class _Unpack(torch.autograd.Function):
     def forward(ctx: Any, lazy: Any) -> tuple[Tensor | None, ...]:
         ctx.form = lazy.form
         ctx.set_materialize_grads(False)
-        parts = tuple(None if part is None else part.detach() for part in lazy.raw)
-        ctx.mark_non_differentiable(
-            *(p for p, want in zip(parts, lazy.wanted, strict=True) if p is not None and not want)
-        )
+        parts = tuple([None if part is None else part.detach() for part in lazy.raw])
+        if not all(lazy.wanted):
+            unwanted = [p for p, want in zip(parts, lazy.wanted, strict=True) if p is not None and not want]
+            ctx.mark_non_differentiable(*unwanted)
         return parts
 
     @staticmethod
@@ -143,10 +144,10 @@ class _Written(torch.autograd.Function):
     def forward(ctx: Any, lazy: Any, settings: Settings, *parts: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parts)
-        ctx.kind, ctx.settings, ctx.window = type(lazy), settings, lazy.window
-        ctx.wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[2:]
+        ctx.made = (type(lazy), settings, lazy.window, wanted)
         ctx.mark_dirty(lazy)
-        lazy.take_written([None if part is None else part.detach() for part in parts], ctx.wanted, settings)
+        lazy.take_written([None if part is None else part.detach() for part in parts], wanted, settings)
         return lazy
 
     @staticmethod

@@ -131,7 +131,9 @@ class LazyTensor(Tensor):
     def check(self) -> None:
         """Raise if what it stands for changed since it was made, or is gone."""
         memory = self._memory
-        written = memory.writes != self._writes_seen or any(t._version != seen for t, seen in memory.handed_out)
+        written = memory.writes != self._writes_seen
+        if memory.handed_out and not written:
+            written = any(t._version != seen for t, seen in memory.handed_out)
         if written:
             raise RuntimeError(
                 f"{type(self).__name__} were written into through another view of them since this one was made (dense "
@@ -149,8 +151,10 @@ class LazyTensor(Tensor):
         if torch.compiler.is_dynamo_compiling():
             return _parts_outside(self)
         self.check()
+        if not torch.is_grad_enabled():
+            return self.raw
         with no_torch_functions():
-            if not (torch.is_grad_enabled() and self.requires_grad):
+            if not self.requires_grad:
                 return self.raw
             if transform_reason(*self.raw) is not None:
                 return self.given
