@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import peft
 import pytest
 import torch
@@ -404,7 +405,7 @@ def test_trainer_gathers_all_logits_with_one_warning(tmp_path: Path) -> None:
     with pytest.warns(ll.MaterializeWarning, match="numpy computes all of LazyLogits with 257 classes") as caught:
         trainer(model, tmp_path, {"compute_metrics": metrics}).evaluate()
     assert len([record for record in caught if record.category is ll.MaterializeWarning]) == 1
-    torch.testing.assert_close(torch.from_numpy(seen[1]), torch.from_numpy(seen[0]))
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1.3e-6, atol=1e-5)
 
 
 HEAD = "lm_head"
@@ -468,6 +469,127 @@ def test_a_copy_uses_its_own_weights_and_a_pickle_its_own_forward() -> None:
         torch.testing.assert_close(loaded(**inputs).loss, twin(**inputs).loss)
         assert pickle.loads(pickle.dumps(twin.lm_head))(torch.zeros(1, 32)).shape == (1, VOCABULARY)
         assert twin.state_dict().keys() == made().state_dict().keys()
+
+
+def test_a_copy_has_a_handle_of_its_own() -> None:
+    model, inputs = made(), batch()
+    handle = ll.lazy_head(model)
+    twin = copy.deepcopy(model)
+    with ll.lazy_head(twin):
+        assert type(twin(**inputs).logits) is ll.LazyLogits
+    assert type(twin(**inputs).logits) is Tensor
+    assert type(model(**inputs).logits) is ll.LazyLogits
+    handle.remove()
+    for module in (*model.modules(), *twin.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_it_follows_a_head_that_is_resized_or_replaced() -> None:
+    model, inputs = made(), batch()
+    with ll.lazy_head(model):
+        model.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False)
+        ours = trained(model, guard=BATCH * TIME * VOCABULARY, **inputs)
+        assert type(ours[0].logits) is ll.LazyLogits
+        assert ours[0].logits.shape[-1] == VOCABULARY + 6
+        old = model.lm_head
+        model.set_output_embeddings(nn.Linear(32, VOCABULARY))
+        model.config.vocab_size = VOCABULARY
+        assert type(model(**inputs).logits) is ll.LazyLogits
+        assert "forward" not in vars(old)
+    assert type(model(**inputs).logits) is Tensor
+
+
+AFTERWARDS: dict[str, Callable[[], Any]] = {
+    **ADAPTERS,
+    "a trainable copy and LoRA": lambda: peft.LoraConfig(r=3, target_modules=["k_proj"], modules_to_save=[HEAD]),
+}
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["the model adapted", "the adapted model"])
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_adapters_put_on_afterwards(name: str, inner: bool) -> None:
+    model, inputs = made(), batch()
+    handle = ll.lazy_head(model)
+    adapted = peft.get_peft_model(model, AFTERWARDS[name]())
+    if not inner:
+        handle.remove()
+        handle = ll.lazy_head(adapted)
+    adapted.eval()
+    with torch.no_grad():
+        for part, parameter in adapted.named_parameters():
+            if "lora_B" in part:
+                parameter.normal_()
+    ours = trained(adapted, guard=BATCH * TIME * VOCABULARY, **inputs)
+    assert type(ours[0].logits) is ll.LazyLogits
+    handle.remove()
+    theirs = trained(adapted, **inputs)
+    assert type(theirs[0].logits) is Tensor
+    assert_same_step(ours, theirs)
+
+
+def test_heads_that_compute_their_logits_are_told_once() -> None:
+    dora = peft.LoraConfig(r=3, target_modules=[HEAD], use_dora=True)
+    tokens = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    tied = made("llama, tied")
+    for model, config, why in ((made(), dora, "computed its logits itself"), (tied, tokens, "computed its logits")):
+        inputs = batch()
+        ll.lazy_head(model)
+        adapted = peft.get_peft_model(model, config)
+        expected = adapted.get_base_model()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", ll.MaterializeWarning)
+            assert torch.equal(adapted(**inputs).loss, adapted(**inputs).loss)
+        told = [str(record.message) for record in seen if "ran without lazy logits" in str(record.message)]
+        assert len(told) == 1
+        assert why in told[0]
+        assert expected is model
+
+
+class OwnProduct(nn.Module):
+    """A model that reads its head's weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4))
+        self.head = nn.Linear(4, 9)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(self.body(hidden), self.head.weight, self.head.bias)
+
+
+def test_a_head_that_is_not_called_is_told_once() -> None:
+    model = OwnProduct()
+    ll.lazy_head(model)
+    with pytest.warns(ll.MaterializeWarning, match="OwnProduct ran without lazy logits, as the head, a Linear, was"):
+        model(torch.zeros(2, 4))
+    model(torch.zeros(2, 4))
+    trainers = made()
+    ll.lazy_head(trainers)
+    ids = batch()["input_ids"]
+    hidden = trainers.model(ids).last_hidden_state
+    with pytest.warns(ll.MaterializeWarning, match="or what trains it, reads its weight itself"):
+        trainers.model(ids)
+    assert hidden.shape == (BATCH, TIME, 32)
+
+
+def test_a_model_that_writes_to_its_logits() -> None:
+    class Writes(OwnProduct):
+        def forward(self, hidden: Tensor) -> Tensor:
+            logits = self.head(self.body(hidden))
+            logits[:, [1, 4]] = torch.finfo(logits.dtype).min
+            return logits
+
+    model, hidden = Writes(), torch.randn(3, 4)
+    expected = model(hidden)
+    with ll.lazy_head(model):
+        got = model(hidden)
+    assert type(got) is ll.LazyLogits
+    torch.testing.assert_close(got.materialize(), expected)
 
 
 def test_hooks_on_the_head_still_run() -> None:

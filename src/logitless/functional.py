@@ -7,7 +7,7 @@ Importing this makes torch's functions of the same names mean these for logits t
 
 import torch.nn.functional as F
 
-from logitless.lazy.log_probs import LazyLogProbs
+from logitless.lazy.log_probs import log_probs_of
 from logitless.lazy.proxy import give_meaning
 from logitless.losses.binary import binary_cross_entropy, binary_cross_entropy_with_logits
 from logitless.losses.classification import cross_entropy, linear_cross_entropy, nll_loss
@@ -25,6 +25,6 @@ __all__ = [
     "nll_loss",
 ]
 
-give_meaning(F.log_softmax, LazyLogProbs)
+give_meaning(F.log_softmax, log_probs_of)
 give_meaning(F.cross_entropy, cross_entropy)
 give_meaning(F.binary_cross_entropy_with_logits, binary_cross_entropy_with_logits)

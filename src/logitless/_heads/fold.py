@@ -9,14 +9,15 @@ plain call, on all rows at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logitless._heads.rows import LogitRows
+from logitless._heads.rows import HeadRows, LogitRows
+from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward
 from logitless._rules.precision import no_autocast
 from logitless._rules.transforms import hold_data, transform_reason
@@ -45,6 +46,14 @@ class _Plan:
             parts.append(tensors[at : at + len(source.tensors)])
             at += len(source.tensors)
         return parts, tensors[at : at + self.row_inputs], tensors[at + self.row_inputs :]
+
+    def opened(self, tensors: Sequence[Tensor | None]) -> AbstractContextManager[object]:
+        """Return a context in which the memory of parameters that a wrapper freed is there."""
+        stack = ExitStack()
+        for source in self.sources:
+            if isinstance(source, HeadRows):
+                stack.enter_context(opened(source.window, tensors))
+        return stack
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Return the row ranges; one empty range when there are no rows, so that outputs have their dtypes."""
@@ -96,13 +105,30 @@ def fold_rows(
     return outputs
 
 
+def fold_gradients(
+    function: RowFunction,
+    source: LogitRows,
+    needed: Sequence[bool],
+    gradient: Tensor,
+    *,
+    itemsize: int = 8,
+) -> list[Tensor | None]:
+    """Return the gradients of a source's tensors, of the gradient [rows, ...] of what `function` makes of its rows.
+
+    The backward pass of `fold_rows` without its forward: for what was computed in another way.
+    """
+    plan = _Plan(function, (source,), 0, tile_rows(source.classes, itemsize, 1, None), source.rows)
+    with _autocast_off(source.tensors), plan.opened(source.tensors):
+        return _tiled_backward(plan, source.tensors, needed, [gradient])
+
+
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        with _autocast_off(tensors):
+        with _autocast_off(tensors), plan.opened(tensors):
             tiles = [plan.call(tensors, start, stop) for start, stop in plan.tiles()]
         outputs = tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
         ctx.mark_non_differentiable(*(output for output in outputs if not output.dtype.is_floating_point))
@@ -113,7 +139,7 @@ class _Fold(torch.autograd.Function):
         plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if all(grad is None for grad in grad_outputs):
             return (None,) * (1 + len(tensors))
-        with _autocast_off(tensors):
+        with _autocast_off(tensors), plan.opened(tensors):
             if needs_plain_backward(*grad_outputs):
                 return (None, *_differentiable_backward(plan, tensors, needed, grad_outputs))
             return (None, *_tiled_backward(plan, tensors, needed, grad_outputs))

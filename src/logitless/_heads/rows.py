@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitless._heads.window import Window
+
 
 class LogitRows(Protocol):
     """Rows of logits that can be made tile by tile from a few tensors.
@@ -99,6 +101,7 @@ class HeadRows:
     tensors: tuple[Tensor | None, ...]  # hidden [rows, features], weight [classes, features], bias, scale
     scale: float
     softcap: float | None
+    window: Window | None = None  # how to have the parameters' memory outside their module's forward
 
     def without(self, ignored: Tensor | None, *, selectable: bool) -> tuple[HeadRows, Tensor | None]:
         """Return the rows that are not ignored, and their positions (None: every row is there).

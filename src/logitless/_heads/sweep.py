@@ -8,6 +8,7 @@ itself be differentiated the backward pass is the reference's, differentiated by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from logitless._heads.products import widens
 from logitless._heads.rows import HeadRows, LogitRows
 from logitless._heads.tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
+from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.dispatch import Forecast
 from logitless._rules.precision import HALF, no_autocast
@@ -315,6 +317,22 @@ def _sweep(
     saved: Sequence[Saved] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
     """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics."""
+    windows = [source.window for source in call.sources if isinstance(source, HeadRows) and source.window is not None]
+    if not windows:
+        return _swept(call, tensors, needed, upstream, saved)
+    with ExitStack() as memory:
+        for window in windows:
+            memory.enter_context(opened(window, tensors))
+        return _swept(call, tensors, needed, upstream, saved)
+
+
+def _swept(
+    call: HeadCall,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | float | None] | None,
+    saved: Sequence[Saved] | None,
+) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
     makers: list[HeadTiles | DenseTiles] = []
     wanted = []
     class_major = call.work.class_major and call.backend.tile_rules().class_major

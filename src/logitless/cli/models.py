@@ -60,7 +60,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> LazyLogits:
         """Return the logits of `hidden` without computing them: products in float32, sums over classes in float64."""
-        return ll.linear(hidden, self.weight, self.bias, scale=self.scale, softcap=self.softcap).double()
+        return ll.linear(hidden, self.weight, self.bias, scale=self.scale, softcap=self.softcap).double()  # type: ignore[return-value] # lazy still
 
     def trimmed(self, rows: int) -> "Head":
         """Return the head of the first `rows` classes."""

@@ -1,4 +1,4 @@
-"""What stands for a tensor without being one: the part of LazyLogits that knows nothing of logits."""
+"""What stands for a tensor: the plain object that does so in graphs being traced, and what all such share."""
 
 from __future__ import annotations
 
@@ -35,17 +35,11 @@ class MaterializeWarning(UserWarning):
 class TensorProxy:
     """A tensor not computed yet: operations it has a method for are the method's, others compute it.
 
-    It is a plain object, which no C++ code can take for a tensor without data, and it says it is a `torch.Tensor`
-    to `isinstance`, as proxies do: accelerate and transformers ask before they gather, pad or detach an output.
-    Nothing can be written into it.
+    It is a plain object, for graphs that are being traced and function transforms, where a `LazyTensor` cannot be. No
+    C++ code takes it for a tensor: `isinstance(proxy, torch.Tensor)` is False. Nothing can be written into it.
     """
 
     __slots__ = ()
-
-    @property  # type: ignore[misc] # a proxy's class is read-only
-    def __class__(self) -> type:
-        """Return torch.Tensor, but to the compiler, which needs the truth to trace."""
-        return type(self) if torch.compiler.is_compiling() else Tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -75,11 +69,6 @@ class TensorProxy:
     def nbytes(self) -> int:
         """How many bytes the tensor would be."""
         return self.numel() * self.dtype.itemsize
-
-    @property
-    def grad_fn(self) -> None:
-        """None: what the tensor is made of has a graph, it has none yet."""
-        return
 
     def dim(self) -> int:
         """Return the number of dimensions."""
@@ -154,7 +143,7 @@ class TensorProxy:
         name = func.__name__
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        if name in _COMMUTATIVE and not isinstance(args[0], TensorProxy):
+        if name in COMMUTATIVE and not isinstance(args[0], TensorProxy) and kwargs.get("alpha", 1) == 1:
             args = (args[1], args[0], *args[2:])
         if args and isinstance(args[0], TensorProxy) and any(name in vars(kind) for kind in type(args[0]).__mro__[:-1]):
             return getattr(args[0], name)(*args[1:], **kwargs)
@@ -168,23 +157,33 @@ class TensorProxy:
 
     def _dense(self, operation: str) -> Tensor:
         """Return the tensor for an operation that needs all of it, and say so unless it is small."""
-        one_row = self.dim() > 1 and self.shape[-2] == 1
-        if self.nbytes > _SMALL_BYTES and not one_row:
-            warnings.warn(
-                f"{operation} computes all of {type(self).__name__} with {self.shape[-1]} classes; "
-                "call .materialize() to say that this is meant",
-                MaterializeWarning,
-                stacklevel=_frames_to_caller(),
-            )
+        warn_of_computing(operation, type(self).__name__.replace("Traced", "Lazy"), self.shape, self.dtype)
         return self.materialize()
 
+    def fall_back(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Return what the tensor's method of that name gives."""
+        return getattr(self._dense(name.strip("_")), name)(*args, **kwargs)
 
-def as_tensor(value: Tensor, operation: str) -> Tensor:
-    """Return a tensor as it is, and what a proxy stands for."""
-    return value._dense(operation) if isinstance(value, TensorProxy) else value
+
+def warn_of_computing(operation: str, kind: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Say that an operation computes all of a lazy tensor, unless it is small or one row a sequence.
+
+    In a backward pass it was said by the forward.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
+    one_row = len(shape) > 1 and shape[-2] == 1
+    if shape.numel() * dtype.itemsize > _SMALL_BYTES and not one_row:
+        size = f"{shape[-1]} classes" if shape else "no dimension"
+        warnings.warn(
+            f"{operation} computes all of {kind} with {size}; call .materialize() to say that this is meant",
+            MaterializeWarning,
+            stacklevel=_frames_to_caller(),
+        )
 
 
-_COMMUTATIVE = ("mul", "multiply", "add")
+# Whose operands change places where the second is the lazy one.
+COMMUTATIVE = frozenset(("mul", "multiply", "add", "__mul__", "__rmul__", "__add__", "__radd__"))
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -202,6 +201,14 @@ for _name in (
     *("__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__pow__", "__rpow__", "__matmul__", "__rmatmul__"),
 ):
     setattr(TensorProxy, _name, _operator(_name))
+
+
+def callers_line() -> str:
+    """Return the place of the first frame outside logitless and torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("logitless", "torch"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _frames_to_caller() -> int:

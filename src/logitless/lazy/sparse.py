@@ -16,8 +16,8 @@ from logitless._rules.precision import check_input
 from logitless._rules.transforms import values_are_readable
 from logitless.kernels import definitions
 from logitless.kernels.interface import times_zero_safe
-from logitless.lazy.logits import LazyLogits
-from logitless.lazy.proxy import as_tensor
+from logitless.lazy.logits import HeadLogits, LazyLogits
+from logitless.lazy.tensor import as_tensor
 
 Tail = Literal["lump", "renormalize"]
 
@@ -158,7 +158,7 @@ def _fold(name: str, measure: definitions.PairMeasure, p: SparseLogits, q: Tenso
 
 
 def _rows_of(logits: Tensor | LazyLogits) -> LogitRows:
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits, HeadLogits):
         return logits.rows()
     return dense_rows(as_tensor(logits, "a measure"))
 

@@ -23,7 +23,7 @@ from logitless._rules.reduction import Normalizer, check_normalizer, mean_denomi
 from logitless._rules.unit_interval import check_within_unit_interval
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ElementLoss, times_zero_safe
-from logitless.lazy.logits import LazyLogits
+from logitless.lazy.logits import HeadLogits, LazyLogits
 from logitless.losses import head_binary
 
 
@@ -168,10 +168,10 @@ def binary_cross_entropy_with_logits(
         raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
     if target.layout != torch.strided:
         _check_sparse(target)
-        target = target if isinstance(input, LazyLogits) and reduction != "none" else target.to_dense()
+        target = target if isinstance(input, HeadLogits) and reduction != "none" else target.to_dense()
     weight = _broadcastable("weight", weight, input.shape, class_dim)
     pos_weight = _broadcastable("pos_weight", pos_weight, input.shape, class_dim)
-    if isinstance(input, LazyLogits):
+    if isinstance(input, HeadLogits):
         if reduction != "none":
             return _lazy_binary_cross_entropy(input, target, weight, pos_weight, reduction, normalizer, backend)
         input = input.materialize()  # the answer asked for is itself of the logits' size

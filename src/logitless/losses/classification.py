@@ -30,7 +30,7 @@ from logitless._rules.targets import check_class_weight, check_weight_dtype, che
 from logitless.kernels import definitions
 from logitless.kernels.interface import ClassTarget
 from logitless.lazy import sparse
-from logitless.lazy.logits import LazyLogits, linear
+from logitless.lazy.logits import HeadLogits, LazyLogits, linear
 from logitless.lazy.sparse import SparseLogits
 from logitless.losses import head_classification
 
@@ -110,7 +110,7 @@ def cross_entropy(
     meaning = class_target("cross_entropy", input.shape, target, ignore_index=ignore_index, class_dim=class_dim)
     check_class_weight("cross_entropy", weight, meaning.classes)
     precision = _precision("cross_entropy", input, meaning, weight)
-    if isinstance(input, LazyLogits):
+    if isinstance(input, HeadLogits):
         asked = HeadLoss(weight, label_smoothing, normalizer, None, backend)
         return head_classification.cross_entropy(
             "cross_entropy", input, meaning, asked, reduction, precision.result, empty
@@ -177,7 +177,7 @@ def nll_loss(
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_empty(empty)
-    if isinstance(input, LazyLogits):
+    if isinstance(input, HeadLogits):
         raise TypeError("nll_loss takes log-probabilities, got LazyLogits: use cross_entropy, or .materialize()")
     check_input("nll_loss", input, target)
     meaning = class_target(

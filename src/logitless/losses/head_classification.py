@@ -78,7 +78,8 @@ def _classes_last(logits: LazyLogits, meaning: ClassTarget) -> LazyLogits:
             f"{logits.class_dim % logits.dim()}, not {meaning.class_dim}: pass class_dim={logits.class_dim}, or "
             "flatten(0, -2) logits and target"
         )
-    return logits.classes_last()
+    moved: LazyLogits = logits.classes_last()
+    return moved
 
 
 def _picked(

@@ -16,14 +16,14 @@ from logitless._rules.precision import precision_of
 from logitless._rules.reduction import reduce_rows
 from logitless._rules.targets import checked_values
 from logitless.kernels.interface import Backend, ClassTarget
-from logitless.lazy.logits import LazyLogits
+from logitless.lazy.logits import HeadLogits, LazyLogits
 
 Plan = Callable[[Backend], HeadCall]
 
 
 def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
     """Return logits as rows to be made tile by tile."""
-    return logits.rows() if isinstance(logits, LazyLogits) else dense_rows(logits)
+    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits)
 
 
 def token_plan(logits: LazyLogits, target: ClassTarget) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:

@@ -20,9 +20,9 @@ from logitless._rules.targets import checked_values, class_target
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget
 from logitless.lazy import sparse
-from logitless.lazy.logits import LazyLogits
-from logitless.lazy.proxy import as_tensor
+from logitless.lazy.logits import HeadLogits, LazyLogits
 from logitless.lazy.sparse import SparseLogits
+from logitless.lazy.tensor import as_tensor
 from logitless.losses import head_measures
 
 
@@ -85,7 +85,7 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
         "token_stats", logits.shape, target, ignore_index=ignore_index, class_dim=-1, probabilities_allowed=False
     )
     logits = _computed(logits)
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits, HeadLogits):
         return _lazy_token_stats(logits, meaning)
 
     def definition(z: Tensor) -> tuple[Tensor, ...]:
@@ -176,11 +176,11 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
     reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    plan = head_measures.entropy_plan(logits) if isinstance(logits, LazyLogits) else None
+    plan = head_measures.entropy_plan(logits) if isinstance(logits, HeadLogits) else None
     backend = _picked("entropy", _parts(logits), _kernel_obstacle(logits), plan)
     if backend.PLAIN:
         return _reduced(_entropy_rows(logits)[0], reduction)
-    if not isinstance(logits, LazyLogits):
+    if not isinstance(logits, HeadLogits):
         return _reduced(dense_measures.entropy(backend, logits, _entropy_rows), reduction)
     assert plan is not None
     if torch.compiler.is_compiling():
@@ -282,7 +282,7 @@ def _pair(
     tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
     if target is not None:
         tensors.append(target.indices)
-    lazy = isinstance(p, LazyLogits) or isinstance(q, LazyLogits)
+    lazy = isinstance(p, HeadLogits) or isinstance(q, HeadLogits)
     plan = head_measures.pair_plan(name, p, q, outputs, target) if lazy else None
     backend = _picked(name, tensors, _kernel_obstacle(p, None if lazy else q), plan)
     rows: Sequence[Tensor]
@@ -362,7 +362,7 @@ def _folded_pair(
 
 def _computed(logits: Tensor | LazyLogits) -> Tensor | LazyLogits:
     """Return lazy log-probabilities as the tensor they stand for; lazy logits stay."""
-    return logits if isinstance(logits, LazyLogits) else as_tensor(logits, "a measure")
+    return logits if isinstance(logits, HeadLogits) else as_tensor(logits, "a measure")
 
 
 def _picked(
@@ -377,7 +377,7 @@ def _picked(
 
 
 def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
-    return logits.rows().tensors if isinstance(logits, LazyLogits) else (logits,)
+    return logits.rows().tensors if isinstance(logits, HeadLogits) else (logits,)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
