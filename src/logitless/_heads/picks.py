@@ -53,6 +53,14 @@ def materialize(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
     return logits
 
 
+def gradients_of_all(
+    backend: Backend, rows: HeadRows, dtype: torch.dtype, wanted: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of the parts that are wanted, of a gradient [rows, classes] of all logits."""
+    call = _call(backend, rows, dtype, _WrittenWork(None), lambda z: (z,), (True,))
+    return row_gradients(call, rows.tensors, wanted, [gradient], [None for _ in call.ranges()])
+
+
 def argmax(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
     """Return the first class [rows] that has the largest logit."""
     return _classes(backend, rows, dtype, lambda z: z.argmax(-1))
@@ -71,7 +79,7 @@ def smallest(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> tuple[Tens
 
 
 def topk(
-    backend: Backend, rows: HeadRows, dtype: torch.dtype, k: int, *, largest: bool = True, sorted: bool = True
+    backend: Backend, rows: HeadRows, dtype: torch.dtype, k: int, largest: bool = True, sorted: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest (or smallest) logits and their classes, both [rows, k]."""
     if not 0 <= k <= rows.classes:
