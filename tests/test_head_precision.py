@@ -128,9 +128,7 @@ NOTHING: dict[str, Callable[[Tensor, bool], Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("name", "compiled"), [(name, compiled) for name in NOTHING for compiled in (False, True)]
-)
+@pytest.mark.parametrize(("name", "compiled"), [(name, compiled) for name in NOTHING for compiled in (False, True)])
 def test_nothing_to_learn_from_gives_what_torch_gives(name: str, compiled: bool, dtype: torch.dtype) -> None:
     results = []
     for lazy in (True, False):
@@ -178,7 +176,9 @@ def test_an_extreme_divisor_waits_for_its_upstream_gradient(normalizer: float | 
     """A mean over 1e30 whose gradient is multiplied by as much: no digit is lost on the way."""
     parts = [part.float() for part in head(torch.float32)]
     back = float(normalizer)
-    truth = gradients(lambda z, lazy: F.cross_entropy(z, TARGET, reduction="sum"), [p.double() for p in parts], False, 1)
+    truth = gradients(
+        lambda z, lazy: F.cross_entropy(z, TARGET, reduction="sum"), [p.double() for p in parts], False, 1
+    )
     leaves = [part.clone().requires_grad_() for part in parts]
     loss = LF.cross_entropy(ll.linear(*leaves), TARGET, normalizer=normalizer)
     found = torch.autograd.grad(loss.double(), leaves, torch.tensor(back, dtype=torch.float64))

@@ -138,7 +138,9 @@ def test_an_operand_changed_in_between_is_never_read_in_silence(name: str, opera
         assert "modified by an inplace operation" in str(error) or "modified in place" in str(error)
     else:
         # Plain operations, of a target that is made safe to read; and the rows that are left when others are ignored.
-        assert backend or name in ("nll_loss", "kl_div") or (name.startswith("lazy") and operand in ("hidden", "target"))
+        assert (
+            backend or name in ("nll_loss", "kl_div") or (name.startswith("lazy") and operand in ("hidden", "target"))
+        )
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
 

@@ -72,7 +72,8 @@ class LogProbs:
         z: Any = self
         if not self._is_class_dim(dim):
             return self.fall_back("sum", *([] if dim is None else [dim, keepdim]), dtype=dtype)
-        total = z.logits.picked("sum", picks.sum_log_probs, dtype=dtype)
+        wide = z.dtype if dtype is None else torch.promote_types(z.dtype, dtype)
+        total = z.logits.picked("sum", picks.sum_log_probs, dtype=wide).to(dtype or z.dtype)
         return z.multiplier * (total.unsqueeze(-1) if keepdim else total)
 
     def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
