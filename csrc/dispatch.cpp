@@ -97,8 +97,7 @@ bool has_amx_bfloat16() {
 bool product_supported(int dtype) {
 #if defined(LL_X86)
   static const bool bfloat16 = __builtin_cpu_supports("avx512bf16") && !has_amx_bfloat16();
-  if (std::strcmp(isa_name(), "avx512") == 0)
-    return static_cast<DType>(dtype) == DType::kFloat32 || (static_cast<DType>(dtype) == DType::kBFloat16 && bfloat16);
+  if (std::strcmp(isa_name(), "avx512") == 0) return static_cast<DType>(dtype) != DType::kBFloat16 || bfloat16;
 #endif
   static_cast<void>(dtype);
   return false;

@@ -1,6 +1,7 @@
 """LazyLogits do what the tensor they stand for does, and are not computed where they need not be."""
 
 import copy
+import io
 import math
 import pickle
 import warnings
@@ -513,8 +514,14 @@ def test_reshape_to_another_size_is_an_error() -> None:
 def test_half_precision_heads_round_as_the_tensor_does(dtype: torch.dtype) -> None:
     lazy, dense, _ = made(dtype=dtype)
     assert torch.equal(lazy.materialize(), dense)
-    assert torch.equal(lazy.float().materialize(), dense.float())
     assert torch.equal(lazy.argmax(-1), dense.argmax(-1))
+    # Cast to a wider dtype they are what the losses read: the products before they are rounded.
+    wide = lazy.float().materialize()
+    assert torch.equal(wide.to(dtype), dense)
+    truth = F.linear(lazy.hidden.double(), lazy.weight.double(), None if lazy.bias is None else lazy.bias.double())
+    assert (wide - truth).abs().max() <= (dense.float() - truth).abs().max()
+    rank = (wide > wide.gather(-1, INDEX)).sum(-1)
+    assert torch.equal(rank, ll.token_stats(lazy, INDEX.squeeze(-1)).rank)
     torch.testing.assert_close(lazy.gather(-1, INDEX), dense.gather(-1, INDEX))
 
 
@@ -564,3 +571,114 @@ def test_serves_under_transforms() -> None:
     torch.testing.assert_close(
         torch.func.grad(loss)(weight), torch.autograd.grad(loss(weight), weight)[0], rtol=1e-10, atol=1e-12
     )
+
+
+def test_a_class_that_does_not_exist_is_gathered_as_torch_gathers_it() -> None:
+    lazy, dense, _ = made()
+    for wrong in (-100, -1, CLASSES):
+        index = torch.full((BATCH, TIME, 1), wrong)
+        for z in (lazy, dense, lazy.log_softmax(-1)):
+            with pytest.raises(
+                RuntimeError, match=f"index {wrong} is out of bounds for dimension 2 with size {CLASSES}"
+            ):
+                z.gather(-1, index)
+    for z in (lazy, dense):
+        with pytest.raises(
+            IndexError, match=r"Dimension out of range \(expected to be in range of \[-3, 2\], but got 3\)"
+        ):
+            z.argmax(3)
+
+
+def test_what_is_no_sum_of_one_head_is_as_torch_has_it() -> None:
+    lazy, dense, _ = made()
+    hidden, weight, _ = parts()
+    other = ll.linear(hidden, weight * 2)
+    with pytest.warns(ll.MaterializeWarning):
+        assert_same(torch.add(ADDED, lazy, alpha=2), torch.add(ADDED, dense, alpha=2))
+    with pytest.warns(ll.MaterializeWarning):
+        joined = torch.cat([lazy, other])
+    assert_same(joined, torch.cat([dense, F.linear(hidden, weight * 2)]))
+
+
+def test_the_classes_of_permuted_logits_are_found_after_another_move() -> None:
+    lazy, dense, _ = made()
+    for move in (lambda z: z.permute(1, 0, 2).unsqueeze(0), lambda z: z.permute(0, 2, 1).permute(0, 2, 1)[None, :, 1:]):
+        got, expected = move(lazy), move(dense)
+        assert type(got) is ll.LazyLogits
+        torch.testing.assert_close(got.materialize(), expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_made_before_an_optimisers_step_are_refused(fused: bool) -> None:
+    hidden, weight, _ = (tensor.detach().clone() for tensor in parts())
+    weight.requires_grad_().grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    lazy = ll.linear(hidden, weight)
+    others = [lazy, lazy[1:], lazy.log_softmax(-1), lazy.diagonal()]
+    lazy.argmax(-1)
+    optimizer.step()
+    for z in others:
+        with pytest.raises(RuntimeError, match="modified in place since these logits were made"):
+            z.materialize()
+
+
+def test_logits_of_inference_mode_are_refused_after_a_write() -> None:
+    with torch.inference_mode():
+        for place in (0, 1):
+            tensors = [torch.randn(5, 3), torch.randn(7, 3)]
+            lazy = ll.linear(*tensors)
+            assert lazy.materialize().shape == (5, 7)
+            tensors[place][2, 1] += 1
+            with pytest.raises(RuntimeError, match="modified in place since these logits were made"):
+                lazy.materialize()
+
+
+def test_a_write_to_what_was_computed_of_logits_is_a_write_to_them() -> None:
+    lazy, _, _ = made()
+    lazy = lazy.detach()
+    position = lazy[:, -1]
+    with pytest.raises(TypeError, match="of which a class or a position was computed are written into"):
+        lazy.mul_(2)
+    position.zero_()
+    with pytest.raises(RuntimeError, match="written into through another view"):
+        lazy.materialize()
+
+
+def test_an_alias_is_not_left_behind_by_a_write() -> None:
+    lazy, _, _ = made()
+    for z in (lazy, lazy.log_softmax(-1), lazy.diagonal()):
+        for name in ("__isub__", "__ipow__", "__ifloordiv__", "__imod__", "__itruediv__", "__imul__", "__iadd__"):
+            with pytest.raises(TypeError, match=r"at .*test_lazy\.py"):
+                getattr(z, name)(torch.ones(TIME, 1, dtype=torch.float64))
+    with pytest.raises(TypeError, match="kron: lazy logits have no memory"):
+        torch.kron(torch.ones(BATCH, 1, 1), torch.ones(1, TIME, CLASSES), out=lazy.detach())
+
+
+def test_their_gradient_is_passed_on_and_has_no_values() -> None:
+    lazy, dense, leaves = made()
+    loss, expected = (F.cross_entropy(z.view(-1, CLASSES), INDEX.view(-1)) for z in (lazy, dense))
+    (gradient,) = torch.autograd.grad(loss, lazy, retain_graph=True)
+    with pytest.raises(TypeError, match="differentiate with respect to"):
+        gradient.norm()
+    wanted = torch.autograd.grad(3 * expected, leaves)
+    for mine, theirs in zip(torch.autograd.grad(lazy, leaves, 3 * gradient), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_saved_row_takes_no_head_with_it() -> None:
+    lazy = ll.linear(torch.ones(4, 64), torch.ones(1000, 64))
+    stored = io.BytesIO()
+    torch.save(lazy[:1], stored)
+    assert stored.tell() < 8000
+    stored.seek(0)
+    torch.testing.assert_close(torch.load(stored), lazy[:1].materialize())
+
+
+def test_arrays_of_them_cannot_be_written_to() -> None:
+    lazy, _, _ = made()
+    with pytest.warns(ll.MaterializeWarning):
+        array = lazy.detach().numpy()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+    with pytest.raises(TypeError, match="no memory to share by dlpack"):
+        torch.from_dlpack(lazy.detach())

@@ -10,14 +10,7 @@ from lazy_cases import CASES
 # What does not hold yet: each must fail here until it is mended, and then be taken off this list.
 OPEN = {
     "nested_tensor_jagged": "torch's own assertion, no TypeError that says what to do",
-    "no_supervised_token": "gradients made before their factor is known become NaN",
-    "loss_scaling_in_float16": "gradients made before their factor is known are rounded",
-    "write: dlpack": "a write into the exported copy is lost",
-    "one_way_to_compute_a_logit": "a few rows or classes are another call of the product",
     "stale_logits_raise": "a fused optimiser's step is not seen",
-    "anomaly_mode": "autograd's anomaly mode asks a lazy gradient for its values",
-    "export": "torch.export does not know the traced logits",
-    "export_of_the_logits": "torch.export does not know the traced logits",
 }
 RUN = [pytest.param(name, marks=pytest.mark.xfail(reason=OPEN[name])) if name in OPEN else name for name in CASES]
 

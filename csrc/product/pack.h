@@ -2,16 +2,16 @@
 //
 // Layout: a factor is a matrix of "lanes" by depth, where the lanes are the rows of a or the columns of b. A panel has
 // a few neighbouring lanes (`width` of them) over a stretch of depth, as panel[unit][lane]: first the first unit of
-// every lane, then the second of every lane, and so on. A unit is 32 bits: one float, or two bfloat16 of consecutive
+// every lane, then the second of every lane, and so on. A unit is one double, one float, or two bfloat16 of consecutive
 // depth, which is what one multiplication takes. So a tile reads its panels from the beginning to the end, each cache
 // line once.
 //
-// Precision policy: floats are copied. A float factor beside a bfloat16 one is rounded as it is packed, to the nearest
-// even.
+// Precision policy: doubles and floats are copied. Float16 is widened to float as it is packed. A float factor beside a
+// bfloat16 one is rounded as it is packed, to the nearest even.
 //
 // Steps of pack: where the depth lies consecutively in memory, sixteen lanes of sixteen units each are read and
-// transposed in registers; where the lanes do, sixteen lanes are read at a time. What that leaves, and all of it on
-// other instruction sets, goes one by one.
+// transposed in registers; where the lanes do, sixteen lanes are read at a time. Of doubles eight lanes are read at a
+// time, wherever they lie. What that leaves, and all of it on other instruction sets, goes one by one.
 #pragma once
 
 #include "parallel.h"
@@ -20,9 +20,15 @@
 namespace logitless::LL_ISA {
 namespace {  // local to the kernel that includes this, as the kernel itself is
 
-using Unit = uint32_t;
+template <class T> struct UnitType {
+  using type = uint32_t;
+};
+template <> struct UnitType<double> {
+  using type = uint64_t;
+};
+template <class T> using Unit = typename UnitType<T>::type;
 
-template <class T> inline constexpr int64_t kPerUnit = sizeof(Unit) / sizeof(T);  // elements in a unit
+template <class T> inline constexpr int64_t kPerUnit = sizeof(Unit<T>) / sizeof(T);  // elements in a unit
 
 // Units of depth that are read at a time where lanes lie consecutively.
 inline constexpr int64_t kReadUnits = 8;
@@ -40,14 +46,16 @@ template <class T> struct Factor {
 template <class T, class S> LL_INLINE T element(S value) {
   if constexpr (__is_same(T, S))
     return value;
+  else if constexpr (__is_same(S, Float16))
+    return load_partial(&value, 1, 0.0f)[0];
   else
     return narrow<T>(static_cast<double>(value));
 }
 // One unit; of its elements those beyond `left` are 0.
-template <class T, class S> LL_INLINE Unit unit_at(const S* p, int64_t depth_stride, int64_t left) {
+template <class T, class S> LL_INLINE Unit<T> unit_at(const S* p, int64_t depth_stride, int64_t left) {
   T values[kPerUnit<T>] = {};
   for (int64_t i = 0; i < kPerUnit<T> && i < left; ++i) values[i] = element<T>(p[i * depth_stride]);
-  Unit unit;
+  Unit<T> unit;
   memcpy(&unit, values, sizeof unit);
   return unit;
 }
@@ -55,7 +63,7 @@ template <class T, class S> LL_INLINE Unit unit_at(const S* p, int64_t depth_str
 #if defined(__AVX512F__)
 
 // Sixteen lanes of sixteen consecutive units each, to sixteen units of sixteen lanes each.
-LL_INLINE void transpose(const Unit* (&lanes)[16], __m512i (&out)[16]) {
+LL_INLINE void transpose(const uint32_t* (&lanes)[16], __m512i (&out)[16]) {
   // Vector i of group g gets four units each of lanes i, i + 4, i + 8 and i + 12: loads do a part of the work of
   // shuffles.
   __m512i quads[16];
@@ -101,24 +109,25 @@ template <class T, class S> LL_INLINE __m512i read_lanes(const S* p, __mmask16 m
 // The depth lies consecutively: units in blocks of sixteen, as long as whole blocks are left. Gives how many units are
 // done.
 template <class T, class S>
-LL_INLINE int64_t pack_along_depth(Factor<S> from, int64_t lanes, int64_t whole, int width, Unit* panel) {
+LL_INLINE int64_t pack_along_depth(Factor<S> from, int64_t lanes, int64_t whole, int width, Unit<T>* panel) {
   int64_t done = 0;
   for (; done + 16 <= whole; done += 16) {
     for (int first = 0; first < width; first += 16) {
-      alignas(64) static constexpr Unit kNone[16] = {};
-      alignas(64) Unit rounded[16][16];
-      const Unit* starts[16];
+      alignas(64) static constexpr uint32_t kNone[16] = {};
+      alignas(64) uint32_t changed[16][16];
+      const uint32_t* starts[16];
       LL_UNROLL
       for (int i = 0; i < 16; ++i) {
         const S* const start = from.data + (first + i) * from.lane_stride + done * kPerUnit<T>;
         if (first + i >= lanes) {
           starts[i] = kNone;
         } else if constexpr (__is_same(T, S)) {
-          starts[i] = reinterpret_cast<const Unit*>(start);
+          starts[i] = reinterpret_cast<const uint32_t*>(start);
         } else {
-          store(reinterpret_cast<T*>(rounded[i]), load(start));
-          store(reinterpret_cast<T*>(rounded[i]) + kLanes<float>, load(start + kLanes<float>));
-          starts[i] = rounded[i];
+          store(reinterpret_cast<T*>(changed[i]), load(start));
+          if constexpr (kPerUnit<T> == 2)
+            store(reinterpret_cast<T*>(changed[i]) + kLanes<float>, load(start + kLanes<float>));
+          starts[i] = changed[i];
         }
       }
       __m512i out[16];
@@ -134,14 +143,16 @@ LL_INLINE int64_t pack_along_depth(Factor<S> from, int64_t lanes, int64_t whole,
 // The lanes lie consecutively: one unit of sixteen lanes at a time, of whole units. Of bfloat16, whose unit is of two
 // depths, two reads are joined.
 template <class T, class S>
-LL_INLINE int64_t pack_along_lanes(Factor<S> from, int64_t lanes, int64_t whole, int width, Unit* panel) {
+LL_INLINE int64_t pack_along_lanes(Factor<S> from, int64_t lanes, int64_t whole, int width, Unit<T>* panel) {
   int64_t done = 0;
   for (; done < whole; ++done) {
     for (int first = 0; first < width; first += 16) {
       const __mmask16 there = first_lanes(lanes - first);
       const S* p = from.data + done * kPerUnit<T> * from.depth_stride + first;
       __m512i v;
-      if constexpr (kPerUnit<T> == 1) {
+      if constexpr (__is_same(S, Float16)) {
+        v = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, p)));
+      } else if constexpr (kPerUnit<T> == 1) {
         v = _mm512_maskz_loadu_epi32(there, p);
       } else {
         const __m512i second = _mm512_slli_epi32(read_lanes<T>(p + from.depth_stride, there), 16);
@@ -153,15 +164,38 @@ LL_INLINE int64_t pack_along_lanes(Factor<S> from, int64_t lanes, int64_t whole,
   return done;
 }
 
+// Doubles: one unit of eight lanes at a time, gathered where the lanes do not lie consecutively.
+LL_INLINE int64_t pack_doubles(Factor<double> from, int64_t lanes, int64_t whole, int width, uint64_t* panel) {
+  const __m512i numbers = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = _mm512_mullo_epi64(numbers, _mm512_set1_epi64(from.lane_stride));
+  int64_t done = 0;
+  for (; done < whole; ++done) {
+    for (int first = 0; first < width; first += 8) {
+      const auto there = static_cast<__mmask8>(first_lanes(lanes - first));
+      const auto all = static_cast<__mmask8>(first_lanes(width - first));
+      const double* const p = from.at(first, done).data;
+      const __m512i v = from.lane_stride == 1
+                            ? _mm512_maskz_loadu_epi64(there, p)
+                            : _mm512_mask_i64gather_epi64(_mm512_setzero_si512(), there, places, p, sizeof(double));
+      _mm512_mask_storeu_epi64(panel + done * width + first, all, v);
+    }
+  }
+  return done;
+}
+
 #endif
 
 // `lanes` lanes by `depth` elements to panel[unit][width]; the rest of `width` is 0.
-template <class T, class S> LL_INLINE void pack(Factor<S> from, int64_t lanes, int64_t depth, int width, Unit* panel) {
+template <class T, class S>
+LL_INLINE void pack(Factor<S> from, int64_t lanes, int64_t depth, int width, Unit<T>* panel) {
   int64_t done = 0;  // units
 #if defined(__AVX512F__)
   const int64_t whole = depth / kPerUnit<T>;
-  done = from.depth_stride == 1 ? pack_along_depth<T>(from, lanes, whole, width, panel)
-                                : pack_along_lanes<T>(from, lanes, whole, width, panel);
+  if constexpr (__is_same(T, double))
+    done = pack_doubles(from, lanes, whole, width, panel);
+  else
+    done = from.depth_stride == 1 ? pack_along_depth<T>(from, lanes, whole, width, panel)
+                                  : pack_along_lanes<T>(from, lanes, whole, width, panel);
 #endif
   for (; done < pieces(depth, kPerUnit<T>); ++done) {
     const int64_t at = done * kPerUnit<T>;
@@ -176,8 +210,8 @@ template <class T, class S> LL_INLINE void pack(Factor<S> from, int64_t lanes, i
 // + 1), and `width` is theirs unless it is given. Where lanes lie consecutively a few units of every panel are read at
 // a time: one panel after the other would ask for a line here and there, each of them late.
 template <class T, class S, class Lanes>
-LL_INLINE void pack_panels(Factor<S> from, int64_t panels, const Lanes& first_lane, int64_t depth, int width, Unit* to,
-                           int64_t apart) {
+LL_INLINE void pack_panels(Factor<S> from, int64_t panels, const Lanes& first_lane, int64_t depth, int width,
+                           Unit<T>* to, int64_t apart) {
   const int64_t at_once = from.depth_stride == 1 ? depth : kReadUnits * kPerUnit<T>;
   for (int64_t k = 0; k < depth; k += at_once) {
     for (int64_t p = 0; p < panels; ++p) {

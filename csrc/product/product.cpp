@@ -11,10 +11,11 @@
 //     a panel of b, kColumns columns by one step       stays in the first and second cache while
 //     kTilesAnItem panels of a, kRows rows by one step  in the second cache pass by it, one tile after the other
 //
-// Precision policy: factors are float32, or bfloat16; a float32 a beside a bfloat16 b is rounded as it is packed, to
-// the nearest even. Sums are in float32, in the order of the depth, cut every step where the result is float32 (where
-// it is not, a sum could not go on from step to step, and there is one step). A sum does not depend on the number of
-// threads nor on where tiles begin.
+// Precision policy: factors are float64, float32, bfloat16 or float16; a float32 a beside a bfloat16 b is rounded as it
+// is packed, to the nearest even, and beside a float16 b, which is widened, it keeps its digits. Sums are in float64 of
+// float64 factors, else in float32, in the order of the depth, cut every step where the result is as wide (where it is
+// not, a sum could not go on from step to step, and there is one step). A sum does not depend on the number of threads,
+// on the shape of the result, nor on where tiles begin.
 //
 // Steps:
 //   1. Decide whether all of b is packed at once, for all threads (b is small enough, and threads have rows enough), or
@@ -38,7 +39,7 @@ namespace {
 
 constexpr int64_t kDepth = 576;            // units; a panel of b and kTilesAnItem of a then stay in the second cache
 constexpr int64_t kTilesAnItem = 24;       // panels of a that are packed together
-constexpr int64_t kPackedWhole = 1 << 21;  // units of b, 8 MB: no more are packed for all threads
+constexpr int64_t kPackedWhole = 1 << 23;  // bytes of b: no more are packed for all threads
 constexpr int64_t kItemUnits = 32;         // units of depth that a thread packs of such a b, at a time
 
 // Tiles of the result, down and across.
@@ -48,21 +49,22 @@ struct Range {
   int64_t wide() const { return right - left; }
 };
 
-// T: the type that is multiplied; A: the one that a is stored in; Out: that of c.
-template <class T, class A, class Out> struct Product {
+// T: the type that is multiplied; A and B: the ones that a and b are stored in; Out: that of c.
+template <class T, class A, class B, class Out> struct Product {
+  static constexpr int64_t kAcross = kColumns<T>;
   const ProductArgs& args;
   const Factor<A> a{static_cast<const A*>(args.a), args.a_row_stride, args.a_depth_stride};
-  const Factor<T> b{static_cast<const T*>(args.b), args.b_column_stride, args.b_depth_stride};
+  const Factor<B> b{static_cast<const B*>(args.b), args.b_column_stride, args.b_depth_stride};
   const int64_t threads = args.threads > 1 ? args.threads : 1;
-  const int64_t tiles_down = pieces(args.rows, kRows), tiles_across = pieces(args.columns, kColumns);
+  const int64_t tiles_down = pieces(args.rows, kRows), tiles_across = pieces(args.columns, kAcross);
   // The depth in units; how many steps it is cut into; what a step has, in units and in elements.
   const int64_t depth_units = pieces(args.depth, kPerUnit<T>);
-  const int64_t steps = sizeof(Out) < sizeof(float) ? 1 : pieces(depth_units, kDepth);
+  const int64_t steps = sizeof(Out) < sizeof(Compute<T>) ? 1 : pieces(depth_units, kDepth);
   const int64_t step_units = pieces(depth_units, steps), step = step_units * kPerUnit<T>;
   const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(Out)) +
                         args.depth * (args.rows + args.columns) * static_cast<int64_t>(sizeof(T));
   // Packed sizes, in units: a panel of b, and the panels of a that are packed together.
-  const int64_t panel_units = kColumns * step_units;
+  const int64_t panel_units = kAcross * step_units;
   const int64_t a_units = smaller(kTilesAnItem, tiles_down) * kRows * step_units;
 
   // Where tiles begin: rows are spread evenly over the tiles.
@@ -72,7 +74,8 @@ template <class T, class A, class Out> struct Product {
   void run() const {
     // 1.
     const int64_t b_units = steps * tiles_across * panel_units;
-    if (b_units <= kPackedWhole && (steps == 1 || tiles_down >= kTilesAnItem * threads))
+    if (b_units * static_cast<int64_t>(sizeof(Unit<T>)) <= kPackedWhole &&
+        (steps == 1 || tiles_down >= kTilesAnItem * threads))
       run_by_rows(b_units);
     else
       run_by_parts();
@@ -80,7 +83,7 @@ template <class T, class A, class Out> struct Product {
 
   // b is packed for all threads, and they take rows by turns.
   void run_by_rows(int64_t b_units) const {
-    Unit* const packed = acquire(b_units + threads * a_units);
+    Unit<T>* const packed = acquire(b_units + threads * a_units);
     // 2.
     const int64_t parts = pieces(step_units, kItemUnits);
     parallel_for(parts * steps, args.threads, bytes, [&](int64_t i) {
@@ -93,7 +96,7 @@ template <class T, class A, class Out> struct Product {
     parallel_for(items, args.threads, bytes, [&](int64_t i) {
       const auto tile_of = [&](int64_t item) { return tiles_down * smaller(item, items) / items; };
       const int64_t next_row = row_of(tile_of(i + threads)), after = row_of(tile_of(i + threads + 1));
-      Unit* const own = packed + b_units + omp_get_thread_num() * a_units;
+      Unit<T>* const own = packed + b_units + omp_get_thread_num() * a_units;
       multiply({tile_of(i), tile_of(i + 1), 0, tiles_across}, 0, steps, packed, own,
                sheet_of(a, next_row, after, 0, args.depth), Sheet{});
     });
@@ -105,28 +108,28 @@ template <class T, class A, class Out> struct Product {
     int64_t down = threads, across = 1;
     choose_grid(down, across);
     const int64_t own_units = a_units + pieces(tiles_across, across) * panel_units;
-    Unit* const packed = acquire(threads * own_units);
+    Unit<T>* const packed = acquire(threads * own_units);
     parallel_for(down * across, args.threads, bytes, [&](int64_t i) {
       const int64_t y = i / across, x = i % across;
       const Range range{tiles_down * y / down, tiles_down * (y + 1) / down, tiles_across * x / across,
                         tiles_across * (x + 1) / across};
-      Unit* const rows = packed + omp_get_thread_num() * own_units;
-      Unit* const columns = rows + a_units;
+      Unit<T>* const rows = packed + omp_get_thread_num() * own_units;
+      Unit<T>* const columns = rows + a_units;
       for (int64_t s = 0; s < steps; ++s) {
         // 2.
         pack_columns(s, 0, step_units, range.left, range.right, columns);
         // 3.
         const int64_t next = smaller((s + 1) * step, args.depth), after = smaller((s + 2) * step, args.depth);
-        const int64_t last_column = smaller(range.right * kColumns, args.columns);
+        const int64_t last_column = smaller(range.right * kAcross, args.columns);
         multiply(range, s, 1, columns, rows, sheet_of(a, row_of(range.top), row_of(range.bottom), next, after),
-                 sheet_of(b, range.left * kColumns, last_column, next, after));
+                 sheet_of(b, range.left * kAcross, last_column, next, after));
       }
     });
     pool_release(packed);
   }
 
-  static Unit* acquire(int64_t units) {
-    Unit* const packed = static_cast<Unit*>(pool_acquire(static_cast<size_t>(units) * sizeof(Unit)));
+  static Unit<T>* acquire(int64_t units) {
+    Unit<T>* const packed = static_cast<Unit<T>*>(pool_acquire(static_cast<size_t>(units) * sizeof(Unit<T>)));
     if (!packed) throw std::bad_alloc();
     return packed;
   }
@@ -145,18 +148,18 @@ template <class T, class A, class Out> struct Product {
   }
 
   // 2. `count` units from `skip` on of step s, of the columns of tiles [left, right).
-  void pack_columns(int64_t s, int64_t skip, int64_t count, int64_t left, int64_t right, Unit* to) const {
+  void pack_columns(int64_t s, int64_t skip, int64_t count, int64_t left, int64_t right, Unit<T>* to) const {
     const int64_t begin = skip * kPerUnit<T>, depth = depth_of(s) - begin;
     if (depth <= 0) return;
-    const auto column_of = [&](int64_t across) { return smaller((left + across) * kColumns, args.columns); };
-    pack_panels<T>(b.at(0, s * step + begin), right - left, column_of, smaller(count * kPerUnit<T>, depth), kColumns,
-                   to + skip * kColumns, panel_units);
+    const auto column_of = [&](int64_t across) { return smaller((left + across) * kAcross, args.columns); };
+    pack_panels<T>(b.at(0, s * step + begin), right - left, column_of, smaller(count * kPerUnit<T>, depth), kAcross,
+                   to + skip * kAcross, panel_units);
   }
 
   // 3. Steps [first, first + count) of a range, whose columns are packed in `columns`; `rows` is room for panels of a.
   // The tiles ask for the parts of next_a and next_b by turns, all of them by the last tile.
-  void multiply(const Range& range, int64_t first, int64_t count, const Unit* columns, Unit* rows, const Sheet& next_a,
-                const Sheet& next_b) const {
+  void multiply(const Range& range, int64_t first, int64_t count, const Unit<T>* columns, Unit<T>* rows,
+                const Sheet& next_a, const Sheet& next_b) const {
     const int64_t turns = range.tall() * range.wide() * count;
     const int64_t parts_a = next_a.parts(step_units), parts = parts_a + next_b.parts(step_units);
     int64_t turn = 0;
@@ -167,9 +170,9 @@ template <class T, class A, class Out> struct Product {
         const auto first_row = [&](int64_t i) { return row_of(tile + i); };
         pack_panels<T>(a.at(0, (first + s) * step), last - tile, first_row, depth, 0, rows, kRows * step_units);
         for (int64_t across = 0; across < range.wide(); ++across) {
-          const int64_t column = (range.left + across) * kColumns;
+          const int64_t column = (range.left + across) * kAcross;
           const Corner corner{args.columns - column, args.accumulate || first + s > 0};
-          const Unit* const panel = columns + (s * range.wide() + across) * panel_units;
+          const Unit<T>* const panel = columns + (s * range.wide() + across) * panel_units;
           for (int64_t i = tile; i < last; ++i, ++turn) {
             const int64_t part = turn * parts / turns;
             const Ahead ahead = parts == 0       ? Ahead{reinterpret_cast<const char*>(panel), 0}
@@ -200,17 +203,28 @@ template <class T, class A, class Out> struct Product {
 void product(const ProductArgs& args) {
   if (args.rows == 0 || args.columns == 0) return;
 #if defined(__AVX512F__)
+  const bool wide_a = static_cast<DType>(args.a_dtype) == DType::kFloat32;
+  if (static_cast<DType>(args.b_dtype) == DType::kFloat64) return Product<double, double, double, double>{args}.run();
   if (static_cast<DType>(args.b_dtype) == DType::kBFloat16) {
     const bool narrow = static_cast<DType>(args.c_dtype) == DType::kBFloat16;
-    if (static_cast<DType>(args.a_dtype) == DType::kBFloat16) {
-      if (narrow) return Product<BFloat16, BFloat16, BFloat16>{args}.run();
-      return Product<BFloat16, BFloat16, float>{args}.run();
+    if (!wide_a) {
+      if (narrow) return Product<BFloat16, BFloat16, BFloat16, BFloat16>{args}.run();
+      return Product<BFloat16, BFloat16, BFloat16, float>{args}.run();
     }
-    if (narrow) return Product<BFloat16, float, BFloat16>{args}.run();
-    return Product<BFloat16, float, float>{args}.run();
+    if (narrow) return Product<BFloat16, float, BFloat16, BFloat16>{args}.run();
+    return Product<BFloat16, float, BFloat16, float>{args}.run();
+  }
+  if (static_cast<DType>(args.b_dtype) == DType::kFloat16) {
+    const bool narrow = static_cast<DType>(args.c_dtype) == DType::kFloat16;
+    if (!wide_a) {
+      if (narrow) return Product<float, Float16, Float16, Float16>{args}.run();
+      return Product<float, Float16, Float16, float>{args}.run();
+    }
+    if (narrow) return Product<float, float, Float16, Float16>{args}.run();
+    return Product<float, float, Float16, float>{args}.run();
   }
 #endif
-  Product<float, float, float>{args}.run();
+  Product<float, float, float, float>{args}.run();
 }
 
 }  // namespace logitless::LL_ISA

@@ -8,8 +8,9 @@ namespace logitless {
 // c[i, j] (+)= sum_k a[i, k] b[k, j]. Strides are in elements; of each of a's and b's two, one is 1. The columns of c
 // are consecutive.
 struct ProductArgs {
-  int a_dtype, b_dtype;  // DType: float32 or bfloat16. A float32 a is rounded where b is bfloat16
-  int c_dtype;           // that of b, or float32
+  int a_dtype,
+      b_dtype;  // DType: one for both, or a float32 a beside a half-precision b. It is rounded where b is bfloat16
+  int c_dtype;  // that of b, or of a half-precision b float32
   int threads;
   int64_t rows, depth, columns;
   const void* a;
@@ -18,10 +19,11 @@ struct ProductArgs {
   int64_t b_depth_stride, b_column_stride;
   void* c;
   int64_t c_row_stride;
-  bool accumulate;  // needs c in float32
+  bool accumulate;  // needs c in float32 or float64
 };
 
-// Whether the instruction set in use has a product of this dtype that is faster than torch's own.
+// Whether the instruction set in use has a product of this dtype that serves a head: one that is faster than torch's
+// own, or whose sums do not depend on the shape of the call where torch's do.
 bool product_supported(int dtype);
 
 }  // namespace logitless

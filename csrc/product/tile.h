@@ -1,13 +1,13 @@
-// A tile of a product: kRows by kColumns sums that stay in registers while the depth runs.
+// A tile of a product: kRows by kColumns<T> sums that stay in registers while the depth runs.
 //
-// Formula: c[i, j] (+)= sum over the depth of a[i, k] b[k, j], of up to kRows rows and kColumns columns.
+// Formula: c[i, j] (+)= sum over the depth of a[i, k] b[k, j], of up to kRows rows and kColumns<T> columns.
 //
-// Layout: a panel of a and a panel of b (pack.h), and a corner of c with consecutive columns. kColumns are two vectors;
-// each row has two vectors of sums, and each unit of depth is one multiplication of the row's unit, in all lanes, by
-// each of the two vectors of b.
+// Layout: a panel of a and a panel of b (pack.h), and a corner of c with consecutive columns. kColumns<T> are two
+// vectors; each row has two vectors of sums, and each unit of depth is one multiplication of the row's unit, in all
+// lanes, by each of the two vectors of b.
 //
-// Precision policy: sums are in float, in the order of the depth, whatever the factors and the result are. Of bfloat16
-// an instruction adds two products to a sum (AVX-512 BF16).
+// Precision policy: sums are in double of doubles, else in float, in the order of the depth, whatever the factors and
+// the result are. Of bfloat16 an instruction adds two products to a sum (AVX-512 BF16).
 //
 // Steps: 1. The sums begin at 0. 2. For each unit of depth, ask memory for a line that will be needed, and multiply. 3.
 // Add c where it is accumulated, and store.
@@ -25,18 +25,18 @@ inline constexpr int kRows = 6;  // of 16 registers: 12 vectors of sums
 #else
 inline constexpr int kRows = 4;
 #endif
-inline constexpr int kColumns = 2 * kLanes<float>;
+template <class T> inline constexpr int kColumns = 2 * kLanes<Compute<T>>;
 inline constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // sum + a b, where a is one unit for all lanes. The first argument says what the units are.
-LL_INLINE Vec<float> multiply_add(float, const Unit* a, Vec<float> b, Vec<float> sum) {
-  float value;
+template <class Real> LL_INLINE Vec<Real> multiply_add(Real, const Unit<Real>* a, Vec<Real> b, Vec<Real> sum) {
+  Real value;
   memcpy(&value, a, sizeof value);
-  return (value - Vec<float>{}) * b + sum;
+  return splat(value) * b + sum;
 }
 #if defined(__AVX512F__)
 __attribute__((target("avx512bf16")))
-LL_INLINE Vec<float> multiply_add(BFloat16, const Unit* a, Vec<float> b, Vec<float> sum) {
+LL_INLINE Vec<float> multiply_add(BFloat16, const Unit<BFloat16>* a, Vec<float> b, Vec<float> sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), (__m512bh)b);
 }
 #endif
@@ -65,13 +65,13 @@ struct Corner {
 };
 
 // 3. Up to a vector of columns of one row.
-template <class Out> LL_INLINE void put(Out* c, Vec<float> sum, int64_t count, bool accumulate) {
+template <class Out> LL_INLINE void put(Out* c, Vec<Compute<Out>> sum, int64_t count, bool accumulate) {
   if (count <= 0) return;
-  if (count >= kLanes<float>) {
+  if (count >= kLanes<Compute<Out>>) {
     if (accumulate) sum += load(c);
     store(c, sum);
   } else {
-    if (accumulate) sum += load_partial(c, count, 0.0f);
+    if (accumulate) sum += load_partial(c, count, Compute<Out>{});
     store_partial(c, sum, count);
   }
 }
@@ -81,46 +81,49 @@ template <class T, int kTall, class Out>
 #if defined(__AVX512F__)
 __attribute__((target("avx512bf16")))
 #endif
-void sums_of(int64_t depth, const Unit* a, const Unit* b, Out* c, int64_t c_row_stride, Corner corner, Ahead ahead) {
+void sums_of(int64_t depth, const Unit<T>* a, const Unit<T>* b, Out* c, int64_t c_row_stride, Corner corner,
+             Ahead ahead) {
+  using Sum = Vec<Compute<T>>;
+  constexpr int kWide = kLanes<Compute<T>>;
   // 1.
-  Vec<float> left[kTall], right[kTall];
+  Sum left[kTall], right[kTall];
   LL_UNROLL
-  for (int i = 0; i < kTall; ++i) left[i] = right[i] = Vec<float>{};
+  for (int i = 0; i < kTall; ++i) left[i] = right[i] = Sum{};
   // 2. What is in no cache is asked for a line or two at a time, first the rows of c and then what is packed next: more
   // at once would keep the panels waiting.
   const char* line = reinterpret_cast<const char*>(c);
   int64_t to_next = c_row_stride * static_cast<int64_t>(sizeof(Out));
   for (int64_t k = 0; k < depth; ++k) {
     __builtin_prefetch(line);
-    __builtin_prefetch(line + kColumns * sizeof(Out) - 1);
+    __builtin_prefetch(line + kColumns<T> * sizeof(Out) - 1);
     line += to_next;
     if (k == kTall - 1) {
       line = ahead.from;
       to_next = ahead.step;
     }
-    Vec<float> first, second;
+    Sum first, second;
     memcpy(&first, b, LL_BYTES);
-    memcpy(&second, b + kLanes<float>, LL_BYTES);
+    memcpy(&second, b + kWide, LL_BYTES);
     LL_UNROLL
     for (int i = 0; i < kTall; ++i) {
       left[i] = multiply_add(T{}, a + i, first, left[i]);
       right[i] = multiply_add(T{}, a + i, second, right[i]);
     }
     a += kTall;
-    b += kColumns;
+    b += kColumns<T>;
   }
   // 3.
   LL_UNROLL
   for (int i = 0; i < kTall; ++i) {
     put(c + i * c_row_stride, left[i], corner.columns, corner.accumulate);
-    put(c + i * c_row_stride + kLanes<float>, right[i], corner.columns - kLanes<float>, corner.accumulate);
+    put(c + i * c_row_stride + kWide, right[i], corner.columns - kWide, corner.accumulate);
   }
 }
 
 // A tile of `tall` rows, at most kRows: one function for each number, so that the rows are registers.
 template <class T, class Out, int kTall = kRows>
-LL_INLINE void sums_of_height(int64_t tall, int64_t depth, const Unit* a, const Unit* b, Out* c, int64_t c_row_stride,
-                              Corner corner, Ahead ahead) {
+LL_INLINE void sums_of_height(int64_t tall, int64_t depth, const Unit<T>* a, const Unit<T>* b, Out* c,
+                              int64_t c_row_stride, Corner corner, Ahead ahead) {
   if (tall == kTall) return sums_of<T, kTall>(depth, a, b, c, c_row_stride, corner, ahead);
   if constexpr (kTall > 1) sums_of_height<T, Out, kTall - 1>(tall, depth, a, b, c, c_row_stride, corner, ahead);
 }

@@ -18,6 +18,7 @@ from logitless._operators import cosines as cosine_operators
 from logitless._operators import elements as element_operators
 from logitless._rules import dispatch
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.reduction import reduce_rows, reduced_sum
 from logitless._rules.transforms import surroundings
 from logitless._rules.unit_interval import check_within_unit_interval
@@ -80,6 +81,7 @@ class ElementwiseCall(NamedTuple):
     loss: ElementLoss
     reduction: Reduction
     definition: Callable[..., Tensor]
+    holds_tensors: bool = True  # whether there may be one in the reduction or the definition
 
 
 def elementwise(call: ElementwiseCall, input: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
@@ -133,7 +135,7 @@ def of_few_numbers(
     def definition(input: Tensor, target: Tensor) -> Tensor:
         return summed(input, target, reduction="sum", backend=dispatch.DEFINITION) / denominator
 
-    call = ElementwiseCall(backend, loss, Reduction("mean", denominator, input.dtype), definition)
+    call = ElementwiseCall(backend, loss, Reduction("mean", denominator, input.dtype), definition, holds_tensors=False)
     result: Tensor = _apply_elementwise(call, input, target)  # type: ignore[no-untyped-call] # torch types it not
     return result
 
@@ -141,8 +143,10 @@ def of_few_numbers(
 class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ElementwiseCall, input: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
-        ctx.call = call
-        ctx.save_for_backward(input, target, *weights)
+        operands = (input, target, *weights)
+        ctx.operands = len(operands)
+        ctx.call, others = taken_apart(call, operands) if call.holds_tensors else (call, list[Tensor]())
+        ctx.save_for_backward(*operands, *others)
         if call.reduction.kind == "none":
             loss, outside = call.backend.elements(call.loss, input, target, *weights, dtype=call.reduction.dtype)
         else:
@@ -154,8 +158,9 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, *operands = ctx.saved_tensors
-        call: ElementwiseCall = ctx.call
+        everything = ctx.saved_tensors
+        input, *operands = everything[: ctx.operands]
+        call: ElementwiseCall = put_together(ctx.call, everything) if ctx.call.holds_tensors else ctx.call
         if needs_plain_backward(grad_output):
             grad = plain_backward(lambda x: (call.definition(x, *operands),), [input], [grad_output])[0]
         else:
@@ -199,7 +204,6 @@ def cosine(call: CosineCall, x1: Tensor, x2: Tensor, target: Tensor | None = Non
 class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: CosineCall, x1: Tensor, x2: Tensor, target: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x1, x2, target)
         rows = cosine_operators.rows(
             call.backend,
             x1,
@@ -211,12 +215,13 @@ class _Cosine(torch.autograd.Function):
             margin=call.margin,
             save=any(ctx.needs_input_grad),
         )
-        ctx.call, ctx.saved = call, rows.saved
+        ctx.save_for_backward(x1, x2, target, rows.saved)
+        ctx.call = call
         return call.reduction.of(rows.out)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x1, x2, target = ctx.saved_tensors
+        x1, x2, target, saved = ctx.saved_tensors
         call: CosineCall = ctx.call
         wanted = ctx.needs_input_grad[1:3]
         if needs_plain_backward(grad_output):
@@ -227,7 +232,7 @@ class _Cosine(torch.autograd.Function):
             x1,
             x2,
             target,
-            ctx.saved,
+            saved,
             sizes=call.sizes,
             dim=call.dim,
             eps=call.eps,

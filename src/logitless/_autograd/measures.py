@@ -14,6 +14,7 @@ from torch import Tensor
 from logitless._operators import pairs as pair_operators
 from logitless._operators import rows as row_operators
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.targets import index_error
 from logitless.kernels.interface import Backend, ClassTarget
 
@@ -56,9 +57,10 @@ class _TokenStats(torch.autograd.Function):
         )
         if stats.bad_row >= 0:
             raise index_error("token_stats", target)
-        ctx.save_for_backward(logits, stats.entropy)
-        ctx.row_max, ctx.log_sum = stats.row_max, stats.log_sum
-        ctx.backend, ctx.target, ctx.definition = backend, target, definition
+        if ctx.needs_input_grad[0]:
+            needed = (backend, target, definition, stats.row_max, stats.log_sum)
+            ctx.kept, others = taken_apart(needed, [logits, stats.entropy])
+            ctx.save_for_backward(logits, stats.entropy, *others)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats.argmax, stats.rank)
         return stats.nll, stats.lse, stats.entropy, stats.argmax, stats.rank
@@ -69,17 +71,18 @@ class _TokenStats(torch.autograd.Function):
         asked = [grad for grad in (nll, lse, spread) if grad is not None]
         if not asked:
             return None, None, None, None
-        logits, entropy = ctx.saved_tensors
+        logits, entropy, *_ = ctx.saved_tensors
+        backend, target, definition, row_max, log_sum = put_together(ctx.kept, ctx.saved_tensors)
         if needs_plain_backward(*asked):
-            return plain_backward(ctx.definition, [logits], grad_outputs)[0], None, None, None
+            return plain_backward(definition, [logits], grad_outputs)[0], None, None, None
         # dH/dz_j = -p_j ((z_j - lse) + H)
         parts = [*(g for g in (nll, lse) if g is not None), *(() if spread is None else (-spread * entropy,))]
-        grad = ctx.backend.row_grad(
+        grad = backend.row_grad(
             logits,
-            ctx.row_max,
-            ctx.log_sum,
-            ctx.target.indices,
-            ignore_index=ctx.target.ignore_index,
+            row_max,
+            log_sum,
+            target.indices,
+            ignore_index=target.ignore_index,
             a_scale=1.0,
             a=sum(parts[1:], parts[0]),
             b_scale=0.0 if spread is None else -1.0,
@@ -104,18 +107,17 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, backend: Backend, definition: Definition) -> Tensor | None:
         stats = backend.row_stats(logits, entropy=True)
-        ctx.save_for_backward(logits, stats.entropy)
-        ctx.row_max, ctx.log_sum = stats.row_max, stats.log_sum
+        ctx.save_for_backward(logits, stats.entropy, stats.row_max, stats.log_sum)
         ctx.backend, ctx.definition = backend, definition
         return stats.entropy
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
-        logits, entropy = ctx.saved_tensors
+        logits, entropy, row_max, log_sum = ctx.saved_tensors
         if needs_plain_backward(grad_output):
             return plain_backward(ctx.definition, [logits], [grad_output])[0], None, None
         grad = ctx.backend.row_grad(
-            logits, ctx.row_max, ctx.log_sum, upstream=grad_output, a_scale=-1.0, a=entropy, b_scale=-1.0
+            logits, row_max, log_sum, upstream=grad_output, a_scale=-1.0, a=entropy, b_scale=-1.0
         )
         return grad, None, None
 
@@ -157,8 +159,9 @@ class _PairStats(torch.autograd.Function):
         stats = call.backend.pair_row_stats(p, q, **_kernel_arguments(call), same_top="same_top" in call.outputs)
         if target is not None and stats.bad_row >= 0:
             raise index_error(call.name, target)
-        ctx.save_for_backward(p, q)
-        ctx.saved, ctx.call = stats.saved, call
+        if any(ctx.needs_input_grad):
+            ctx.kept, others = taken_apart((call, stats.saved), [p, q])
+            ctx.save_for_backward(p, q, *others)
         ctx.set_materialize_grads(False)
         if stats.same_top is not None:
             ctx.mark_non_differentiable(stats.same_top)
@@ -166,11 +169,12 @@ class _PairStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        call: PairCall = ctx.call
-        upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
-        if not upstream:
+        if all(grad is None for grad in grad_outputs):
             return None, None, None
-        p, q = ctx.saved_tensors
+        call: PairCall
+        p, q, *_ = ctx.saved_tensors
+        call, saved = put_together(ctx.kept, ctx.saved_tensors)
+        upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
         need_p, need_q = ctx.needs_input_grad[:2]
         if needs_plain_backward(*upstream.values()):
             wanted = [logits for logits, need in ((p, need_p), (q, need_q)) if need]
@@ -180,7 +184,7 @@ class _PairStats(torch.autograd.Function):
         grad_p, grad_q = call.backend.pair_row_grad(
             p,
             q,
-            ctx.saved,
+            saved,
             None if target is None else target.indices,
             ignore_index=-100 if target is None else target.ignore_index,
             need_first=need_p,

@@ -1,11 +1,12 @@
 """The row kernels as differentiable operations: forward, backward, and where they hand over to the definition.
 
-An operation keeps its inputs and O(rows). Where its gradient must itself be differentiated, or upstream gradients come
-in a batch, the backward pass is the definition's, differentiated by torch.
+An operation keeps its inputs and O(rows), all of it by way of autograd. Where its gradient must itself be
+differentiated, or upstream gradients come in a batch, the backward pass is the definition's, differentiated by torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from logitless._operators import rows as operators
 from logitless._rules import dispatch
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF
 from logitless._rules.targets import index_error
 from logitless._rules.transforms import surroundings
@@ -85,40 +87,46 @@ class _CrossEntropy(torch.autograd.Function):
             raise index_error(call.name, target)
         rows = _cross_entropy_rows(stats, target, weight, smoothing)
         loss, denominator = call.reduce(rows)
-        ctx.save_for_backward(logits)
-        ctx.call, ctx.stats, ctx.denominator = call, stats, denominator
+        if ctx.needs_input_grad[0]:
+            needed = (call.backend, target, weight, smoothing, call.definition, denominator)
+            statistics = (stats.row_max, stats.log_sum, stats.dense_mass)
+            ctx.kept, others = taken_apart((*needed, statistics), [logits])
+            ctx.save_for_backward(logits, *others)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        (logits,) = ctx.saved_tensors
-        call: CrossEntropyCall = ctx.call
+        logits, *_ = ctx.saved_tensors
+        backend: Backend
+        target: ClassTarget
+        backend, target, weight, smoothing, definition, denominator, statistics = put_together(
+            ctx.kept, ctx.saved_tensors
+        )
+        row_max, log_sum, dense_mass = statistics
         if needs_plain_backward(grad_output):
-            return plain_backward(lambda z: (call.definition(z),), [logits], [grad_output])[0], None
-        stats: RowStats = ctx.stats
-        target, smoothing = call.target, call.label_smoothing
+            return plain_backward(lambda z: (definition(z),), [logits], [grad_output])[0], None
         spread = smoothing / target.classes
         total: Tensor | float = target.classes
-        if call.weight is not None and smoothing > 0:
-            total = call.backend.scalar(call.weight.sum(dtype=torch.float64))
+        if weight is not None and smoothing > 0:
+            total = backend.scalar(weight.sum(dtype=torch.float64))
         kept = 1 - smoothing
         dense = target.probabilities is not None
-        upstream = grad_output.to(stats.row_max.dtype)
-        if not (isinstance(ctx.denominator, float) and ctx.denominator == 1.0):
-            upstream = upstream / ctx.denominator
-        grad = call.backend.row_grad(
+        upstream = grad_output.to(row_max.dtype)
+        if not (isinstance(denominator, float) and denominator == 1.0):
+            upstream = upstream / denominator
+        grad = backend.row_grad(
             logits,
-            stats.row_max,
-            stats.log_sum,
+            row_max,
+            log_sum,
             target.indices,
             class_dim=target.class_dim,
             ignore_index=target.ignore_index,
-            class_weight=call.weight,
-            index_weight=call.weight is not None and not dense,
+            class_weight=weight,
+            index_weight=weight is not None and not dense,
             dense_target=target.probabilities,
             upstream=upstream,
             a_scale=kept,
-            a=stats.dense_mass,
+            a=dense_mass,
             a_extra=spread * total if smoothing > 0 else 0.0,
             c_scale=0.0 if dense else -kept,
             e_scale=-kept if dense else 0.0,
@@ -145,6 +153,9 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
         return ~ignored
     return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
+
+# Of a whole call's statistics: so many cost less than a tensor does.
+_FEW_BYTES = 1 << 14
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
@@ -238,17 +249,22 @@ def _whole_loss(logits: Tensor, call: tuple[Any, ...], save: bool) -> tuple[Tens
 class _WholeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
-        loss, saved = _whole_loss(logits, call, save=True)
-        ctx.save_for_backward(logits)
-        ctx.call = call, *saved
+        loss, (weight, saved, denominator) = _whole_loss(logits, call, save=True)
+        backend, definition, target, given_weight, *options = call
+        rows = None
+        if len(saved) > _FEW_BYTES:  # what is large passes saved-tensor hooks
+            rows, saved = torch.frombuffer(bytearray(saved), dtype=torch.uint8), b""
+        ctx.save_for_backward(logits, target, given_weight, weight, rows)
+        ctx.call = backend, definition, options, saved, denominator
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        (logits,) = ctx.saved_tensors
-        call, weight, saved, denominator = ctx.call
+        logits, target, given_weight, weight, rows = ctx.saved_tensors
         backend: WholeCalls
-        backend, definition, target, given_weight, ignore_index, reduction, smoothing = call
+        backend, definition, (ignore_index, reduction, smoothing), saved, denominator = ctx.call
+        if rows is not None:
+            saved = ctypes.string_at(rows.data_ptr(), rows.numel())
         if needs_plain_backward(grad_output):
 
             def plain(z: Tensor) -> Sequence[Tensor]:

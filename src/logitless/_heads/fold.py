@@ -19,6 +19,7 @@ from torch import Tensor
 from logitless._heads.rows import HeadRows, LogitRows
 from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward
+from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import no_autocast
 from logitless._rules.transforms import hold_data, transform_reason
 from logitless.kernels import interface
@@ -125,9 +126,10 @@ def fold_gradients(
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        if any(ctx.needs_input_grad):
+            ctx.kept, others = taken_apart(plan, tensors)
+            ctx.save_for_backward(*tensors, *others)
         with _autocast_off(tensors), plan.opened(tensors):
             tiles = [plan.call(tensors, start, stop) for start, stop in plan.tiles()]
         outputs = tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
@@ -136,9 +138,11 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grad_outputs):
-            return (None,) * (1 + len(tensors))
+            return (None,) * (1 + len(needed))
+        tensors = ctx.saved_tensors[: len(needed)]
+        plan: _Plan = put_together(ctx.kept, ctx.saved_tensors)
         with _autocast_off(tensors), plan.opened(tensors):
             if needs_plain_backward(*grad_outputs):
                 return (None, *_differentiable_backward(plan, tensors, needed, grad_outputs))

@@ -147,7 +147,8 @@ def loss_reduction(
         return reduce_rows(loss, reduction, denominator=divisor, dtype=result, empty=empty)
 
     above = upstream_divisor(divisor, empty)
-    return Reduction(backend.scalar(above) if isinstance(above, Tensor) else float(above), value)
+    left_out = rows.target.ignored if rows.kept is None else None
+    return Reduction(backend.scalar(above) if isinstance(above, Tensor) else float(above), value, left_out)
 
 
 def _weights_alone(rows: LossRows, asked: HeadLoss) -> definitions.ClassRows:

@@ -1,10 +1,14 @@
 """The matrix products of a head: by the backend's own where it serves and is the faster one, else by torch's.
 
-Precision policy: a backend's product is added up in float32 and rounded once, to what it is written to. Float32 is left
-to torch where `torch.set_float32_matmul_precision` allows less than float32.
+Precision policy: a backend's product is added up in float32 (of float64 in float64) and rounded once, to what it is
+written to. The order of a sum depends on the depth alone, so a logit has the same bits in whatever tile, beside
+whatever other rows and classes it is made. Torch's own products promise no such thing. Float32 is left to torch where
+`torch.set_float32_matmul_precision` allows less than float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +16,25 @@ from torch import Tensor
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend
 
+# Numbers of a factor, or of a product, that are widened at a time.
+_WIDENED = 1 << 20
+
 
 def widens(backend: Backend, dtype: torch.dtype) -> bool:
-    """Say whether the backend takes factors of a half precision, and writes or adds their products in float32."""
-    return dtype in HALF and dtype in backend.PRODUCT_DTYPES
+    """Say whether products of a half precision are written, or added, in float32.
+
+    The backend's are. Float16 always is, by torch's product of float32 where the backend has none: a gradient that
+    is a factor, or a sum, may be too small or too large for float16 before its upstream gradient is known.
+    """
+    return dtype == torch.float16 or (dtype in HALF and dtype in backend.PRODUCT_DTYPES)
+
+
+def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether a head's logits are made by the backend's products, whose bits no call's shape changes."""
+    hidden, weight, *_ = tensors
+    assert hidden is not None
+    assert weight is not None
+    return _serves(backend, weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:
@@ -23,7 +42,12 @@ def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:
 
     Torch's are rounded to the factors' dtype, and in float32 adding to a matrix of few rows costs it digits.
     """
-    return dtype not in backend.PRODUCT_DTYPES
+    return dtype not in backend.PRODUCT_DTYPES and dtype != torch.float16
+
+
+def widened_bytes(backend: Backend, dtype: torch.dtype) -> int:
+    """Return what factors and sums take while they are widened for torch's product."""
+    return 3 * 4 * _WIDENED if dtype == torch.float16 and dtype not in backend.PRODUCT_DTYPES else 0
 
 
 def multiply(
@@ -45,6 +69,8 @@ def multiply(
             out.zero_()
     elif _serves(backend, first, second):
         backend.product(_readable(first), _readable(second), out, accumulate=accumulate)
+    elif torch.float16 in (first.dtype, second.dtype):
+        _multiply_widened(first, second, out, accumulate)
     elif spare is not None:
         rows = max(1, spare.numel() // max(1, out.shape[1]))
         for sums, part in zip(out.split(rows), first.split(rows), strict=True):
@@ -62,8 +88,23 @@ def multiply(
 def _serves(backend: Backend, first: Tensor, second: Tensor) -> bool:
     if not backend.PRODUCT_DTYPES.issuperset((first.dtype, second.dtype)):
         return False
-    half = first.dtype in HALF or second.dtype in HALF
-    return half or torch.get_float32_matmul_precision() == "highest"
+    single = first.dtype == second.dtype == torch.float32
+    return not single or torch.get_float32_matmul_precision() == "highest"
+
+
+def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Do the same in float32, with a part of the larger factor widened at a time."""
+    if second.numel() > first.numel():
+        first, second, out = second.T, first.T, out.T
+    rows, depth = first.shape
+    second = second.float()
+    step = max(1, _WIDENED // max(1, depth, second.shape[1]))
+    for start in range(0, rows, step):
+        product = torch.mm(first[start : start + step].float(), second)
+        if accumulate:
+            out[start : start + step] += product
+        else:
+            out[start : start + step] = product
 
 
 def _readable(factor: Tensor) -> Tensor:

@@ -3,14 +3,20 @@
 With a loss reduced to a scalar the gradient of each tile is made while the tile is there (three products); with values
 a row, whose upstream gradients are not known yet, the backward pass makes each tile again (four). Where a gradient must
 itself be differentiated the backward pass is the reference's, differentiated by torch.
+
+Precision policy: a gradient that is made before its upstream gradient is known adds up in float32 or wider, stays so
+until the backward pass multiplies it, and is rounded then. What the loss divides by is taken in as it is made where
+that moves no number near the ends of float32's range, and left for the backward pass elsewhere: a mean over nothing
+would make it infinite. Where no row is left the gradient is exactly 0, whatever comes from above.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +27,7 @@ from logitless._heads.tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.dispatch import Forecast
+from logitless._rules.keeping import graph_is_kept, put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
 from logitless.kernels.interface import Backend
 
@@ -39,6 +46,11 @@ class RowWork(Protocol):
     @property
     def extra_bytes(self) -> int:
         """What it holds beside each logit of a tile."""
+        ...
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether its gradient is made of the tile's logits: where it is not, they are not made again for it."""
         ...
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Saved]:
@@ -155,8 +167,8 @@ def tile_dtype(backend: Backend, sources: Sequence[LogitRows], least: torch.dtyp
         (kind,) = kinds
         if widens(backend, kind) and least in (kind, torch.float32) and all(isinstance(s, HeadRows) for s in sources):
             return torch.float32
-        half = kind in HALF
-        if kind == least or (half and plain and least in (kind, torch.float32)):
+        # Float16 would round away or flush what a loss scale is to lift.
+        if kind == least or (kind == torch.bfloat16 and plain and least == torch.float32):
             return kind
     return least
 
@@ -165,39 +177,48 @@ def forecast(call: HeadCall) -> Forecast:
     """Return the tile of a call, and its peak memory beyond inputs and gradients, the backward pass included."""
     tiles, peak = call.tiles, call.tiles.buffer_bytes + call.backend.workspace_bytes()
     rows = call.sources[0].rows
-    one_tile = tiles.rows >= rows and tiles.classes >= call.classes
     for source in call.sources:
         if isinstance(source, HeadRows) and call.gradient:
-            peak += HeadTiles.accumulator_bytes(call.backend, source, tiles, one_tile)
+            peak += HeadTiles.accumulator_bytes(call.backend, source, tiles)
     row_bytes = sum(8 + call.dtype.itemsize for _ in call.differentiable)  # outputs, and what the gradient needs
     return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes)
 
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:
     """Return the work's outputs, one value a row each, differentiable with any upstream gradients."""
-    outputs: tuple[Tensor, ...] = _PerRow.apply(call, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
+    kept, others = taken_apart(call, call.tensors)
+    outputs: tuple[Tensor, ...] = _PerRow.apply(call, kept, others, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
     return outputs
 
 
 class _PerRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: HeadCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: HeadCall, kept: Any, others: Sequence[Tensor], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         outputs, saved = row_values(call, tensors)
-        ctx.call, ctx.saved = call, saved
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        if any(ctx.needs_input_grad):
+            ctx.states, states = taken_apart(saved)
+            ctx.kept, ctx.parts = kept, (len(tensors), len(tensors) + len(others))
+            ctx.save_for_backward(*tensors, *others, *states)
         ctx.mark_non_differentiable(*(o for o, d in zip(outputs, call.differentiable, strict=True) if not d))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, tensors, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grad_outputs):
-            return (None,) * (1 + len(tensors))
+            return (None,) * (3 + len(needed))
+        inputs, others = ctx.parts
+        everything = ctx.saved_tensors
+        tensors = everything[:inputs]
+        call: HeadCall = put_together(ctx.kept, everything[:others])
         with no_autocast(_first(tensors)):
             if needs_plain_backward(*grad_outputs):
-                return (None, *_plain(call.definition, tensors, needed, grad_outputs))
-        return (None, *row_gradients(call, tensors, needed, grad_outputs, ctx.saved))
+                return (None, None, None, *_plain(call.definition, tensors, needed, grad_outputs))
+        saved = put_together(ctx.states, everything[others:])
+        return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
 
 
 def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Saved]]:
@@ -217,7 +238,7 @@ def row_gradients(
     """Return the gradients of the tensors that need one, each tile made again."""
     with no_autocast(_first(tensors)):
         _, _, grads = _sweep(call, tensors, needed, upstream, saved)
-    return _rounded(grads, tensors, 1.0)
+    return _scaled(grads, tensors, 1.0, kept=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,56 +247,120 @@ class Reduction:
 
     divisor: Tensor | float  # of the gradient
     value: Callable[[Tensor], Tensor]
+    left_out: Tensor | None = None  # rows that no gradient reaches, where they could not be taken out of the call
+
+
+class Factors(NamedTuple):
+    """What the gradient of each row is multiplied by, in two parts.
+
+    Where `late` is exactly 0 the gradient is 0, whatever comes from above.
+    """
+
+    early: Tensor | float  # as it is made
+    late: Tensor | float  # beside the upstream gradient
+
+
+# Within these powers of two a factor costs no digit: what it moves below the range of float32 was 2**-100 of the rest.
+_LEAST, _MOST = 2.0**-24, 2.0**24
+
+
+def factors(call: HeadCall, reduction: Reduction) -> Factors:
+    """Return the parts of `1 / divisor`; what is not a number of ordinary size is left for the backward pass."""
+    divisor, left_out = reduction.divisor, reduction.left_out
+    if call.sources[0].rows == 0:
+        return Factors(1.0, 0.0)
+    if left_out is None and not isinstance(divisor, Tensor):
+        factor = 1.0 / divisor if divisor else math.inf
+        return Factors(factor, 1.0) if _LEAST <= abs(factor) <= _MOST else Factors(1.0, factor)
+    device = left_out.device if left_out is not None else call.tensors[0].device  # type: ignore[union-attr] # never None
+    whole = torch.as_tensor(divisor, dtype=torch.float64, device=device).reciprocal()
+    usual = (whole.abs() >= _LEAST) & (whole.abs() <= _MOST)
+    early, late = torch.where(usual, whole, 1.0), torch.where(usual, 1.0, whole)
+    return Factors(early, late if left_out is None else torch.where(left_out.all(), 0.0, late))
+
+
+def late_factor(late: Tensor | float, grad_output: Tensor | float) -> Tensor | float:
+    """Return what gradients that were made early are multiplied by in the end."""
+    if isinstance(late, Tensor):
+        return torch.where(late == 0, 0.0, late * grad_output)
+    return 0.0 if late == 0 else late * grad_output
 
 
 def reduced(call: HeadCall, reduction: Reduction) -> Tensor:
-    """Return the first output reduced to a scalar; its gradient is made on the way."""
-    loss: Tensor = _Reduced.apply(call, reduction, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
+    """Return the first output reduced to a scalar; its gradient is made on the way.
+
+    But where a dense teacher or student of half precision gets a gradient: one as large as it is cannot wait in
+    float32, so it is made in the backward pass.
+    """
+    if any(_waits(source) for source in call.sources):
+        return reduction.value(per_row(call)[0])
+    asked = call, reduction, factors(call, reduction)
+    kept, others = taken_apart(asked, call.tensors)
+    loss: Tensor = _Reduced.apply(asked, kept, others, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
     return loss
+
+
+def _waits(source: LogitRows) -> bool:
+    if isinstance(source, HeadRows) or not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.dtype in HALF and tensor.requires_grad for tensor in source.tensors)
 
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: HeadCall, reduction: Reduction, *tensors: Tensor | None) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
-        loss, grads = value_and_gradients(call, reduction, tensors, needed)
-        ctx.call, ctx.reduction, ctx.grads = call, reduction, grads if any(needed) else None
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx: Any,
+        asked: tuple[HeadCall, Reduction, Factors],
+        kept: Any,
+        others: Sequence[Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[3:]
+        loss, grads = value_and_gradients(*asked, tensors, needed)
+        if any(needed):
+            ctx.backend, ctx.kept, ctx.parts = asked[0].backend, kept, (len(tensors), len(tensors) + len(others))
+            ctx.save_for_backward(*tensors, *others, *grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        call, reduction, tensors, needed = ctx.call, ctx.reduction, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        everything, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        inputs, others = ctx.parts
+        tensors, grads = everything[:inputs], everything[others:]
         with no_autocast(_first(tensors)):
             if needs_plain_backward(grad_output):
+                call, reduction, _ = put_together(ctx.kept, everything[:others])
 
                 def definition(*given: Tensor | None) -> Sequence[Tensor]:
                     return (reduction.value(call.definition(*given)[0]),)
 
-                return (None, None, *_plain(definition, tensors, needed, [grad_output]))
-        grads, ctx.grads = ctx.grads, None  # given away: another backward through the same graph makes them anew
-        if grads is None:
-            _, grads = value_and_gradients(call, reduction, tensors, needed)
-        return (None, None, *_rounded(grads, tensors, call.backend.scalar(grad_output)))
+                return (None, None, None, *_plain(definition, tensors, needed, [grad_output]))
+        _, reduction, parts = ctx.kept
+        late, left_out = put_together((parts.late, reduction.left_out), everything[:others])
+        factor = late_factor(late, ctx.backend.scalar(grad_output))
+        made = _scaled(grads, tensors, factor, kept=graph_is_kept())
+        if left_out is not None and made[0] is not None:  # 0 times an upstream gradient that is not finite
+            made[0].masked_fill_(left_out.unsqueeze(1), 0)
+        return (None, None, None, *made)
 
 
 def value_and_gradients(
-    call: HeadCall, reduction: Reduction, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+    call: HeadCall,
+    reduction: Reduction,
+    factors: Factors,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the reduced first output, and the gradients that are needed in the dtypes they add up in."""
+    """Return the reduced first output, and the gradients that are needed, in the dtypes they add up in.
+
+    They are still to be multiplied by the late factor; see `late_factor`.
+    """
     upstream: list[Tensor | float | None] | None = None
     if any(needed):
-        others = len(call.differentiable) - 1
-        upstream = [_reciprocal(reduction.divisor), *[None] * others]
+        upstream = [factors.early, *[None] * (len(call.differentiable) - 1)]
     with no_autocast(_first(tensors)):
         outputs, _, grads = _sweep(call, tensors, needed, upstream)
     return reduction.value(outputs[0]), grads
-
-
-def _reciprocal(divisor: Tensor | float) -> Tensor | float:
-    if isinstance(divisor, Tensor):
-        return divisor.double().reciprocal()
-    return 1.0 / divisor if divisor else torch.inf
 
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -294,18 +379,24 @@ def _plain(
     return [next(grads) if need else None for need in needed]
 
 
-def _rounded(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], factor: Tensor | float
+def _scaled(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], factor: Tensor | float, *, kept: bool
 ) -> list[Tensor | None]:
-    """Return accumulated gradients times a number, rounded once to their tensors' dtypes."""
+    """Return accumulated gradients times a number, rounded once to their tensors' dtypes.
+
+    `kept`: they will be read again, and are not written to.
+    """
     rounded: list[Tensor | None] = []
     for grad, tensor in zip(grads, tensors, strict=True):
         if grad is None or tensor is None:
             rounded.append(None)
             continue
+        scaled = grad
         if isinstance(factor, Tensor) or factor != 1.0:
-            grad.mul_(factor)
-        rounded.append(grad.to(tensor.dtype))
+            scaled = grad * factor if kept else grad.mul_(factor)
+        elif kept and grad.dtype == tensor.dtype:
+            scaled = grad.clone()
+        rounded.append(scaled.to(tensor.dtype))
     return rounded
 
 
@@ -351,15 +442,16 @@ def _swept(
     for turn, (start, stop) in enumerate(call.ranges()):
         known = None if saved is None else saved[turn]
         if whole:
-            tiles = [maker.logits(start, stop, 0, call.classes) for maker in makers]
-            if known is None:
+            made = saved is None or call.work.reads_logits
+            tiles = [(maker.logits if made else maker.place)(start, stop, 0, call.classes) for maker in makers]
+            if saved is None:
                 values, known = call.work.forward(tiles, start, stop)
                 outputs.append(values)
             _back(call, makers, tiles, known, upstream, wanted, start, stop, 0, call.classes)
         else:
             (maker,), work = makers, call.work
             assert isinstance(work, CutWork)
-            if known is None:
+            if saved is None:
                 parts = [
                     work.part(maker.logits(start, stop, first, last), start, stop, first, last)
                     for first, last in ranges

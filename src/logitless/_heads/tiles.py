@@ -4,10 +4,11 @@ A tile of a head lies in a buffer that every tile reuses, its gradient in the sa
 another order the tile is class-major, [classes, rows]: the product that makes it then reads the weight in the order in
 which it lies, which is the faster one where a tile has far fewer rows than classes.
 
-Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider. Where the backend
-multiplies bfloat16, a tile is in float32 from the first, and its gradient is rounded to bfloat16 as a factor only.
-Elsewhere products are rounded to the hidden state's dtype; where scale, softcap or the logits' own dtype ask for it the
-tile is then widened before anything else, and half precision without any of them is read by the kernels as it is.
+Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider, and stays so
+until its upstream gradient is known. A tile of float16 is in float32 from the first, and its gradient is a factor in
+float32. So is one of bfloat16 where the backend multiplies it, but that its gradient is rounded to bfloat16 as a
+factor. Elsewhere products of bfloat16 are rounded to it; where scale, softcap or the logits' own dtype ask for it the
+tile is then widened before anything else, and bfloat16 without any of them is read by the kernels as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._heads.products import multiply, needs_spare, widens
+from logitless._heads.products import multiply, needs_spare, widened_bytes, widens
 from logitless._heads.rows import HeadRows
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend, TileRules
@@ -89,8 +90,8 @@ class Tile(NamedTuple):
 
 
 def _product_dtype(backend: Backend, factors: torch.dtype, tile: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tile's product is written: the tile's own where the backend can."""
-    return tile if tile == torch.float32 and widens(backend, factors) else factors
+    """Return the dtype in which a tile's product is written: float32 where it can be and is of use."""
+    return torch.float32 if tile in (torch.float32, torch.float64) and widens(backend, factors) else factors
 
 
 def _spare_rows(shape: Tiling, dtype: torch.dtype) -> int:
@@ -109,6 +110,7 @@ class HeadTiles:
         shape: Tiling,
         dtype: torch.dtype,
         class_major: bool,
+        memory: Tensor | None = None,
     ) -> None:
         hidden, weight, self._bias, scale = tensors
         assert hidden is not None
@@ -117,14 +119,21 @@ class HeadTiles:
         self._backend = backend
         self._scale = rows.scale if scale is None else backend.scalar(scale)
         self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
-        self._one_tile = shape.rows >= rows.rows and shape.classes >= rows.classes
         numbers = shape.rows * shape.classes
-        self._raw = buffer(backend, numbers, _product_dtype(backend, hidden.dtype, dtype), hidden.device)
+        raw = _product_dtype(backend, hidden.dtype, dtype)
+        self._raw = buffer(backend, numbers, raw, hidden.device) if memory is None else memory
         self._wide = None if dtype == self._raw.dtype else buffer(backend, numbers, dtype, hidden.device)
         self._slope = None
         if rows.softcap is not None and any(needed):
             self._slope = buffer(backend, numbers, dtype, hidden.device)
-        self.gradients = _Gradients(backend, tensors, needed, shape, self._one_tile)
+        self.gradients = _Gradients(backend, tensors, needed, shape)
+
+    @staticmethod
+    def is_one_buffer(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> bool:
+        """Say whether a tile is made where its product is written; `memory` may then be that place."""
+        hidden = rows.tensors[0]
+        assert hidden is not None
+        return _product_dtype(backend, hidden.dtype, dtype) == dtype
 
     @staticmethod
     def row_bytes(backend: Backend, rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
@@ -140,7 +149,7 @@ class HeadTiles:
         return rows.classes * bytes_each
 
     @staticmethod
-    def accumulator_bytes(backend: Backend, rows: HeadRows, shape: Tiling, one_tile: bool) -> int:
+    def accumulator_bytes(backend: Backend, rows: HeadRows, shape: Tiling) -> int:
         """Return what the gradients take that is not theirs to keep: the products of a tile, and wider sums."""
         hidden, weight, _, scale = rows.tensors
         assert hidden is not None
@@ -150,8 +159,9 @@ class HeadTiles:
             bytes_held += hidden.numel() * 4
         elif scale is not None and scale.requires_grad and not hidden.requires_grad:
             bytes_held += hidden.numel() * sum_dtype(hidden.dtype).itemsize
-        if weight.requires_grad and weight.dtype in HALF and not one_tile:
+        if weight.requires_grad and weight.dtype in HALF:
             bytes_held += weight.numel() * 4
+        bytes_held += widened_bytes(backend, hidden.dtype)
         if needs_spare(backend, hidden.dtype):
             bytes_held += _spare_rows(shape, hidden.dtype) * hidden.shape[1] * hidden.itemsize
         return bytes_held
@@ -186,6 +196,14 @@ class HeadTiles:
         gradient = logits if self._slope is None else view(self._slope, shape)
         return Tile(logits, 0 if self._class_major else 1, gradient)
 
+    def place(self, start: int, stop: int, first: int, last: int) -> Tile:
+        """Return where a tile lies, for a gradient that is made without it; a softcap's own slope is of the logits."""
+        if self._softcap is not None:
+            return self.logits(start, stop, first, last)
+        shape = (last - first, stop - start) if self._class_major else (stop - start, last - first)
+        logits = view(self._raw if self._wide is None else self._wide, shape)
+        return Tile(logits, 0 if self._class_major else 1, logits)
+
     def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
         """Take a tile's gradient back through the head."""
         gradient = tile.gradient
@@ -211,7 +229,6 @@ class _Gradients:
         tensors: Sequence[Tensor | None],
         needed: Sequence[bool],
         shape: Tiling,
-        one_tile: bool,
     ) -> None:
         hidden, weight, bias, _ = tensors
         self._backend = backend
@@ -228,8 +245,7 @@ class _Gradients:
         sums = needed[0] or needed[3]
         self._hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden.dtype)) if sums else None
         self._given = hidden
-        # A half-precision product of all rows at once is rounded once anyway.
-        dtype = weight.dtype if one_tile else sum_dtype(weight.dtype)
+        dtype = sum_dtype(weight.dtype)  # until its upstream gradient is known, of one tile too
         self._weight = backend.empty(weight.shape, dtype, weight.device) if needed[1] else None
         self._written = 0  # classes of the weight's gradient that hold something
         self._bias = None
@@ -299,6 +315,10 @@ class DenseTiles:
         assert logits is not None
         self._logits, self._dtype = logits, dtype
         self._gradient = backend.empty(logits.shape, logits.dtype, logits.device) if needed[0] else None
+
+    def place(self, start: int, stop: int, first: int, last: int) -> Tile:
+        """Return the rows: they are there."""
+        return self.logits(start, stop, first, last)
 
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows; all their classes, always."""

@@ -23,6 +23,22 @@ def each_row(upstream: Tensor | float, like: Tensor) -> Tensor:
     return torch.full_like(like, upstream)
 
 
+_NOTHING = RowStats(*(None,) * len(RowStats._fields))  # type: ignore[arg-type] # of what was not asked for
+
+
+def statistics_kept(
+    stats: RowStats,
+    *,
+    entropy: Tensor | None = None,
+    dense_sum: Tensor | None = None,
+    dense_mass: Tensor | None = None,
+) -> RowStats:
+    """Return what a gradient needs of a tile's statistics, and no output that the caller may write to."""
+    return _NOTHING._replace(
+        row_max=stats.row_max, log_sum=stats.log_sum, entropy=entropy, dense_sum=dense_sum, dense_mass=dense_mass
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CrossEntropyWork:
     """Cross-entropy of rows with class indices, or with probabilities [rows, classes]; outputs: loss, row weight."""
@@ -42,11 +58,12 @@ class CrossEntropyWork:
         return self.probabilities is None
 
     extra_bytes: ClassVar[int] = 0
+    reads_logits: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         """Return loss and row weight."""
         stats = self.part(tiles[0], start, stop, 0, self.classes)
-        return self._outputs(stats, start, stop), stats
+        return self._outputs(stats, start, stop), statistics_kept(stats, dense_mass=stats.dense_mass)
 
     def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> RowStats:
         """Return the statistics of some classes; the nll is of rows whose target is among them, else 0."""
@@ -114,7 +131,7 @@ class CrossEntropyWork:
                 nll=stats.nll.masked_fill(ignored, 0),
                 smooth_sum=None if smooth_sum is None else smooth_sum.masked_fill(ignored, 0),
             )
-        return self._outputs(stats, start, stop), stats
+        return self._outputs(stats, start, stop), statistics_kept(stats, dense_mass=stats.dense_mass)
 
     def _mass(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
         """Return the sum of the class weights of each range."""
@@ -196,6 +213,7 @@ class TokenWork:
     ignore_index: int  # NO_INDEX where no row has it
     class_major: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
+    reads_logits: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         """Return the outputs."""
@@ -212,7 +230,7 @@ class TokenWork:
             rank=every,
         )
         names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
-        return tuple(getattr(stats, name) for name in names), stats._replace(argmax=None, rank=None)
+        return tuple(getattr(stats, name) for name in names), statistics_kept(stats, entropy=stats.entropy)
 
     def gradient(
         self,
@@ -262,6 +280,7 @@ class PairWork:
     ignore_index: int
     class_major: bool  # where no row of the two lies as the user gave it
     extra_bytes: ClassVar[int] = 0
+    reads_logits: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the measures."""
@@ -370,6 +389,7 @@ class BinaryWork:
     weight: Tensor | None
     pos_weight: Tensor | None
     class_major: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
 
     @property
     def extra_bytes(self) -> int:

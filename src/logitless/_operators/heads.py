@@ -1,9 +1,9 @@
 """Cross-entropy of logits that are not built, as torch operators: a compiled graph holds no logits; see `rows`.
 
 `logitless::head_loss` is a reduced loss and, made on the way, its gradients, which the backward pass multiplies by the
-upstream gradient. `logitless::head_rows` is the loss of each row, and `logitless::head_rows_grad` its gradient. Which
-rows are ignored is known when a graph runs, so they are left out inside. The passes over tiles are those of eager calls
-(`_heads.sweep`), so results are theirs to the bit.
+upstream gradient and by what else is late (`_heads.sweep.Factors`). `logitless::head_rows` is the loss of each row, and
+`logitless::head_rows_grad` its gradient. Which rows are ignored is known when a graph runs, so they are left out
+inside. The passes over tiles are those of eager calls (`_heads.sweep`), so results are theirs to the bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from torch import Tensor
 
 from logitless._heads.loss_plan import HeadLoss, LossRows, loss_call, loss_reduction
 from logitless._heads.rows import HeadRows
-from logitless._heads.sweep import HeadCall, Reduction, row_gradients, row_values, tile_dtype, value_and_gradients
-from logitless._heads.tiles import HeadTiles, rows_that_fit, sum_dtype
+from logitless._heads.sweep import (
+    HeadCall,
+    Reduction,
+    factors,
+    late_factor,
+    row_gradients,
+    row_values,
+    value_and_gradients,
+)
+from logitless._heads.tiles import sum_dtype
 from logitless._operators.rows import Outputs, backend_of, one_at_a_time
 from logitless._rules.derivatives import plain_backward
 from logitless._rules.reduction import Empty, Normalizer
@@ -91,7 +99,6 @@ class _Reduced(NamedTuple):
     reduction: str
     empty: Empty
     result: torch.dtype
-    weight_sum: torch.dtype  # of the weight's gradient; told, so that a graph on disk agrees with what runs it
 
     @property
     def any_normalizer(self) -> Normalizer:
@@ -122,8 +129,7 @@ def loss(
     rule = normalizer if isinstance(normalizer, str) else None
     tensor = normalizer if isinstance(normalizer, Tensor) else None
     number = float(normalizer) if isinstance(normalizer, (int, float)) else None
-    weight_sum = _weight_sum_dtype(backend, head.all_rows(), head.compute, head.max_bytes)
-    reduced = _Reduced(rule, number, tensor, reduction, empty, result, weight_sum)
+    reduced = _Reduced(rule, number, tensor, reduction, empty, result)
     value: Tensor = _head_loss(*head, *reduced, *head.needed(), backend=backend.NAME)[0]
     return value
 
@@ -157,33 +163,9 @@ def _fake_outputs(head: Head, needed: Sequence[bool], dtypes: Sequence[torch.dty
     return tuple(likes)
 
 
-def _sum_dtypes(head: Head, reduced: _Reduced) -> list[torch.dtype]:
-    """Return the dtypes of gradients that no upstream gradient has rounded, however many rows are ignored."""
-    return [sum_dtype(head.hidden.dtype), reduced.weight_sum, torch.float64, torch.float64]
-
-
-def _weight_sum_dtype(backend: Backend, source: HeadRows, compute: torch.dtype, max_bytes: int | None) -> torch.dtype:
-    """Return the weight's own dtype where one tile has all rows, as in an eager call; else what tiles add up in."""
-    weight = source.tensors[1]
-    assert weight is not None
-    wide = sum_dtype(weight.dtype)
-    if wide == weight.dtype:
-        return wide
-    row_bytes = HeadTiles.row_bytes(backend, source, tile_dtype(backend, [source], compute), gradient=True)
-    fit = rows_that_fit(backend.tile_rules(), row_bytes, max_bytes=max_bytes, gradient=True)
-    return weight.dtype if source.rows <= fit else wide
-
-
-def widened_bytes(
-    backend: Backend, source: HeadRows, kept: HeadRows, compute: torch.dtype, max_bytes: int | None
-) -> int:
-    """Return what `head_loss` takes more than an eager call: where the kept rows alone are one tile, all rows not."""
-    weight = source.tensors[1]
-    assert weight is not None
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return 0
-    told, made = (_weight_sum_dtype(backend, rows, compute, max_bytes) for rows in (source, kept))
-    return 0 if told == made else weight.numel() * told.itemsize
+def _sum_dtypes(head: Head) -> list[torch.dtype]:
+    """Return the dtypes of gradients that wait for their upstream gradient."""
+    return [sum_dtype(head.hidden.dtype), sum_dtype(head.weight.dtype), torch.float64, torch.float64]
 
 
 def _part_dtypes(head: Head) -> list[torch.dtype]:
@@ -198,23 +180,26 @@ def _loss_arguments(args: Sequence[Any]) -> tuple[Head, _Reduced, Sequence[bool]
     "logitless::head_loss",
     mutates_args=(),
     schema=f"({_HEAD_SCHEMA}, str? rule, float? divisor, Tensor? normalizer, str reduction, str empty, "
-    f"ScalarType result, ScalarType weight_sum, {_NEEDED_SCHEMA}, *, str? backend=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ScalarType result, {_NEEDED_SCHEMA}, *, str? backend=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _head_loss(*args: Any, backend: str | None = None) -> Outputs:
     head, reduced, needed = _loss_arguments(args)
     kernels = head.backend(backend)
     rows = head.rows(kernels)
     call, how = head.call(kernels, rows, any(needed)), reduced.reduction_of(kernels, head, rows)
-    value, grads = value_and_gradients(call, how, rows.source.tensors, needed)
-    return value, *_outputs(head, rows.kept, grads, _sum_dtypes(head, reduced))
+    parts = factors(call, how)
+    value, grads = value_and_gradients(call, how, parts, rows.source.tensors, needed)
+    late = torch.as_tensor(parts.late, dtype=torch.float64, device=head.hidden.device)
+    return value, *_outputs(head, rows.kept, grads, _sum_dtypes(head)), late
 
 
 @_head_loss.register_fake
 def _(*args: Any, backend: str | None = None) -> Outputs:
     head, reduced, needed = _loss_arguments(args)
     value = head.hidden.new_empty([], dtype=reduced.result)
-    return value, *_fake_outputs(head, needed, _sum_dtypes(head, reduced))
+    late = head.hidden.new_empty([], dtype=torch.float64)
+    return value, *_fake_outputs(head, needed, _sum_dtypes(head)), late
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Outputs) -> None:
@@ -227,7 +212,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str
 
 
 def _loss_backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    inputs, grads = saved_inputs(ctx)
+    inputs, (*grads, late) = saved_inputs(ctx)
     head, reduced, needed = _loss_arguments(inputs)
     if grad_output is None:
         return (None,) * len(inputs)
@@ -239,8 +224,10 @@ def _loss_backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tens
             return (reduced.reduction_of(kernels, head, rows).value(values[0]),)
 
         return plain_gradients(head.parts, needed, definition, [grad_output], len(inputs))
+    factor = late_factor(late, grad_output)
+    assert isinstance(factor, Tensor)
     scaled = [
-        _times(grad, grad_output).to(part.dtype) if need and part is not None else None
+        _times(grad, factor).to(part.dtype) if need and part is not None else None
         for grad, part, need in zip(grads, head.parts, needed, strict=True)
     ]
     if scaled[0] is not None and head.target is not None:  # 0 times an upstream gradient that is not finite

@@ -97,11 +97,6 @@ def whole_calls() -> WholeCalls | None:
     return None
 
 
-def is_about_a_graph() -> bool:
-    """Say whether `explain` asks what a compiled graph does."""
-    return _explaining.get() == "compiled"
-
-
 def named(backend: str) -> Backend:
     """Return a backend by its name, as an operator in a compiled graph has it."""
     return BACKENDS[backend]

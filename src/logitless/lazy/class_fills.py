@@ -1,4 +1,4 @@
-"""A constant given to some classes of every row: a head's bias holds it, so the logits stay unbuilt."""
+"""A constant given to some classes of every row: a head's bias holds it, so that the logits stay unbuilt."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# At most this, a constant takes in whatever a product of hidden states and weights adds to it, as -inf does.
-_SWALLOWS = -1e30
 
 
 def classes_of_mask(mask: Any, shape: torch.Size) -> Tensor | None:
@@ -26,15 +23,16 @@ def classes_filled(
 ) -> dict[str, Tensor] | None:
     """Return the parts of a head whose logits of these classes are the constant; None where none are.
 
-    -inf, and the least number of a wide dtype, are a bias alone. Any other constant takes a copy of the weight, in
-    which these classes' rows are 0, so that neither the logit nor a gradient has anything of them.
+    -inf without a gradient is a bias alone. Otherwise the constant takes a copy of the weight too, in which these
+    classes' rows are 0, so that neither the logit nor a gradient has anything of them.
     """
-    _, weight, bias, scale = head
+    hidden, weight, bias, scale = head
     plain = isinstance(scale, float) and (scale == 1.0 or (scale > 0 and value == -math.inf))
     if softcap is not None or not plain or math.isnan(value):
         return None
     offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
     filled = offset.index_fill(0, classes, value)
-    if value == -math.inf or (value <= _SWALLOWS and weight.dtype != torch.float16):
+    learns = any(part is not None and part.requires_grad for part in (hidden, weight, bias))
+    if value == -math.inf and not learns:
         return {"bias": filled}
     return {"bias": filled, "weight": weight.index_fill(0, classes, 0)}

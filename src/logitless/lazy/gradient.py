@@ -177,6 +177,12 @@ def _copied(func: Any, gradient: Any, source: Any, *args: Any) -> Any:
     return gradient
 
 
+def _has_nan(func: Any, gradient: Any) -> Tensor:
+    """Return whether a part has a NaN, without a dimension: what anomaly detection asks for."""
+    found = [part.isnan().any() for part in gradient.parts if part is not None]
+    return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool, device=gradient.device)
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.detach: _same,
     aten.alias: _same,
@@ -200,4 +206,5 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.new_empty_strided: _zero_like,
     aten.zero_: _zeroed,
     aten.copy_: _copied,
+    aten.isnan: _has_nan,
 }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitless.kernels import definitions
+from logitless._heads import picks
 from logitless.lazy.gradient import Form
 from logitless.lazy.logits import HeadLogits, LazyLogits, check_classes, gradients_of_rows
 from logitless.lazy.moves import MOVES, axis_of
@@ -60,7 +60,8 @@ class LogProbs:
         check_classes(index, z.shape[-1])
         logits = z.logits
         if index.shape[-1] != 1:
-            return z.multiplier * (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))
+            flat = index.reshape(index.shape[:-1].numel(), index.shape[-1])
+            return z.multiplier * logits.picked("gather", picks.gather_log_probs, flat)
         flat = logits.flatten(0, -2) if z.dim() > 2 else logits
         target = index.reshape(flat.shape[:-1])
         nll: Tensor = meaning_of(F.cross_entropy)(flat, target, reduction="none", ignore_index=_NO_INDEX)
@@ -71,9 +72,9 @@ class LogProbs:
         z: Any = self
         if not self._is_class_dim(dim):
             return self.fall_back("sum", *([] if dim is None else [dim, keepdim]), dtype=dtype)
-        wide = dtype or z.dtype
-        (total,) = z.logits._per_row(lambda tile: (definitions.negative_log_softmax(tile, -1).sum(-1, dtype=wide),))
-        return -z.multiplier * (total.unsqueeze(-1) if keepdim else total)
+        wide = z.dtype if dtype is None else torch.promote_types(z.dtype, dtype)
+        total = z.logits.picked("sum", picks.sum_log_probs, dtype=wide).to(dtype or z.dtype)
+        return z.multiplier * (total.unsqueeze(-1) if keepdim else total)
 
     def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
         """Return their mean over the classes of each row."""

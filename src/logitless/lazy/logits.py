@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitless._heads.fold import fold_gradients, fold_rows
+from logitless._heads import picks
+from logitless._heads.fold import fold_gradients
 from logitless._heads.rows import HeadRows
 from logitless._heads.window import Window, opened
+from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, under_autocast
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
@@ -104,12 +106,14 @@ class HeadLogits:
         """Return the logits with the classes moved to the last dimension."""
         return self if self._last else self.changed(class_dim=-1, view=True)
 
-    def _per_row(self, function: Callable[..., tuple[Tensor, ...]], *row_inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return what a function of rows [rows, classes] gives, in the leading shape, made tile by tile."""
-        z: Any = self
-        dtype, leading = z.dtype, z.shape[:-1]
-        outputs = fold_rows(lambda tile, *inputs: function(tile.to(dtype), *inputs), [self.rows()], row_inputs)
-        return tuple(output.view(*leading, *output.shape[1:]) for output in outputs)
+    def picked(self, name: str, pick: Callable[..., Any], *args: Any, dtype: torch.dtype | None = None) -> Any:
+        """Return what a function of `_heads.picks` reads of the rows, in the leading shape; `name` is the method's."""
+        z: Any = self.classes_last()
+        rows, leading = z.rows(), z.shape[:-1]
+        read = pick(dispatch.pick(name, rows.tensors), rows, z.dtype if dtype is None else dtype, *args)
+        values = read if isinstance(read, tuple) else (read,)
+        shaped = tuple(value.view(*leading, *value.shape[1:]) for value in values)
+        return shaped if isinstance(read, tuple) else shaped[0]
 
     def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
         """Return the log-probabilities, lazy too: `gather` and `sum` over the classes do not compute them all.
@@ -129,14 +133,14 @@ class HeadLogits:
         """Return the top class of each row without the logits, for the classes' dimension."""
         if not self._is_class_dim(dim):
             return self.fall_back("argmax", dim, keepdim)
-        (top,) = self.classes_last()._per_row(lambda tile: (tile.argmax(-1),))
+        top = self.picked("argmax", picks.argmax)
         return top.unsqueeze(self._axis) if keepdim else top
 
     def max(self, dim: Any = None, keepdim: bool = False) -> Any:
         """Return the largest logit of each row and its class without the logits, for the classes' dimension."""
         if not self._is_class_dim(dim):
             return self.fall_back("max") if dim is None else self.fall_back("max", dim, *([keepdim] if keepdim else []))
-        values, indices = self.classes_last()._per_row(lambda tile: tuple(tile.max(-1)))
+        values, indices = self.picked("max", picks.largest)
         if keepdim:
             values, indices = values.unsqueeze(self._axis), indices.unsqueeze(self._axis)
         return torch.return_types.max((values, indices))
@@ -145,7 +149,7 @@ class HeadLogits:
         """Return the k largest logits of each row and their classes without the logits."""
         if not self._last or not self._is_class_dim(dim) or not 0 <= k <= self.num_classes:
             return self.fall_back("topk", k, dim, largest, sorted)
-        values, indices = self._per_row(lambda tile: tuple(tile.topk(k, -1, largest, sorted)))
+        values, indices = self.picked("topk", picks.topk, k, largest, sorted)
         return torch.return_types.topk((values, indices))
 
     def logsumexp(self, dim: Any, keepdim: bool = False) -> Any:
@@ -153,7 +157,7 @@ class HeadLogits:
         axis = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
         if not self._is_class_dim(axis):
             return self.fall_back("logsumexp", dim, keepdim)
-        (value,) = self.classes_last()._per_row(lambda tile: (tile.logsumexp(-1),))
+        value = self.picked("logsumexp", picks.logsumexp)
         return value.unsqueeze(self._axis) if keepdim else value
 
     def gather(self, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
@@ -163,9 +167,7 @@ class HeadLogits:
         if not self._last or not self._is_class_dim(dim) or not fits or index.dim() != z.dim():
             return self.fall_back("gather", dim, index)
         check_classes(index, self.num_classes)
-        flat = index.reshape(index.shape[:-1].numel(), index.shape[-1])
-        (picked,) = self._per_row(lambda tile, classes: (tile.gather(-1, classes),), flat)
-        return picked
+        return self.picked("gather", picks.gather, index.reshape(index.shape[:-1].numel(), index.shape[-1]))
 
     # Arithmetic
 
@@ -385,7 +387,7 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torc
         cls, parts: Parts, wanted: Sequence[bool], settings: Settings, window: Window | None, dense: Tensor
     ) -> Sequence[Tensor | None]:
         """Return the gradients of the parts, of a dense gradient of the logits, a tile at a time."""
-        return gradients_of_rows(cls, parts, wanted, settings, window, dense, lambda tile: tile)
+        return gradients_of_rows(cls, parts, wanted, settings, window, dense, None)
 
     @property
     def hidden(self) -> Tensor:
@@ -478,6 +480,11 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torc
         """Add one number a class, or another head's logits, in place."""
         return self._sum_in_place("add_", self.sum_with(other) if alpha == 1 else None)
 
+    def sub_(self, other: Any, *, alpha: Any = 1) -> Any:
+        """Subtract another head's logits, in place."""
+        negative = other.scaled(-1.0) if isinstance(other, HeadLogits) and alpha == 1 else None
+        return self._sum_in_place("sub_", None if negative is None else self.sum_with(negative))
+
     def _sum_in_place(self, name: str, total: Any) -> Any:
         if not isinstance(total, LazyLogits) or total.dtype != self.dtype:
             raise TypeError(
@@ -523,6 +530,8 @@ class LazyLogits(HeadLogits, LazyTensor):  # type: ignore[misc, override] # torc
     __imul__ = mul_
     __itruediv__ = div_
     __iadd__ = add_
+    __isub__ = sub_
+    __idiv__ = div_
     __hash__ = Tensor.__hash__
 
     @classmethod
@@ -644,8 +653,8 @@ def _values(
     """Return the logits, all of them."""
     rows = _rows_of(hidden, weight, bias, scale, softcap, None)
     with no_autocast(hidden):
-        logits = rows.activate(rows.raw(rows.tensors, 0, rows.rows), rows.tensors)
-        logits = logits.view(*hidden.shape[:-1], rows.classes).to(dtype or hidden.dtype)
+        backend = dispatch.pick("materialize", rows.tensors)
+        logits = picks.materialize(backend, rows, dtype or hidden.dtype).view(*hidden.shape[:-1], rows.classes)
     return logits if class_dim == -1 else logits.movedim(-1, class_dim)
 
 
@@ -656,9 +665,12 @@ def gradients_of_rows(
     settings: Settings,
     window: Window | None,
     dense: Tensor,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor] | None,
 ) -> Sequence[Tensor | None]:
-    """Return the parts' gradients, of a dense gradient of what a function makes of rows of logits, tile by tile."""
+    """Return the parts' gradients, of a dense gradient of what a function makes of rows of logits, tile by tile.
+
+    The function None stands for the logits themselves.
+    """
     number, softcap, dtype, class_dim = settings
     hidden, weight, bias, factor = parts
     assert hidden is not None
@@ -670,14 +682,19 @@ def gradients_of_rows(
             leaves = [
                 p if p is None or again else p.detach().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)
             ]
-            value = function(kind.dense_values(leaves, settings))
+            value = kind.dense_values(leaves, settings)
+            value = value if function is None else function(value)
             chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
             found = iter(torch.autograd.grad(value, chosen, dense, create_graph=again, allow_unused=True))
         return [next(found) if want else None for want in wanted]
     rows = _rows_of(hidden, weight, bias, scale, softcap, window)
     result = dtype or hidden.dtype
     flat = dense.movedim(class_dim, -1).reshape(rows.rows, rows.classes)
-    grads = fold_gradients(lambda tile: (function(tile.to(result)),), rows, wanted, flat)
+    if function is None:
+        backend = dispatch.pick("the gradient of logits", rows.tensors)
+        grads = picks.gradients_of_all(backend, rows, result, wanted, flat)
+    else:
+        grads = fold_gradients(lambda tile: (function(tile.to(result)),), rows, wanted, flat)
     return [None if grads[0] is None else grads[0].view(hidden.shape), *grads[1:]]
 
 

@@ -301,6 +301,8 @@ def _replaced_by(layer: nn.Linear) -> Any:
 
 
 def _lazy_forward(self: nn.Linear, input: Tensor) -> LazyLogits:
+    if torch.compiler.is_exporting():  # an exported program runs where logitless is not installed
+        return nn.functional.linear(input, self.weight, self.bias)  # type: ignore[return-value] # the logits
     if torch.compiler.is_compiling():
         return linear(input, self.weight, self.bias)
     watch = vars(self).get("_lazy_watch")

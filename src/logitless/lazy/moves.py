@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from logitless._heads.window import opened
 from logitless.lazy.tensor import is_here
 
 
@@ -233,8 +234,9 @@ def index_select(logits: Logits, dim: int, index: Tensor) -> Any:
     hidden, weight, bias, _ = logits.head()
     if axis < logits.dim() - 1:
         return logits.changed(hidden=hidden.index_select(axis, index))
-    picked = None if bias is None else bias.index_select(0, index)
-    return logits.changed(weight=weight.index_select(0, index), bias=picked)
+    with opened(getattr(logits, "window", None), (weight, bias)):
+        picked = None if bias is None else bias.index_select(0, index)
+        return logits.changed(weight=weight.index_select(0, index), bias=picked)
 
 
 def getitem(logits: Logits, index: Any) -> Any:
@@ -259,25 +261,29 @@ def getitem(logits: Logits, index: Any) -> Any:
     ):
         return logits.fall_back("__getitem__", index)
     hidden, weight, bias, _ = logits.head()
-    rows = hidden[(*leading, slice(None))]
+    rows, view = hidden[(*leading, slice(None))], not gathered and isinstance(classes, slice)
+    if isinstance(classes, slice) and classes.indices(weight.shape[0]) == (0, weight.shape[0], 1):
+        picked = logits.changed(hidden=rows, view=view)
+    else:
+        with opened(getattr(logits, "window", None), (weight, bias)):
+            picked = _of_classes(logits, rows, weight, bias, classes, view)
+    if isinstance(classes, int):
+        return logits.hand_out(picked.materialize().squeeze(-1))  # type: ignore[attr-defined] # of both kinds of logits
+    if logits.dim() > 2 and leading and isinstance(leading[-1], int):
+        return logits.hand_out(picked.materialize())  # type: ignore[attr-defined] # of both kinds of logits
+    return picked
+
+
+def _of_classes(logits: Logits, rows: Tensor, weight: Tensor, bias: Tensor | None, classes: Any, view: bool) -> Any:
+    """Return the logits of some rows and classes; one class stays a dimension."""
     if isinstance(classes, int):
         size = weight.shape[0]
         if not -size <= classes < size:
             raise IndexError(f"index {classes} is out of bounds for dimension {logits.dim() - 1} with size {size}")
         classes %= size
-        one = slice(classes, classes + 1)
-        column = logits.changed(hidden=rows, weight=weight[one], bias=None if bias is None else bias[one])
-        return logits.hand_out(column.materialize().squeeze(-1))  # type: ignore[attr-defined] # of both kinds of logits
-    view = not gathered and isinstance(classes, slice)
-    whole = isinstance(classes, slice) and classes.indices(weight.shape[0]) == (0, weight.shape[0], 1)
-    if whole:
-        picked = logits.changed(hidden=rows, view=view)
-    else:
-        few = None if bias is None else bias[classes]
-        picked = logits.changed(hidden=rows, weight=weight[classes], bias=few, view=view)
-    if logits.dim() > 2 and leading and isinstance(leading[-1], int):
-        return logits.hand_out(picked.materialize())  # type: ignore[attr-defined] # of both kinds of logits
-    return picked
+        classes = slice(classes, classes + 1)
+    few = None if bias is None else bias[classes]
+    return logits.changed(hidden=rows, weight=weight[classes], bias=few, view=view)
 
 
 def _is_plain(item: Any) -> bool:

@@ -55,7 +55,9 @@ class Marks:
 
 def check_versions(seen: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Raise unless the versions are those that a compiled graph saw."""
-    if seen.tolist() != [tensor._version for tensor in tensors if tensor is not None]:
+    *versions, step = seen.tolist()
+    present = [tensor for tensor in tensors if tensor is not None]
+    if versions != [t._version for t in present] or (step != _steps and _written_by_uncounted_steps(present, step)):
         raise RuntimeError(_STALE)
 
 
@@ -90,12 +92,12 @@ def _written_by_uncounted_steps(tensors: Sequence[Tensor | None], since: int) ->
 
 @torch.library.custom_op("logitless::versions", mutates_args=())
 def _versions(tensors: list[Tensor]) -> Tensor:
-    return torch.tensor([tensor._version for tensor in tensors])
+    return torch.tensor([*(tensor._version for tensor in tensors), _steps])
 
 
 @_versions.register_fake
 def _(tensors: list[Tensor]) -> Tensor:
-    return torch.empty(len(tensors), dtype=torch.int64)
+    return torch.empty(len(tensors) + 1, dtype=torch.int64)
 
 
 def versions_in_graph(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -105,6 +105,11 @@ class LazyTensor(Tensor):
                     f"{type(self).__name__} that require a gradient are written into under no_grad, at "
                     f"{callers_line()}: make them under no_grad too, or give the result a name of its own (z = z / 2)"
                 )
+            if any(_holders(values) > _OURS for values, _ in self._memory.handed_out):
+                raise TypeError(
+                    f"{type(self).__name__} of which a class or a position was computed are written into, at "
+                    f"{callers_line()}: those values would not change with it; write first, or give the result a name"
+                )
             given = new.given
             write(self, new.settings, *new.parts())
             self.given = given
@@ -260,7 +265,8 @@ class LazyTensor(Tensor):
             requires_grad = self.requires_grad
         if self.form.shape.numel() * self.form.dtype.itemsize < sum(p.nbytes for p in parts if p is not None):
             with torch.no_grad():
-                return _again_as_values, (type(self).dense_values(self.raw, self.settings), requires_grad)
+                values = type(self).dense_values(self.raw, self.settings)
+            return values.requires_grad_(requires_grad).__reduce_ex__(protocol)
         return _again, (type(self), parts, self.wanted, self.settings, requires_grad)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -279,8 +285,16 @@ class LazyTensor(Tensor):
         return self._dense("tolist").tolist()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the values' capsule."""
-        return self._dense("dlpack").__dlpack__(*args, **kwargs)
+        """Raise: a write to what this gave would be lost."""
+        raise TypeError(f"{type(self).__name__} have no memory to share by dlpack, at {callers_line()}: {_FIX}")
+
+    def __dlpack_device__(self) -> Any:
+        """Raise, as `__dlpack__` does."""
+        return self.__dlpack__()
+
+    def share_memory_(self) -> Any:
+        """Raise: there is no memory to share."""
+        raise TypeError(f"{type(self).__name__} have no memory to share with processes, at {callers_line()}: {_FIX}")
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the first dimension."""
@@ -295,6 +309,8 @@ class LazyTensor(Tensor):
         """Send a function to the method of its name, if we have one."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if _holds_lazy(kwargs.get("out")):
+            raise TypeError(f"{name}: lazy logits have no memory to write to, at {callers_line()}: {_FIX}")
         if not args and isinstance(kwargs.get("input"), LazyTensor):
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
@@ -329,9 +345,9 @@ class LazyTensor(Tensor):
             if empty is not None:
                 return empty
         schema = func._schema
-        if schema.is_mutable or func.namespace == "c10d":
+        if schema.is_mutable or func.namespace == "c10d" or any(a.name in _STATISTICS for a in schema.arguments):
             _refuse_writes(func, args, kwargs)
-        elif isinstance(first, LazyTensor) and any(given.alias_info is not None for given in schema.returns):
+        elif isinstance(first, LazyTensor) and _is_view(func):
             return LazyView.of(first, func, args[1:], kwargs)
         name = func.overloadpacket.__name__.strip("_")
 
@@ -343,6 +359,38 @@ class LazyTensor(Tensor):
             return type(value)(map(dense, value)) if type(value) in (list, tuple) else value
 
         return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+_FIX = "write to z.materialize(), or take lazy_head's handle off the model there (handle.remove())"
+# Views by another name, and views whose elements are not their base's.
+_VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
+_NO_VIEWS = frozenset((aten._neg_view, aten._conj))
+_STATISTICS = frozenset(("running_mean", "running_var"))  # which normalisations write to, though their schemas hide it
+
+
+def _is_view(func: Any) -> bool:
+    packet = func.overloadpacket
+    if packet in _NO_VIEWS:
+        raise TypeError(f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: {_FIX}")
+    return packet in _VIEWS or any(given.alias_info is not None for given in func._schema.returns)
+
+
+def _written_in_place(name: str) -> Callable[..., Any]:
+    def operate(self: LazyTensor, other: Any) -> Any:
+        # Not torch's own, whose TypeError Python takes for "not implemented": z -= 1 would then give z another tensor.
+        raise TypeError(
+            f"{name}: {type(self).__name__} cannot be written into so, at {callers_line()}: {_FIX}, or give the result "
+            "a name of its own"
+        )
+
+    operate.__name__ = name
+    operate.__doc__ = f"Raise for `{name}`: there is no memory to write to."
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(LazyTensor, f"__i{_name}__", _written_in_place(f"__i{_name}__"))
+LazyTensor.__imatmul__ = _written_in_place("__imatmul__")  # type: ignore[attr-defined] # torch has none
 
 
 _METHODS: dict[tuple[type, str], Any] = {}
@@ -364,6 +412,8 @@ def _copy(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, 
         return lazy.same().share_memory_of(lazy)
     if packet in (aten.view, aten._unsafe_view, aten.expand) and len(args) > 1 and not isinstance(args[1], torch.dtype):
         return lazy.same().share_memory_of(lazy) if tuple(args[1]) == tuple(lazy.form.shape) else None
+    if isinstance(lazy, LazyView):
+        return None  # computed, with strides of its own
     if packet is aten.clone:
         return lazy.same()
     if packet is not aten._to_copy:
@@ -392,6 +442,7 @@ def is_here(device: torch.device, asked: torch.device | str | int | None) -> boo
 _LIKE = frozenset((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like))
 _LIKE |= frozenset((aten.randint_like, aten.empty_permuted))
 _NEW = frozenset((aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided))
+_NEW |= frozenset((aten.is_pinned,))
 
 
 def _without_values(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -408,12 +459,10 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     name = func.overloadpacket.__name__
     collective = func.namespace == "c10d" and name.endswith("_")  # whose schemas do not say that the first is written
     for place, argument in enumerate(func._schema.arguments):
-        written = collective and place == 0 if argument.alias_info is None else argument.alias_info.is_write
+        hidden = argument.name in _STATISTICS or (collective and place == 0)
+        written = hidden if argument.alias_info is None else argument.alias_info.is_write
         if written and _holds_lazy(args[place] if place < len(args) else kwargs.get(argument.name)):
-            raise TypeError(
-                f"{name}: lazy logits have no memory to write to, at {callers_line()}: write to z.materialize(), or "
-                "take lazy_head's handle off the model there (handle.remove())"
-            )
+            raise TypeError(f"{name}: lazy logits have no memory to write to, at {callers_line()}: {_FIX}")
 
 
 def _holds_lazy(value: Any) -> bool:
@@ -432,10 +481,6 @@ def _again(
 ) -> Any:
     with no_torch_functions():
         return kind.made(parts, wanted, settings, None).requires_grad_(requires_grad)
-
-
-def _again_as_values(values: Tensor, requires_grad: bool) -> Tensor:
-    return values.requires_grad_(requires_grad)
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler, half a second, with the package

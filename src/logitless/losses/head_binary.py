@@ -30,7 +30,9 @@ def binary_call(
     by_class, positive = _by_rows(weight, logits.shape), _by_rows(pos_weight, logits.shape)
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
-        with no_autocast(logits):
+        given = tensors[0]
+        assert given is not None
+        with no_autocast(given):
             tile = source.activate(source.raw(tensors, 0, source.rows), tensors).to(compute)
             dense = flat.tile(0, source.rows, 0, source.classes) if isinstance(flat, ClassLists) else flat
             scale = None if positive is None else positive.to(compute)

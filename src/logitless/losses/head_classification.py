@@ -89,11 +89,7 @@ def _picked(
 
     def foreseen(backend: Backend) -> dispatch.Forecast:
         rows = LossRows.of(name, source, meaning, torch.Size((source.rows,)), backend)
-        seen = forecast(loss_call(backend, rows, asked, compute))
-        if not dispatch.is_about_a_graph():
-            return seen
-        more = operators.widened_bytes(backend, source, rows.source, compute, asked.max_bytes)
-        return seen._replace(peak_bytes=seen.peak_bytes + more)
+        return forecast(loss_call(backend, rows, asked, compute))
 
     tensors = (*source.tensors, meaning.indices, meaning.probabilities, asked.weight)
     return dispatch.pick(

@@ -321,11 +321,12 @@ def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget) -> tuple[Tenso
         rows, kept = rows.without(ignored, selectable=impossible is None)
     if kept is not None and indices is not None:
         indices, ignored = indices[kept], None
+    exact = _is_exact(logits)
 
     def function(tile: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
         row_target = ClassTarget(1, target.classes, target.ignore_index, *parts)
         stats = definitions.token_stats(tile.double(), row_target)
-        return tuple(_rounded(value, logits) for value in stats)
+        return tuple(_rounded(value, exact) for value in stats)
 
     shape = logits.shape[:-1]
     stats = fold_rows(function, [rows], [indices, ignored, impossible])
@@ -336,8 +337,10 @@ def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget) -> tuple[Tenso
 
 
 def _entropy_rows(logits: Tensor | LazyLogits) -> tuple[Tensor, ...]:
+    exact = _is_exact(logits)
+
     def function(tile: Tensor) -> tuple[Tensor, ...]:
-        return (_rounded(definitions.entropy(tile.double(), -1), logits),)
+        return (_rounded(definitions.entropy(tile.double(), -1), exact),)
 
     return tuple(value.view(logits.shape[:-1]) for value in fold_rows(function, [head_measures.rows_of(logits)]))
 
@@ -349,11 +352,12 @@ def _folded_pair(
     target: ClassTarget | None,
 ) -> tuple[Tensor, ...]:
     parts = (None, None, None) if target is None else (target.indices, target.ignored, target.impossible)
+    exact = _is_exact(p, q)
 
     def rounded(tile_p: Tensor, tile_q: Tensor, *tile_parts: Tensor | None) -> tuple[Tensor, ...]:
         row_target = None if target is None else ClassTarget(1, target.classes, target.ignore_index, *tile_parts)
         stats = function(tile_p.double(), tile_q.double(), row_target)
-        return tuple(_rounded(value, p, q) for value in stats if value is not None)
+        return tuple(_rounded(value, exact) for value in stats if value is not None)
 
     sources = [head_measures.rows_of(p), head_measures.rows_of(q)]
     stats = fold_rows(rounded, sources, [_flat(part) for part in parts])
@@ -384,8 +388,11 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1)
 
 
-def _rounded(value: Tensor, *logits: Tensor | LazyLogits) -> Tensor:
+def _is_exact(*logits: Tensor | LazyLogits) -> bool:
+    """Say whether what is made of these logits stays in float64."""
+    return any(given.dtype == torch.float64 for given in logits)
+
+
+def _rounded(value: Tensor, exact: bool) -> Tensor:
     """Round once from float64 to what the caller gets; integers and booleans stay."""
-    if not value.dtype.is_floating_point or any(given.dtype == torch.float64 for given in logits):
-        return value
-    return value.float()
+    return value if exact or not value.dtype.is_floating_point else value.float()

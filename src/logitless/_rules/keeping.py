@@ -1,0 +1,128 @@
+"""What an autograd function keeps of its call: the tensors by way of autograd, the rest of it as it is.
+
+A target or a class weight that is held as an attribute can be written to between the two passes without an error, lives
+as long as the loss does, and is hidden from saved-tensor hooks. So a call is taken apart before it is kept: its tensors
+go through `save_for_backward`, and what is left of it has numbers in their places.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    number: int
+
+
+def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, list[Tensor]]:
+    """Return a value with places for its tensors, and those that are not among the `known` ones, in their order.
+
+    Looks into tuples, lists, dataclasses, partial functions, and what a function closes over.
+    """
+    numbers = {id(tensor): number for number, tensor in enumerate(known) if tensor is not None}
+    more: list[Tensor] = []
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        number = numbers.get(id(leaf))
+        if number is None:
+            number = numbers[id(leaf)] = len(known) + len(more)
+            more.append(leaf)
+        return _Place(number)
+
+    return _Walk(place).of(value), more
+
+
+def put_together(value: Any, tensors: Sequence[Tensor | None]) -> Any:
+    """Return what was taken apart with these tensors in its places: the known ones, then the others."""
+    return _Walk(lambda leaf: tensors[leaf.number] if type(leaf) is _Place else leaf).of(value)
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; none of another class."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+
+
+class _Walk:
+    """Replaces leaves; what holds none that changes is returned as it is."""
+
+    def __init__(self, leaf: Callable[[Any], Any]) -> None:
+        self._leaf = leaf
+        self._done: dict[
+            int, tuple[Any, Any]
+        ] = {}  # by identity; what was seen stays, so that no other gets its number
+
+    def of(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if isinstance(value, Tensor) or kind is _Place:
+            return self._leaf(value)
+        if id(value) not in self._done:
+            self._done[id(value)] = value, value  # a function may close over itself
+            self._done[id(value)] = value, self._inside(kind, value)
+        return self._done[id(value)][1]
+
+    def _inside(self, kind: type, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            items, changed = self._each(value)
+            if not changed:
+                return value
+            return kind._make(items) if hasattr(kind, "_make") else kind(items)
+        if kind is FunctionType:
+            return self._function(value)
+        if kind is MethodType:
+            owner = self.of(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        if kind is partial:
+            (function, args, options), changed = self._each(
+                (value.func, value.args, tuple(value.keywords.items())),
+            )
+            return partial(function, *args, **dict(options)) if changed else value
+        names = _fields(kind)
+        if not names:
+            return value
+        items, changed = self._each([getattr(value, name) for name in names])
+        if not changed:
+            return value
+        made: Any = object.__new__(kind)
+        for name, item in zip(names, items, strict=True):
+            object.__setattr__(made, name, item)
+        return made
+
+    def _each(self, values: Sequence[Any]) -> tuple[list[Any], bool]:
+        items = [self.of(value) for value in values]
+        return items, any(item is not value for item, value in zip(items, values, strict=True))
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        cells = function.__closure__
+        if cells is None:
+            return function
+        items, changed = self._each([cell.cell_contents for cell in cells])
+        if not changed:
+            return function
+        closed = tuple(CellType(item) for item in items)
+        made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closed)
+        made.__kwdefaults__ = function.__kwdefaults__
+        return made
+
+
+def graph_is_kept() -> bool:
+    """Say whether another backward pass may read what was saved for the one that runs: `retain_graph`."""
+    if torch._C._current_graph_task_id() < 0:
+        return True
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
