@@ -11,9 +11,9 @@
 //   1. Report the first row whose target is no class.
 //   2. What is wanted decides which sums are folded: the Flags of a template, so that a loss alone pays for nothing
 //      else.
-//   3. The layout decides how rows are cut into items of parallel work: by_rows, by_parts of long rows, by_lanes,
-//      by_lane_parts, or by_narrow_lanes. The order in which a row is added up depends on its layout and on the number
-//      of its classes alone, never on how many rows lie beside it: rows of many classes are always folded in parts.
+//   3. The layout decides how rows are cut into items of parallel work: by_rows, by_parts of long rows, by_lanes, or
+//      by_lane_parts. The order in which a row is added up depends on its strides and on the number of its classes
+//      alone, never on how many rows lie beside it: rows of many classes are always folded in parts.
 //   4. Each item folds its rows, and hands their sums to a RowBatch, which writes the outputs.
 #include "parallel.h"
 #include "rows/lane_fold.h"
@@ -259,51 +259,10 @@ template <class T, int Flags> void by_lane_parts(const StatsJob<T>& job) {
   __builtin_free(sums);
 }
 
-// Rows in lanes where fewer lie beside each other than would be worth a vector: from wherever they lie, a vector's
-// worth of rows is copied next to each other, a part of the classes at a time. Bit for bit as by_lanes.
-template <class T, int Flags> void by_narrow_lanes(const StatsJob<T>& job) {
-  constexpr int64_t L = kLanes<Compute<T>>;
-  const RowStatsArgs& a = job.args;
-  const int64_t rows = job.rows(), parts = pieces(a.tile.classes, kLaneClasses);
-  const int64_t most = smaller(a.tile.classes, kLaneClasses) * L;  // numbers of one copy
-  RowSums* const sums = sums_of_parts(rows, parts);
-  if (!sums) return by_lanes<T, Flags>(job);
-  parallel_for(pieces(rows, L) * parts, a.threads, job.bytes(), [&](int64_t item) {
-    const int64_t part = item % parts, first = item / parts * L, count = smaller(rows - first, L);
-    const int64_t begin = part * kLaneClasses, classes = smaller(kLaneClasses, a.tile.classes - begin);
-    constexpr size_t kCopies = (Flags & kDense) ? 2 : 1;
-    auto* const copy = static_cast<T*>(__builtin_malloc(kCopies * static_cast<size_t>(most) * sizeof(T)));
-    const auto place = [&](T* to, int64_t i, const T* from, int64_t stride) {
-      for (int64_t c = 0; c < classes; ++c) to[c * L + i] = from[(begin + c) * stride];
-    };
-    if (!copy) {
-      for (int64_t i = 0; i < count; ++i)
-        fold_tile<T, Flags, 1>(job, first + i, 1, begin, begin + classes,
-                               [&](int64_t, const RowSums& s) { sums[(first + i) * parts + part] = s; });
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      place(copy, i, job.row(first + i), a.tile.class_stride);
-      if constexpr ((Flags & kDense) != 0) place(copy + most, i, job.dense_row(first + i), a.dense_strides.classes);
-    }
-    const auto* const weight = job.class_weight();
-    const LaneView<T> view{copy, L, weight ? weight + begin : nullptr, (Flags & kDense) ? copy + most : nullptr, L};
-    fold_lanes<T, Flags, 1>(view, count, 0, classes, target_logits(job, first), [&](int64_t i, RowSums s) {
-      s.arg += begin;
-      sums[(first + i) * parts + part] = s;
-    });
-    __builtin_free(copy);
-  });
-  push_parts<T, Flags>(job, sums, parts);
-  __builtin_free(sums);
-}
-
 template <class T, int Flags> void run(const RowStatsArgs& a) {
   const StatsJob<T> job{a};
-  // A single row that is said to lie in lanes (layout.py) goes as more of its kind do.
-  const bool lanes = a.tile.inner_stride == 1 && (a.tile.class_stride != 1 || a.tile.inner == 1) &&
-                     (!(Flags & kDense) || a.dense_strides.inner == 1) && a.tile.classes > 0;
-  if (lanes && a.tile.inner < kLanes<Compute<T>> / 2) return by_narrow_lanes<T, Flags>(job);
+  const bool lanes =
+      lie_in_lanes<T>(a.tile.class_stride, a.tile.inner_stride) && (!(Flags & kDense) || a.dense_strides.inner == 1);
   if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags>(job);
   if (lanes) return by_lanes<T, Flags>(job);
   if (job.rows() < kFewRows && a.tile.classes >= kLongRow) return by_parts<T, Flags>(job);

@@ -30,7 +30,7 @@ def layout_of(tensor: Tensor, class_dim: int, split: int | None = None) -> Layou
     if len(shape) == 2:
         if class_dim in (1, -1):
             return shape[0], shape[1], 1, strides[0], strides[1], 0
-        # One row of a class-major tile is said to have neighbours too: it is to be read as they would be.
+        # A single row of a class-major tile is next to its neighbours too, and is to be read as they would be.
         return 1, shape[0], shape[1], 0, strides[0], strides[1] if shape[1] != 1 else 1
     class_dim %= len(shape)
     split = class_dim if split is None else split
