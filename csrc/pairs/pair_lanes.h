@@ -42,8 +42,9 @@ template <class InLanes, class Row>
 void for_rows_in_lanes(const Tile& tile, int64_t tile_width, int64_t row_bytes, int threads, const InLanes& in_lanes,
                        const Row& row) {
   const int64_t bytes = row_count(tile) * row_bytes;
-  if (tile.classes > kLaneClasses && row_count(tile) <= kLanePartRows) {
-    const int64_t parts = pieces(tile.classes, kLaneClasses);
+  // However many rows there are, a row of many classes is added up in parts: its sums do not depend on its neighbours.
+  const int64_t parts = tile.classes > kLaneClasses ? pieces(tile.classes, kLaneClasses) : 1;
+  if (parts > 1 && row_count(tile) <= kLanePartRows) {
     const auto each = [&](int64_t n, const auto& run) { parallel_for(n, threads, bytes, run); };
     for (int64_t outer = 0; outer < tile.outer; ++outer)
       if (!in_lanes(outer, 0, tile.inner, parts, each))
@@ -57,7 +58,7 @@ void for_rows_in_lanes(const Tile& tile, int64_t tile_width, int64_t row_bytes, 
   parallel_for(tile.outer * tiles, threads, bytes, [&](int64_t item) {
     const int64_t outer = item / tiles, inner = item % tiles * tile_width;
     const int64_t width = smaller(tile.inner - inner, tile_width);
-    if (in_lanes(outer, inner, width, 1, each)) return;
+    if (in_lanes(outer, inner, width, parts, each)) return;
     for (int64_t i = 0; i < width; ++i) row(outer * tile.inner + inner + i);
   });
 }

@@ -448,8 +448,8 @@ template <class T, int Mode> struct Job {
 
   void run() const {
     const Tile& t = args.tile;
-    const bool lanes = t.class_stride != 1 && args.other_strides.classes != 1 && t.inner_stride == 1 &&
-                       args.other_strides.inner == 1 && t.inner >= L / 2;
+    const bool lanes = lie_in_lanes<T>(t.class_stride, t.inner_stride) &&
+                       lie_in_lanes<T>(args.other_strides.classes, args.other_strides.inner);
     // The largest class of rows in lanes is known of the larger fold alone: to look for it would be a pass of its own.
     if (lanes && args.same_top)
       by_lanes<kToken>();

@@ -30,6 +30,12 @@ template <class T> struct LaneView {
   int64_t dense_stride = 1;
 };
 
+// Whether rows of these strides are taken in lanes: where a class has room for enough of them. How many there are is
+// not asked, so that a row's sums do not depend on it.
+template <class T> LL_INLINE bool lie_in_lanes(int64_t class_stride, int64_t inner_stride) {
+  return inner_stride == 1 && class_stride >= kLanes<Compute<T>> / 2;
+}
+
 // Folds classes [begin, end) of `width` rows, at most kTileVectors vectors of them, and gives each row's sums to
 // `done`.
 template <class T, int Flags, int kTileVectors, class TargetLogit, class Done>

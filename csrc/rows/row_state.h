@@ -142,16 +142,17 @@ template <class Real, int Flags, bool kPerLane> struct RowState {
     }
     const V rise = row_max == -kInf<Real> ? V{} : best - row_max;
     row_max = best;
-    // The unit follows where a lane has left its headroom; the others' sums go along, which is exact.
+    // The unit follows where the maximum has left its headroom: in that lane alone, so that no row's sums depend on the
+    // rows beside it.
     if (greater_bits(best, limit)) {
       const V huge = splat<Real>(static_cast<Real>(2 * kHuge));
       const V clamped = maximum<Real>(-huge, minimum<Real>(huge, best));
-      const V raised = whole_power<Real>(clamped) - Real(kLift);
+      const V raised = best > limit ? whole_power<Real>(clamped) - Real(kLift) : power;
       const V drop = power - raised;
       rest.scale(drop);
       if constexpr ((Flags & kToken) != 0) spread.scale(drop);
       power = raised;
-      limit = clamped + static_cast<Real>(kHeadroom);
+      limit = best > limit ? clamped + static_cast<Real>(kHeadroom) : limit;
     }
     // The gaps of what has been summed grow by the rise.
     if constexpr ((Flags & kToken) != 0) {

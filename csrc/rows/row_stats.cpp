@@ -12,7 +12,8 @@
 //   2. What is wanted decides which sums are folded: the Flags of a template, so that a loss alone pays for nothing
 //      else.
 //   3. The layout decides how rows are cut into items of parallel work: by_rows, by_parts of long rows, by_lanes, or
-//      by_lane_parts.
+//      by_lane_parts. The order in which a row is added up depends on its strides and on the number of its classes
+//      alone, never on how many rows lie beside it: rows of many classes are always folded in parts.
 //   4. Each item folds its rows, and hands their sums to a RowBatch, which writes the outputs.
 #include "parallel.h"
 #include "rows/lane_fold.h"
@@ -22,7 +23,9 @@ namespace logitless::LL_ISA {
 namespace {
 
 inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
-inline constexpr int64_t kSplitClasses = 32768;    // a long row is cut here where rows are few
+inline constexpr int64_t kSplitClasses = 32768;    // classes of one part of a long row
+inline constexpr int64_t kLongRow = 2 * kSplitClasses;
+inline constexpr int64_t kFewRows = 16;  // of so few long rows the parts are items
 
 // ---- cross-entropy of short rows
 // ----------------------------------------------------------------------------------------
@@ -101,6 +104,14 @@ template <class T> void all_short_losses(const StatsJob<T>& job, int64_t first, 
 // ---- step 3: how rows are cut
 // -------------------------------------------------------------------------------------------
 
+// The sums of a row from those of its parts, in the order of the classes: fold(begin, end) gives those of one part.
+template <class Fold> LL_INLINE RowSums fold_parts(int64_t classes, int64_t part_classes, const Fold& fold) {
+  RowSums total = fold(0, smaller(part_classes, classes));
+  for (int64_t begin = part_classes; begin < classes; begin += part_classes)
+    total = combine(total, fold(begin, smaller(begin + part_classes, classes)));
+  return total;
+}
+
 template <class T, int Flags> void by_rows(const StatsJob<T>& job) {
   const RowStatsArgs& a = job.args;
   const int64_t rows = job.rows(), row_bytes = a.tile.classes * static_cast<int64_t>(sizeof(T));
@@ -110,6 +121,7 @@ template <class T, int Flags> void by_rows(const StatsJob<T>& job) {
   // Not of double logits: beside a pivot far below the largest, log_sum's own rounding would show in their gradients.
   constexpr bool kMayHoldTarget = Flags == 0 && sizeof(Compute<T>) == 4;
   const bool is_loss = kMayHoldTarget && a.target && a.tile.class_stride == 1 && !a.row_max && !a.lse && !a.argmax;
+  const int64_t part = a.tile.classes >= kLongRow ? kSplitClasses : a.tile.classes;
   int64_t per_item = item_bytes(rows * row_bytes, kItemBytes) / (row_bytes ? row_bytes : 1);
   per_item = bounded(per_item, 1, 16 * kMaxRows);
   if (is_short) per_item = pieces(per_item, L) * L;
@@ -128,20 +140,22 @@ template <class T, int Flags> void by_rows(const StatsJob<T>& job) {
       RowSums sums = kUnread;
       bool folded = status != RowStatus::kRead;
       if constexpr (kMayHoldTarget) {
-        folded = folded || (is_loss && fold_long_others(job.row(r), a.tile.classes, a.target[r], clamps, sums));
+        folded = folded || (is_loss && part == a.tile.classes &&
+                            fold_long_others(job.row(r), a.tile.classes, a.target[r], clamps, sums));
       }
-      if (!folded) sums = fold_part<T, Flags>(job.template view<Flags>(r), 0, a.tile.classes);
+      if (!folded) {
+        const auto view = job.template view<Flags>(r);
+        sums = fold_parts(a.tile.classes, part,
+                          [&](int64_t from, int64_t to) { return fold_part<T, Flags>(view, from, to); });
+      }
       batch.template push<Flags>(r, status, sums);
     }
     batch.flush();
   });
 }
 
-// The sums of row r from those of its parts, in the order of the classes.
 LL_INLINE RowSums combine_parts(const RowSums* sums, int64_t r, int64_t parts) {
-  RowSums total = sums[r * parts];
-  for (int64_t part = 1; part < parts; ++part) total = combine(total, sums[r * parts + part]);
-  return total;
+  return fold_parts(parts, 1, [&](int64_t part, int64_t) { return sums[r * parts + part]; });
 }
 
 LL_INLINE RowSums* sums_of_parts(int64_t rows, int64_t parts) {
@@ -170,16 +184,29 @@ template <class T, int Flags> void by_parts(const StatsJob<T>& job) {
   __builtin_free(sums);
 }
 
+// Hands the sums of all rows, each in `parts` parts, to their outputs.
+template <class T, int Flags> void push_parts(const StatsJob<T>& job, const RowSums* sums, int64_t parts) {
+  parallel_stretches(job.rows(), kMaxRows, job.args.threads, job.bytes(), [&](int64_t begin, int64_t end) {
+    RowBatch<T> batch(job);
+    for (int64_t r = begin; r < end; ++r) batch.template push<Flags>(r, job.status(r), combine_parts(sums, r, parts));
+    batch.flush();
+  });
+}
+
+// What gives the target logit of the i-th row from `first_row` on; NaN of a row that is not read.
+template <class T> LL_INLINE auto target_logits(const StatsJob<T>& job, int64_t first_row) {
+  return [&job, first_row](int64_t i) {
+    return job.status(first_row + i) == RowStatus::kRead ? job.target_logit(first_row + i) : kNaN<Compute<T>>;
+  };
+}
+
 // Classes [begin, end) of the `width` rows in lanes from `first_row` on.
 template <class T, int Flags, int kTileVectors, class Done>
 LL_INLINE void fold_tile(const StatsJob<T>& job, int64_t first_row, int64_t width, int64_t begin, int64_t end,
                          const Done& done) {
   const LaneView<T> rows{job.row(first_row), job.args.tile.class_stride, job.class_weight(),
                          (Flags & kDense) ? job.dense_row(first_row) : nullptr, job.args.dense_strides.classes};
-  const auto target_logit = [&](int64_t i) {
-    return job.status(first_row + i) == RowStatus::kRead ? job.target_logit(first_row + i) : kNaN<Compute<T>>;
-  };
-  fold_lanes<T, Flags, kTileVectors>(rows, width, begin, end, target_logit, done);
+  fold_lanes<T, Flags, kTileVectors>(rows, width, begin, end, target_logits(job, first_row), done);
 }
 
 template <class T, int Flags> void by_lanes(const StatsJob<T>& job) {
@@ -191,10 +218,21 @@ template <class T, int Flags> void by_lanes(const StatsJob<T>& job) {
     const int64_t inner = item % tiles * kWidth, first_row = item / tiles * a.tile.inner + inner;
     const int64_t width = smaller(a.tile.inner - inner, kWidth);
     RowBatch<T> batch(job);
-    const auto done = [&](int64_t i, const RowSums& sums) __attribute__((always_inline)) {
+    const auto push = [&](int64_t i, const RowSums& sums) __attribute__((always_inline)) {
       batch.template push<Flags>(first_row + i, job.status(first_row + i), sums);
     };
-    fold_tile<T, Flags, kTileVectors>(job, first_row, width, 0, a.tile.classes, done);
+    if (a.tile.classes <= kLaneClasses) {
+      fold_tile<T, Flags, kTileVectors>(job, first_row, width, 0, a.tile.classes, push);
+    } else {
+      RowSums totals[kWidth];
+      for (int64_t begin = 0; begin < a.tile.classes; begin += kLaneClasses) {
+        const int64_t end = smaller(begin + kLaneClasses, a.tile.classes);
+        fold_tile<T, Flags, kTileVectors>(job, first_row, width, begin, end, [&](int64_t i, const RowSums& sums) {
+          totals[i] = begin == 0 ? sums : combine(totals[i], sums);
+        });
+      }
+      for (int64_t i = 0; i < width; ++i) push(i, totals[i]);
+    }
     batch.flush();
   });
 }
@@ -217,21 +255,17 @@ template <class T, int Flags> void by_lane_parts(const StatsJob<T>& job) {
                           __attribute__((always_inline)) { sums[(first_row + i) * parts + part] = s; };
     fold_tile<T, Flags, kTileVectors>(job, first_row, width, begin, end, done);
   });
-  parallel_stretches(rows, kMaxRows, a.threads, job.bytes(), [&](int64_t begin, int64_t end) {
-    RowBatch<T> batch(job);
-    for (int64_t r = begin; r < end; ++r) batch.template push<Flags>(r, job.status(r), combine_parts(sums, r, parts));
-    batch.flush();
-  });
+  push_parts<T, Flags>(job, sums, parts);
   __builtin_free(sums);
 }
 
 template <class T, int Flags> void run(const RowStatsArgs& a) {
   const StatsJob<T> job{a};
-  const bool lanes = a.tile.class_stride != 1 && a.tile.inner_stride == 1 && a.tile.inner >= kLanes<Compute<T>> / 2 &&
-                     (!(Flags & kDense) || a.dense_strides.inner == 1);
+  const bool lanes =
+      lie_in_lanes<T>(a.tile.class_stride, a.tile.inner_stride) && (!(Flags & kDense) || a.dense_strides.inner == 1);
   if (lanes && a.tile.classes > kLaneClasses && job.rows() <= kLanePartRows) return by_lane_parts<T, Flags>(job);
   if (lanes) return by_lanes<T, Flags>(job);
-  if (job.rows() < 16 && a.tile.classes >= 2 * kSplitClasses) return by_parts<T, Flags>(job);
+  if (job.rows() < kFewRows && a.tile.classes >= kLongRow) return by_parts<T, Flags>(job);
   by_rows<T, Flags>(job);
 }
 

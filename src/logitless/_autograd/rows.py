@@ -183,6 +183,10 @@ def whole_cross_entropy(
         return None
     assert isinstance(logits, Tensor)
     shape, dtype = logits.shape, logits.dtype
+    if len(shape) == 1:  # one row is read as one of many
+        one, at = logits.unsqueeze(0), target.unsqueeze(0)
+        whole = whole_cross_entropy(definition, one, at, weight, ignore_index, reduction, smoothing)
+        return whole.squeeze(0) if whole is not None and reduction == "none" else whole
     if (
         len(shape) != 2
         or not (shape[0] and shape[1])

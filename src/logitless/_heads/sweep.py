@@ -153,6 +153,7 @@ def head_call(
         max_bytes=max_bytes,
         gradient=needed,
         cut_classes=isinstance(work, CutWork),
+        class_major=work.class_major and backend.tile_rules().class_major,
     )
     return HeadCall(backend, tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
 

@@ -35,11 +35,16 @@ _SCALE_ROWS = 256  # whose float64 copies stay small
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a call's logits are cut: so many rows by so many classes at a time, in so many bytes of buffers."""
+    """How a call's logits are cut: so many rows by so many classes at a time, in so many bytes of buffers.
+
+    In a class-major tile each class has room for `line` rows at least: how a row is read, and so its last digits, must
+    not depend on how many there are.
+    """
 
     rows: int
     classes: int
     buffer_bytes: int
+    line: int = 1
 
 
 def tiling(
@@ -51,10 +56,11 @@ def tiling(
     max_bytes: int | None,
     gradient: bool,
     cut_classes: bool,
+    class_major: bool,
 ) -> Tiling:
     """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
     budget = _budget(rules, max_bytes, gradient)
-    fit = rows_that_fit(rules, row_bytes, max_bytes=max_bytes, gradient=gradient)
+    fit = room = rows_that_fit(rules, row_bytes, max_bytes=max_bytes, gradient=gradient)
     unit = rules.round_rows
     if fit >= min(rows, rules.least_rows) or not cut_classes:
         fit = max(1, min(fit, rows))
@@ -63,7 +69,8 @@ def tiling(
         even = math.ceil(rows / math.ceil(rows / fit)) if rows else 1
         if even > unit:
             even = min(fit, -(-even // unit) * unit)
-        return Tiling(even, classes, even * row_bytes)
+        line = rules.line if class_major and room >= rules.line else 1
+        return Tiling(even, classes, max(even, line) * row_bytes, line)
     number_bytes = max(1, row_bytes // classes)
     tile_rows = max(1, min(rows, rules.cut_rows, budget // (rules.least_classes * number_bytes)))
     tile_classes = max(1, min(classes, budget // (tile_rows * number_bytes)))
@@ -119,7 +126,8 @@ class HeadTiles:
         self._backend = backend
         self._scale = rows.scale if scale is None else backend.scalar(scale)
         self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
-        numbers = shape.rows * shape.classes
+        self._line = shape.line if class_major else 1
+        numbers = max(shape.rows, self._line) * shape.classes
         raw = _product_dtype(backend, hidden.dtype, dtype)
         self._raw = buffer(backend, numbers, raw, hidden.device) if memory is None else memory
         self._wide = None if dtype == self._raw.dtype else buffer(backend, numbers, dtype, hidden.device)
@@ -175,33 +183,31 @@ class HeadTiles:
         if folded:
             hidden = hidden * self._scale
             bias = None if bias is None else bias * self._scale
-        shape = (last - first, stop - start) if self._class_major else (stop - start, last - first)
-        raw = view(self._raw, shape)
+        raw = self._view(self._raw, stop - start, last - first)
         first_factor, second_factor = (weight, hidden.T) if self._class_major else (hidden, weight.T)
         if bias is None:
             multiply(self._backend, first_factor, second_factor, raw)
         else:
-            spread = (bias.unsqueeze(1) if self._class_major else bias).expand(shape)
+            spread = (bias.unsqueeze(1) if self._class_major else bias).expand(raw.shape)
             if raw.dtype in HALF:  # before the product is rounded
                 torch.addmm(spread, first_factor, second_factor, out=raw)
             else:
                 multiply(self._backend, first_factor, second_factor, raw.copy_(spread), accumulate=True)
         logits = raw
         if self._wide is not None:
-            logits = view(self._wide, shape).copy_(raw)
+            logits = self._view(self._wide, stop - start, last - first).copy_(raw)
         if scaled and not folded:
             logits *= self._scale
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        gradient = logits if self._slope is None else view(self._slope, shape)
+        gradient = logits if self._slope is None else self._view(self._slope, stop - start, last - first)
         return Tile(logits, 0 if self._class_major else 1, gradient)
 
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return where a tile lies, for a gradient that is made without it; a softcap's own slope is of the logits."""
         if self._softcap is not None:
             return self.logits(start, stop, first, last)
-        shape = (last - first, stop - start) if self._class_major else (stop - start, last - first)
-        logits = view(self._raw if self._wide is None else self._wide, shape)
+        logits = self._view(self._raw if self._wide is None else self._wide, stop - start, last - first)
         return Tile(logits, 0 if self._class_major else 1, logits)
 
     def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
@@ -211,13 +217,21 @@ class HeadTiles:
             slope = tile.logits.div_(self._softcap)
             gradient *= slope.mul_(slope).neg_().add_(1)
         if self._wide is not None:
-            gradient = view(self._raw, tuple(gradient.shape)).copy_(gradient)
+            gradient = self._view(self._raw, stop - start, last - first).copy_(gradient)
         by_class = gradient if self._class_major else gradient.T
         self.gradients.add(by_class, self._hidden, self._weight, self._bias, start, stop, first, last)
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients of hidden, weight, bias and scale, in the dtypes they were accumulated in."""
         return self.gradients.finish(self._scale)
+
+    def _view(self, memory: Tensor, rows: int, classes: int) -> Tensor:
+        """Return a tile's place in a buffer, in its order."""
+        if not self._class_major:
+            return view(memory, (rows, classes))
+        if rows >= self._line:
+            return view(memory, (classes, rows))
+        return view(memory, (classes, self._line))[:, :rows]
 
 
 class _Gradients:

@@ -124,6 +124,7 @@ class TileRules:
     least_classes: int
     round_rows: int  # no tile but the last has a part of so many rows
     class_major: bool  # [classes, rows] is the faster order where nothing else asks for one
+    line: int  # rows that a class of such a tile has room for at least: fewer are read in another way
 
 
 class Backend(Protocol):

@@ -27,8 +27,11 @@ def layout_of(tensor: Tensor, class_dim: int, split: int | None = None) -> Layou
     Where the classes come last, the leading dimensions from `split` on are the inner one: logits[:, :-1] is such.
     """
     shape, strides = tensor.shape, tensor.stride()
-    if len(shape) == 2 and class_dim in (1, -1):
-        return shape[0], shape[1], 1, strides[0], strides[1], 0
+    if len(shape) == 2:
+        if class_dim in (1, -1):
+            return shape[0], shape[1], 1, strides[0], strides[1], 0
+        # A single row of a class-major tile is next to its neighbours too, and is to be read as they would be.
+        return 1, shape[0], shape[1], 0, strides[0], strides[1] if shape[1] != 1 else 1
     class_dim %= len(shape)
     split = class_dim if split is None else split
     inner_dims = slice(split, class_dim) if split < class_dim else slice(class_dim + 1, None)

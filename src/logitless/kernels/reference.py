@@ -59,6 +59,7 @@ def tile_rules() -> TileRules:
         least_classes=64,
         round_rows=1,
         class_major=False,
+        line=1,
     )
 
 
