@@ -104,7 +104,7 @@ class _CrossEntropy(torch.autograd.Function):
         )
         row_max, log_sum, dense_mass = statistics
         if needs_plain_backward(grad_output):
-            return plain_backward(lambda z: (definition(z),), [logits], [grad_output])[0], None
+            return plain_backward(lambda z: (definition(z),), [logits], [True], [grad_output])[0], None
         spread = smoothing / target.classes
         total: Tensor | float = target.classes
         if weight is not None and smoothing > 0:
@@ -275,7 +275,7 @@ class _WholeCrossEntropy(torch.autograd.Function):
                 options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
                 return (definition(z, target, given_weight, **options, backend=dispatch.DEFINITION),)
 
-            return plain_backward(plain, [logits], [grad_output])[0], None
+            return plain_backward(plain, [logits], [True], [grad_output])[0], None
         scale, upstream = 1.0, None
         if reduction != "none":
             scale = float(backend.scalar(grad_output))

@@ -217,7 +217,7 @@ class _PerRow(torch.autograd.Function):
         call: HeadCall = put_together(ctx.kept, everything[:others])
         with no_autocast(_first(tensors)):
             if needs_plain_backward(*grad_outputs):
-                return (None, None, None, *_plain(call.definition, tensors, needed, grad_outputs))
+                return (None, None, None, *plain_backward(call.definition, tensors, needed, grad_outputs))
         saved = put_together(ctx.states, everything[others:])
         return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
 
@@ -335,7 +335,7 @@ class _Reduced(torch.autograd.Function):
                 def definition(*given: Tensor | None) -> Sequence[Tensor]:
                     return (reduction.value(call.definition(*given)[0]),)
 
-                return (None, None, None, *_plain(definition, tensors, needed, [grad_output]))
+                return (None, None, None, *plain_backward(definition, tensors, needed, [grad_output]))
         _, reduction, parts = ctx.kept
         late, left_out = put_together((parts.late, reduction.left_out), everything[:others])
         factor = late_factor(late, ctx.backend.scalar(grad_output))
@@ -366,18 +366,6 @@ def value_and_gradients(
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:
     return next(tensor for tensor in tensors if tensor is not None)
-
-
-def _plain(
-    definition: Definition,
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grad_outputs: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Return gradients that can be differentiated again."""
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    grads = iter(plain_backward(lambda *_: definition(*tensors), wanted, grad_outputs))
-    return [next(grads) if need else None for need in needed]
 
 
 def _scaled(

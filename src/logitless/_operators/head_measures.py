@@ -269,8 +269,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            call, kept = measures.plan(measures.backend(ctx.backend))
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            given = Measures._make((*parts, *measures[_PARTS:]))
+            call, kept = given.plan(given.backend(ctx.backend))
             values = call.definition(*call.tensors)
             return placed(values, kept, measures.p_logits.shape[:1])
 

@@ -84,6 +84,10 @@ class Head(NamedTuple):
         """Plan the pass over the rows."""
         return loss_call(backend, rows, self.asked(), self.compute, gradient)
 
+    def of_parts(self, parts: Sequence[Tensor | None]) -> Head:
+        """Return the same call on other parts."""
+        return Head._make((*parts, *self[_PARTS:]))
+
     def defined(self, backend: Backend) -> tuple[LossRows, Sequence[Tensor]]:
         """Return the rows and what the call gives for each, in plain operations."""
         rows = self.rows(backend)
@@ -218,10 +222,10 @@ def _loss_backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tens
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            kernels = head.backend(ctx.backend)
-            rows, values = head.defined(kernels)
-            return (reduced.reduction_of(kernels, head, rows).value(values[0]),)
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            kernels, given = head.backend(ctx.backend), head.of_parts(parts)
+            rows, values = given.defined(kernels)
+            return (reduced.reduction_of(kernels, given, rows).value(values[0]),)
 
         return plain_gradients(head.parts, needed, definition, [grad_output], len(inputs))
     factor = late_factor(late, grad_output)
@@ -324,8 +328,8 @@ def _rows_backward(ctx: Any, grad_losses: Tensor | None, *_: None) -> tuple[Tens
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            rows, values = head.defined(head.backend(ctx.backend))
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            rows, values = head.of_parts(parts).defined(head.backend(ctx.backend))
             return (rows.everywhere(values[0]),)
 
         return plain_gradients(head.parts, ctx.needed, definition, [grad_losses], len(inputs))
@@ -360,11 +364,9 @@ def saved_inputs(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
 def plain_gradients(
     parts: Sequence[Tensor | None],
     needed: Sequence[bool],
-    definition: Callable[[], Sequence[Tensor]],
+    definition: Callable[..., Sequence[Tensor]],
     grad_outputs: Sequence[Tensor | None],
     inputs: int,
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that can be differentiated again: of the definition, in plain operations on all rows."""
-    wanted = [part for part, need in zip(parts, needed, strict=True) if need and part is not None]
-    grads = iter(plain_backward(lambda *_: definition(), wanted, grad_outputs))
-    return *(next(grads) if need else None for need in needed), *(None,) * (inputs - len(parts))
+    return *plain_backward(definition, parts, needed, grad_outputs), *(None,) * (inputs - len(parts))
