@@ -1,4 +1,4 @@
-"""What surrounds a call: function transforms, forward mode, a compiler, fake tensors."""
+"""What surrounds a call: function transforms, forward mode, a compiler, a tracer, fake tensors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_RECORDED = "make_fx records plain operations"
 TRACED = "torch.compile traces plain operations"
 
 
 def surroundings() -> str | None:
     """Return what surrounds a call that only plain differentiable operations serve, if anything does."""
-    return TRACED if torch.compiler.is_compiling() else _transform()
+    return TRACED if torch.compiler.is_compiling() else _transform() or _tracer()
+
+
+def _tracer() -> str | None:
+    """Return what records the operations that torch sees, if anything does: a kernel's results would be constants."""
+    if torch._C._is_tracing():
+        return "torch.jit.trace records plain operations"
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(_PROXIES) is not None:
+        return _RECORDED
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH) and get_proxy_mode() is not None:
+        return _RECORDED
+    return None
 
 
 def _transform() -> str | None:
