@@ -91,7 +91,7 @@ Sum sum_rows(const Problem& p, const Real* nll, const Real* smooth_sum, const Re
       loss = row_weight == 0 ? Real(0) : row_weight * loss;
       sum.denominator += static_cast<double>(row_weight);
     }
-    if (p.smoothing > 0) loss = kept * loss + spread * smooth_sum[r];
+    if (p.smoothing > 0) loss = (kept == 0 ? Real(0) : kept * loss) + spread * smooth_sum[r];
     if (losses) losses[r] = loss;
     sum.total += static_cast<double>(loss);
   }

@@ -20,7 +20,7 @@ from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF
 from logitless._rules.targets import index_error
 from logitless._rules.transforms import surroundings
-from logitless.kernels.definitions import ClassRows
+from logitless.kernels.definitions import ClassRows, weight_at
 from logitless.kernels.interface import Backend, ClassTarget, RowStats, WholeCalls
 
 
@@ -151,7 +151,7 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
     ignored = target.indices == target.ignore_index
     if weight is None:
         return ~ignored
-    return weight.to(loss.dtype)[target.indices.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    return weight_at(weight.to(loss.dtype), target.indices.masked_fill(ignored, 0)).masked_fill(ignored, 0)
 
 
 # Of a whole call's statistics: so many cost less than a tensor does.

@@ -177,8 +177,8 @@ def of_classes(rows: HeadRows, classes: int | slice | Tensor) -> HeadRows:
 
 
 def _is_plain(rows: HeadRows) -> bool:
-    """Say whether only plain operations on all rows serve: under transforms, in a graph, where there is no data."""
-    return transform_reason(*rows.tensors) is not None or not hold_data(*rows.tensors)
+    """Say whether only plain operations on all rows serve: in a graph or a transform, without data, without classes."""
+    return rows.classes == 0 or transform_reason(*rows.tensors) is not None or not hold_data(*rows.tensors)
 
 
 def _device(rows: HeadRows) -> torch.device:

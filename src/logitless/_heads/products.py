@@ -108,4 +108,5 @@ def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bo
 
 
 def _readable(factor: Tensor) -> Tensor:
-    return factor if 1 in factor.stride() else factor.contiguous()
+    # Not contiguous(): of one row and one feature any strides are.
+    return factor if 1 in factor.stride() else factor.clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._heads.window import Window
+from logitless._rules.reduction import count_of
 
 
 class LogitRows(Protocol):
@@ -88,7 +89,7 @@ class DenseRows:
 
 def dense_rows(logits: Tensor) -> DenseRows:
     """Return the rows of a dense tensor (..., classes)."""
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits.reshape(count_of(logits.shape[:-1]), logits.shape[-1])  # of no classes -1 says nothing
     return DenseRows(flat.shape[0], flat.shape[1], (flat,))
 
 

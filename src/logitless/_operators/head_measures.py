@@ -98,7 +98,7 @@ class Measures(NamedTuple):
 
     def _check(self) -> None:
         """Raise unless the parts and the target fit each other."""
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         for logits, weight, bias, factor in (self.parts[:4], self.parts[4:]):
             if weight is not None and logits is not None:
                 check_head(self.caller, logits, weight, bias, factor)

@@ -73,7 +73,7 @@ class Head(NamedTuple):
     def rows(self, backend: Backend) -> LossRows:
         """Return the rows that are not ignored; raise if an index is no class."""
         source = self.all_rows()
-        check_head(self.caller, *self.parts)
+        check_head(self.caller, self.hidden, self.weight, self.bias, self.factor)
         check_shapes(self.caller, [source.rows, source.classes], probabilities=self.probabilities)
         check_shapes(self.caller, [source.classes], class_weight=self.class_weight)
         check_shapes(self.caller, [source.rows], target=None if self.target is None else self.target.reshape(-1))

@@ -62,6 +62,16 @@ def no_autocast(tensor: HasDtype) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def check_real(name: str, **tensors: HasDtype | None) -> None:
+    """Raise if one of these is complex: what it is compared with, weighed by or divided by is a real number."""
+    for argument, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            raise TypeError(
+                f"{name}: argument '{argument}' must be real, got {tensor.dtype}; "
+                f"use {argument}.real or {argument}.abs()"
+            )
+
+
 def check_input(name: str, input: object, target: object) -> None:
     """Raise, as torch does, unless both are tensors and the input has a floating dtype.
 

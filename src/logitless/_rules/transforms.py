@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -54,6 +55,14 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
         if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
             return "upstream gradients come in a batch"
     return None
+
+
+def dense_of(sparse: Tensor) -> Tensor:
+    """Return a sparse tensor written out. No transform can wrap one in rows (CSR): it is a constant of what runs."""
+    if sparse.layout == torch.sparse_csr and torch._C._are_functorch_transforms_active():
+        with temporarily_clear_interpreter_stack():
+            return sparse.to_dense()
+    return sparse.to_dense()
 
 
 def hold_data(*tensors: Tensor | None) -> bool:

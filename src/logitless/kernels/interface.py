@@ -57,7 +57,8 @@ class ClassTarget:
 class RowStats(NamedTuple):
     """One value per row, of the logits' shape without the class dimension; what was not asked for is None.
 
-    lse = row_max + log_sum; log_sum is float64 always, so that the gradient can be right to an ulp. An ignored row
+    lse = row_max + log_sum; of a row of -inf alone these are -inf and NaN, of one with a NaN row_max is not -inf and
+    log_sum is NaN. log_sum is float64 always, so that the gradient can be right to an ulp. An ignored row
     has 0 everywhere and -1 for argmax and rank. `bad_row` is the first row (in row-major order) whose target is
     neither a class nor ignore_index, or -1; such rows have NaN. A backend that would have to wait for it says -1.
     """
@@ -82,7 +83,8 @@ class RowStats(NamedTuple):
             loss = times_zero_safe(row_weight, loss)
         if smoothing > 0:
             assert self.smooth_sum is not None
-            loss = (1 - smoothing) * loss + smoothing / classes * self.smooth_sum
+            kept = (1 - smoothing) * loss if smoothing < 1 else 0.0  # not 0 * inf
+            loss = kept + smoothing / classes * self.smooth_sum
         return loss
 
 

@@ -14,8 +14,8 @@ from logitless._heads.measure_plan import PairFunction, pair_function
 from logitless._heads.rows import HeadRows, at_positions
 from logitless._heads.sweep import forecast
 from logitless._rules import dispatch
-from logitless._rules.precision import check_input
-from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.precision import check_input, check_real
+from logitless._rules.reduction import count_of, reduce_rows, resolve_reduction
 from logitless._rules.targets import checked_values, class_target
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget
@@ -138,6 +138,7 @@ def pair_stats(p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | 
     (tensor([0.4621]), tensor([0.1109]), tensor([False]))
     """
     check_input("pair_stats", p, q)
+    check_real("pair_stats", q=q)
     _check_pair("pair_stats", p, q)
     meaning = None
     if target is not None:
@@ -244,13 +245,14 @@ def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none
 def _divergence(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str) -> Tensor:
     reduction = resolve_reduction(reduction, None, None)
     check_input(name, p, q)
+    check_real(name, q=q)
     _check_pair(name, p, q)
 
     return _pair(name, (name,), p, q, None, reduction)[0]
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
-    denominator = float(rows.numel()) if reduction == "mean" else 1.0
+    denominator = torch.sym_float(rows.numel()) if reduction == "mean" else 1.0
     return reduce_rows(rows, reduction, denominator=denominator, dtype=rows.dtype)
 
 
@@ -331,7 +333,7 @@ def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget) -> tuple[Tenso
     shape = logits.shape[:-1]
     stats = fold_rows(function, [rows], [indices, ignored, impossible])
     return tuple(
-        at_positions(value, kept, shape.numel(), fill).view(shape)
+        at_positions(value, kept, count_of(shape), fill).view(shape)
         for value, fill in zip(stats, (0, 0, 0, -1, -1), strict=True)
     )
 
