@@ -64,6 +64,8 @@ def multiply(
     Where the backend's product does not serve and `spare` is given, a flat one, the product goes there first, as many
     rows at a time as fit; it must be given where `out` is wider than the factors.
     """
+    if not out.numel():
+        return
     if not first.shape[1]:
         if not accumulate:
             out.zero_()

@@ -786,16 +786,16 @@ def head_logits(
                 f"linear: {name} is a DTensor, sharded over several processes (parallelize_module): a sharded head has "
                 "no lazy logits yet; leave the head out of the plan, or take lazy_head's handle off (handle.remove())"
             )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"linear: bias must be Tensor or None, not {type(bias).__name__}")
+    check_real("linear", hidden=hidden, weight=weight, bias=bias, scale=scale if isinstance(scale, Tensor) else None)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "linear: expected hidden (..., features) and weight (classes, features), "
             f"got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
         )
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"linear: bias must be Tensor or None, not {type(bias).__name__}")
     if bias is not None and bias.numel() == 1 and bias.dim() < 2:
         bias = bias.expand(weight.shape[0])  # one number for all classes, as torch's linear takes it
-    check_real("linear", hidden=hidden, weight=weight, bias=bias, scale=scale if isinstance(scale, Tensor) else None)
     # Of the scale torch takes one number from the host.
     factor = scale if isinstance(scale, Tensor) and scale.device.type != "cpu" else None
     given: list[tuple[str, Tensor | None]] = [("weight", weight), ("bias", bias), ("scale", factor)]
