@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -843,6 +845,24 @@ def test_B14_complex_operands() -> None:
     with pytest.raises(RuntimeError, match="ComplexFloat"):
         F.binary_cross_entropy(real, z)
     assert F.binary_cross_entropy_with_logits(real, z).is_complex()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_B15_mixed_dtypes(dtype: torch.dtype) -> None:
+    floating = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    logits = torch.zeros(2, 3, dtype=dtype)
+    for of_target, *others in itertools.product([*floating, torch.int64], [None, *floating], [None, *floating]):
+        target = torch.ones(2, 3, dtype=of_target)
+        weight, positive = (None if other is None else torch.ones(3, dtype=other) for other in others)
+        given = [dtype, *(of for of in (of_target, *others) if of is not None and of.is_floating_point)]
+        for reduction in ("none", "mean"):
+            options = {"weight": weight, "pos_weight": positive, "reduction": reduction}
+            loss = LF.binary_cross_entropy_with_logits(logits, target, **options)
+            assert loss.dtype == functools.reduce(torch.promote_types, given)
+            if of_target.is_floating_point:
+                assert F.binary_cross_entropy_with_logits(logits, target, **options).dtype == of_target
+    with pytest.raises(RuntimeError, match=r"can't be cast|Subtraction|result type"):
+        F.binary_cross_entropy_with_logits(logits, torch.ones(2, 3, dtype=torch.int64))
 
 
 # Cosine similarity

@@ -23,6 +23,7 @@ from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import no_autocast
 from logitless._rules.transforms import hold_data, transform_reason
 from logitless.kernels import interface
+from logitless.kernels.definitions import is_sharded
 
 # How many tile-sized tensors a source costs the reference row functions and their backward at once, at most.
 _LIVE_TILES = 16
@@ -100,7 +101,8 @@ def fold_rows(
     rows, classes = sources[0].rows, max(source.classes for source in sources)
     plan = _Plan(function, tuple(sources), len(row_inputs), tile_rows(classes, itemsize, len(sources), max_bytes), rows)
     tensors = [tensor for source in sources for tensor in source.tensors] + [*row_inputs, *shared]
-    if transform_reason(*tensors) is not None or not hold_data(*tensors):
+    sharded = any(tensor is not None and is_sharded(tensor) for tensor in tensors)
+    if sharded or transform_reason(*tensors) is not None or not hold_data(*tensors):
         return plan.call(tensors, 0, rows)
     outputs: tuple[Tensor, ...] = _Fold.apply(plan, *tensors)  # type: ignore[no-untyped-call] # torch types it not
     return outputs

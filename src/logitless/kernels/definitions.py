@@ -25,6 +25,22 @@ from torch import Tensor
 from logitless.kernels.interface import ClassTarget, times_zero_safe
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor lies in several processes, without a wait for that part of torch to be read."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def beside(made: Tensor, given: Tensor) -> Tensor:
+    """Return a constant as an operand of what was given: over all processes where that is a DTensor."""
+    if not is_sharded(given):
+        return made
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(given, DTensor)
+    mesh = given.device_mesh
+    return DTensor.from_local(made, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 class LogSumExp(NamedTuple):
     """`lse = top + log_sum`, kept apart; both keep the class dimension."""
 
@@ -38,7 +54,7 @@ def log_sum_exp(logits: Tensor, dim: int) -> LogSumExp:
         nothing = logits.sum(dim, keepdim=True)
         return LogSumExp(nothing - math.inf, nothing)
     top, argmax = logits.max(dim, keepdim=True)
-    classes = torch.arange(logits.shape[dim], device=logits.device)
+    classes = beside(torch.arange(logits.shape[dim], device=logits.device), logits)
     classes = classes.view([-1 if axis == dim % logits.dim() else 1 for axis in range(logits.dim())])
     others = torch.exp(logits - top).masked_fill(classes == argmax, 0)
     # 1, or NaN where the top is infinite: an overflow shows itself in the value and in every gradient.
@@ -136,7 +152,7 @@ def _along(weight: Tensor, logits: Tensor, dim: int) -> Tensor:
 def _row_weight(target: ClassTarget, weight: Tensor | None, logits: Tensor) -> Tensor:
     assert target.indices is not None
     if weight is None:
-        return torch.ones(target.indices.shape, dtype=logits.dtype, device=logits.device)
+        return torch.ones_like(target.indices, dtype=logits.dtype)
     return weight_at(weight.to(logits.dtype), target.indices)
 
 
@@ -172,7 +188,9 @@ def binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
 def binary_cross_entropy_with_logits(logits: Tensor, target: Tensor, pos_weight: Tensor | None) -> Tensor:
     """Return `-(w t log sigmoid(z) + (1 - t) log sigmoid(-z))`: two terms of one sign, nothing cancels."""
     positive = target if pos_weight is None else target * pos_weight
-    return times_zero_safe(positive, -F.logsigmoid(logits)) + times_zero_safe(1 - target, -F.logsigmoid(-logits))
+    # Softplus, as logsigmoid has no gradient where it is distributed; above 40 no rounding is left of what it adds.
+    missed, alarmed = F.softplus(-logits, threshold=40), F.softplus(logits, threshold=40)
+    return times_zero_safe(positive, missed) + times_zero_safe(1 - target, alarmed)
 
 
 def kl_div(log_probs: Tensor, target: Tensor, log_target: bool) -> Tensor:
