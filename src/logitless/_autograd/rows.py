@@ -1,7 +1,7 @@
 """The row kernels as differentiable operations: forward, backward, and where they hand over to the definition.
 
-An operation keeps its inputs and O(rows), all of it by way of autograd. Where its gradient must itself be differentiated, or upstream gradients come
-in a batch, the backward pass is the definition's, differentiated by torch.
+An operation keeps its inputs and O(rows), all of it by way of autograd. Where its gradient must itself be
+differentiated, or upstream gradients come in a batch, the backward pass is the definition's, differentiated by torch.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+# What holds no tensor; a backend is a module.
+_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, ModuleType))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +70,25 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN:
             return value
-        if isinstance(value, Tensor) or kind is _Place:
+        if kind is Tensor or kind is _Place or isinstance(value, Tensor):
             return self._leaf(value)
-        if id(value) not in self._done:
+        done = self._done.get(id(value))
+        if done is None:
             self._done[id(value)] = value, value  # a function may close over itself
-            self._done[id(value)] = value, self._inside(kind, value)
-        return self._done[id(value)][1]
+            done = self._done[id(value)] = value, self._inside(kind, value)
+        return done[1]
 
     def _inside(self, kind: type, value: Any) -> Any:
+        if kind is FunctionType:
+            return self._function(value)
+        names = _fields(kind)
+        if names:
+            return self._dataclass(kind, names, value)
         if isinstance(value, (tuple, list)):
             items, changed = self._each(value)
             if not changed:
                 return value
             return kind._make(items) if hasattr(kind, "_make") else kind(items)
-        if kind is FunctionType:
-            return self._function(value)
         if kind is MethodType:
             owner = self.of(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
@@ -92,9 +97,17 @@ class _Walk:
                 (value.func, value.args, tuple(value.keywords.items())),
             )
             return partial(function, *args, **dict(options)) if changed else value
-        names = _fields(kind)
-        if not names:
-            return value
+        return value
+
+    def _each(self, values: Sequence[Any]) -> tuple[list[Any], bool]:
+        items, changed = [], False
+        for value in values:
+            item = value if type(value) in _PLAIN else self.of(value)  # most are: a call less for each
+            changed = changed or item is not value
+            items.append(item)
+        return items, changed
+
+    def _dataclass(self, kind: type, names: Sequence[str], value: Any) -> Any:
         items, changed = self._each([getattr(value, name) for name in names])
         if not changed:
             return value
@@ -102,10 +115,6 @@ class _Walk:
         for name, item in zip(names, items, strict=True):
             object.__setattr__(made, name, item)
         return made
-
-    def _each(self, values: Sequence[Any]) -> tuple[list[Any], bool]:
-        items = [self.of(value) for value in values]
-        return items, any(item is not value for item, value in zip(items, values, strict=True))
 
     def _function(self, function: FunctionType) -> FunctionType:
         cells = function.__closure__
