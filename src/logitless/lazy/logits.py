@@ -15,7 +15,7 @@ from torch import Tensor
 from logitless._heads import picks
 from logitless._heads.fold import fold_gradients
 from logitless._heads.rows import HeadRows
-from logitless._heads.window import Window, opened
+from logitless._heads.window import Window, is_freed, opened
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, under_autocast
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
@@ -553,7 +553,7 @@ def _special(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TracedLogits(HeadLogits, TensorProxy):
-    """LazyLogits in a graph that is being traced, or under a function transform: a plain object, no tensor."""
+    """LazyLogits as a plain object, no tensor: in a graph being traced, under a function transform, inside one call."""
 
     hidden: Tensor
     weight: Tensor
@@ -775,6 +775,24 @@ def head_logits(
     window: Window | None,
 ) -> LazyLogits:
     """Return the logits of a head whose parameters `window` gathers again outside their module's forward."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+
+
+def unheld_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> Any:
+    """Return the logits as a plain object, for one call that shows them to nobody: no graph needs a node for them."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    if is_eager(weight) and is_freed(weight):
+        raise RuntimeError("linear: the weight's memory was freed (its module is sharded): call inside its forward")
+    return TracedLogits(hidden, weight, bias, scale if isinstance(scale, Tensor) else float(scale), softcap)
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden, weight and bias as autocast has them; raise where they and the options make no head."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise TypeError(f"linear: {name} must be Tensor, not {type(tensor).__name__}")
@@ -801,4 +819,4 @@ def head_logits(
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         dtypes = [str(t.dtype) for t in (hidden, weight, bias) if t is not None]
         raise ValueError(f"linear: hidden, weight and bias must share one dtype, got {', '.join(dtypes)}")
-    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+    return hidden, weight, bias
