@@ -247,7 +247,8 @@ def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[
     """Return the work's outputs, without a graph, and what the gradient needs of each tile."""
     with no_autocast(_first(tensors)):
         outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
-    return outputs, saved
+    # Of one tile too in memory of their own: what the gradient needs may be among them, and the caller may write to it.
+    return tuple(torch.cat(values) for values in zip(*outputs, strict=True)), saved
 
 
 def row_gradients(
@@ -392,7 +393,8 @@ def value_and_gradients(
         upstream = [factors.early, *[None] * (len(call.differentiable) - 1)]
     with no_autocast(_first(tensors)):
         outputs, _, grads = _sweep(call, tensors, needed, upstream)
-    return reduction.value(outputs[0]), grads
+    first = [values[0] for values in outputs]
+    return reduction.value(first[0] if len(first) == 1 else torch.cat(first)), grads
 
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -438,8 +440,11 @@ def _sweep(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None = None,
     saved: Sequence[Saved] | None = None,
-) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
-    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics."""
+) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
+    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics.
+
+    Returned are the outputs of each tile, what its gradient needs, and the gradients.
+    """
     windows = [source.window for source in call.sources if isinstance(source, HeadRows) and source.window is not None]
     if not windows:
         return _swept(call, tensors, needed, upstream, saved)
@@ -455,7 +460,7 @@ def _swept(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None,
     saved: Sequence[Saved] | None,
-) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
+) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
     makers: list[HeadTiles | DenseTiles] = []
     wanted = []
     class_major = call.work.class_major and call.backend.tile_rules().class_major
@@ -466,7 +471,8 @@ def _swept(
             makers.append(HeadTiles(call.backend, source, part, flags, call.tiles, call.dtype, class_major))
         else:
             makers.append(DenseTiles(call.backend, part, flags, call.dtype))
-    outputs, states = [], []
+    outputs: list[tuple[Tensor, ...]] = []
+    states = []
     whole = call.tiles.classes >= call.classes
     ranges = [
         (first, min(first + call.tiles.classes, call.classes)) for first in range(0, call.classes, call.tiles.classes)
@@ -494,9 +500,8 @@ def _swept(
                 tile = maker.logits(start, stop, first, last)
                 _back(call, makers, [tile], known, upstream, wanted, start, stop, first, last)
         states.append(known)
-    joined = tuple(torch.cat(values) for values in zip(*outputs, strict=True)) if saved is None else ()
     grads = [grad for maker in makers for grad in maker.finish()]
-    return joined, states, grads
+    return outputs, states, grads
 
 
 def _back(

@@ -129,9 +129,14 @@ def checked_values(name: str, target: ClassTarget, *, reads: bool = True) -> Cla
     indices = target.indices
     if indices is None or target.ignored is not None:
         return target
+    readable = reads and values_are_readable(indices)
+    if readable and indices.numel():  # usually each is a class: their ends say so at once
+        least, most = (int(end) for end in torch.aminmax(indices))
+        if least >= 0 and most < target.classes and not least <= target.ignore_index <= most:
+            return target
     ignored = indices == target.ignore_index
     impossible = ((indices < 0) | (indices >= target.classes)) & ~ignored
-    if reads and values_are_readable(indices):
+    if readable:
         if bool(impossible.any()):
             raise index_error(name, target)
         if not bool(ignored.any()):
