@@ -144,8 +144,8 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ElementwiseCall, input: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
         operands = (input, target, *weights)
-        ctx.operands, others = len(operands), []
-        ctx.call, others = taken_apart(call, operands) if call.holds_tensors else (call, others)
+        ctx.operands = len(operands)
+        ctx.call, others = taken_apart(call, operands) if call.holds_tensors else (call, [])
         ctx.save_for_backward(*operands, *others)
         if call.reduction.kind == "none":
             loss, outside = call.backend.elements(call.loss, input, target, *weights, dtype=call.reduction.dtype)

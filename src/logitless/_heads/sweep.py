@@ -225,6 +225,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs: int
         inputs, others = ctx.parts
         needed = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grad_outputs):
