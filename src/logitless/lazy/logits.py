@@ -280,7 +280,9 @@ def _rows_of(
     softcap: float | None,
     window: Window | None,
 ) -> HeadRows:
-    flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(hidden.shape[:-1].numel(), 0)
+    flat = hidden
+    if hidden.dim() != 2:
+        flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     factor = scale if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else scale
     return HeadRows(flat.shape[0], weight.shape[0], (flat, weight, bias, factor), number, softcap, window)
