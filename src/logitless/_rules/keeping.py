@@ -48,7 +48,7 @@ def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, l
 
 def put_together(value: Any, tensors: Sequence[Tensor | None]) -> Any:
     """Return what was taken apart with these tensors in its places: the known ones, then the others."""
-    return _Walk(lambda leaf: tensors[leaf.number] if type(leaf) is _Place else leaf).of(value)
+    return _Refilled(lambda leaf: tensors[leaf.number] if type(leaf) is _Place else leaf).of(value)
 
 
 @functools.cache
@@ -127,6 +127,16 @@ class _Walk:
         made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closed)
         made.__kwdefaults__ = function.__kwdefaults__
         return made
+
+
+class _Refilled(_Walk):
+    """Puts a function together when it is called: a definition is called by few backward passes."""
+
+    def _function(self, function: FunctionType) -> Any:
+        if function.__closure__ is None:
+            return function
+        refill = super()._function
+        return lambda *args, **options: refill(function)(*args, **options)
 
 
 def graph_is_kept() -> bool:

@@ -18,6 +18,7 @@ from logitless._heads.rows import HeadRows
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, under_autocast
+from logitless._rules.targets import first_outside
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
 from logitless.lazy.moves import MOVES, axis_of
@@ -266,9 +267,8 @@ def check_classes(index: Tensor, classes: int) -> None:
     """Raise, as torch's gather does, if an index is no class."""
     if torch.compiler.is_compiling() or not is_eager(index):
         return
-    outside = (index < 0) | (index >= classes)
-    if bool(outside.any()):
-        first = int(index[outside][0])
+    first = first_outside(index, classes)
+    if first is not None:
         raise RuntimeError(f"index {first} is out of bounds for dimension {index.dim() - 1} with size {classes}")
 
 

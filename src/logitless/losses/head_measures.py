@@ -22,18 +22,9 @@ from logitless.lazy.logits import HeadLogits, LazyLogits
 Plan = Callable[[Backend], HeadCall]
 
 
-def held(logits: Tensor | LazyLogits) -> HeadRows | Tensor:
-    """Return what a call has of its logits: asked once, as each asking looks whether the head was written to."""
-    return logits.rows() if isinstance(logits, HeadLogits) else logits
-
-
 def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
     """Return logits as rows to be made tile by tile."""
-    return _rows(held(logits))
-
-
-def _rows(given: HeadRows | Tensor) -> LogitRows:
-    return given if isinstance(given, HeadRows) else dense_rows(given)
+    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits)
 
 
 def token_plan(
@@ -61,7 +52,8 @@ def pair_plan(
     def plan(backend: Backend) -> HeadCall:
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
-        return pair_call(backend, [_rows(each) for each in given], names, target, wide)
+        sources = [each if isinstance(each, HeadRows) else dense_rows(each) for each in given]
+        return pair_call(backend, sources, names, target, wide)
 
     return plan
 

@@ -177,7 +177,7 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
     reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    given, plan = head_measures.held(logits), None
+    given, plan = _given(logits), None
     if isinstance(given, HeadRows):
         plan = head_measures.entropy_plan(given, head_measures.wide_dtype(logits))
     backend = _picked("entropy", _parts(given), _kernel_obstacle(logits), plan)
@@ -282,7 +282,7 @@ def _pair(
         checked = None if target is None else checked_values(name, target)
         return _folded_pair(pair_function(outputs), p, q, checked)
 
-    given = [head_measures.held(p), head_measures.held(q)]
+    given = [_given(p), _given(q)]
     tensors = [tensor for each in given for tensor in _parts(each)]
     if target is not None:
         tensors.append(target.indices)
@@ -382,6 +382,11 @@ def _picked(
     """Return the backend; `plan` is what a call on logits that are not built will do."""
     foreseen = None if plan is None else lambda backend: forecast(plan(backend))
     return dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True)
+
+
+def _given(logits: Tensor | LazyLogits) -> HeadRows | Tensor:
+    """Return what a call has of its logits: asked once, as each asking looks whether the head was written to."""
+    return logits.rows() if isinstance(logits, HeadLogits) else logits
 
 
 def _parts(given: HeadRows | Tensor) -> tuple[Tensor | None, ...]:
