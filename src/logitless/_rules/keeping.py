@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from operator import attrgetter
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,6 +25,9 @@ _PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch
 @dataclass(frozen=True, slots=True)
 class _Place:
     number: int
+
+
+_place = functools.cache(_Place)  # few numbers, of all calls
 
 
 def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, list[Tensor]]:
@@ -41,7 +45,7 @@ def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, l
         if number is None:
             number = numbers[id(leaf)] = len(known) + len(more)
             more.append(leaf)
-        return _Place(number)
+        return _place(number)
 
     return _Walk(place).of(value), more
 
@@ -55,6 +59,24 @@ def put_together(value: Any, tensors: Sequence[Tensor | None]) -> Any:
 def _fields(kind: type) -> tuple[str, ...]:
     """Return the names of a dataclass's fields; none of another class."""
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+
+
+@functools.cache
+def _reader(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Return what reads all fields of a dataclass; None for another class, and for one without fields."""
+    names = _fields(kind)
+    if len(names) == 1:
+        return lambda value: (getattr(value, names[0]),)
+    return attrgetter(*names) if names else None
+
+
+def _of_fields(kind: type, items: Sequence[Any]) -> Any:
+    """Return a dataclass of these fields; nothing that it does when it is made is done to places."""
+    made: Any = object.__new__(kind)
+    write = object.__setattr__
+    for name, item in zip(_fields(kind), items, strict=True):
+        write(made, name, item)
+    return made
 
 
 class _Walk:
@@ -81,9 +103,10 @@ class _Walk:
     def _inside(self, kind: type, value: Any) -> Any:
         if kind is FunctionType:
             return self._function(value)
-        names = _fields(kind)
-        if names:
-            return self._dataclass(kind, names, value)
+        read = _reader(kind)
+        if read is not None:
+            items, changed = self._each(read(value))
+            return _of_fields(kind, items) if changed else value
         if isinstance(value, (tuple, list)):
             items, changed = self._each(value)
             if not changed:
@@ -106,15 +129,6 @@ class _Walk:
             changed = changed or item is not value
             items.append(item)
         return items, changed
-
-    def _dataclass(self, kind: type, names: Sequence[str], value: Any) -> Any:
-        items, changed = self._each([getattr(value, name) for name in names])
-        if not changed:
-            return value
-        made: Any = object.__new__(kind)
-        for name, item in zip(names, items, strict=True):
-            object.__setattr__(made, name, item)
-        return made
 
     def _function(self, function: FunctionType) -> FunctionType:
         cells = function.__closure__
