@@ -1,5 +1,7 @@
-"""Gradients that are made before their upstream gradient is known, against float64: of half-precision heads under a loss
-scale, and where there is nothing to learn from."""
+"""Gradients that are made before their upstream gradient is known, against float64.
+
+Of half-precision heads under a loss scale, and where there is nothing to learn from.
+"""
 
 import math
 from collections.abc import Callable

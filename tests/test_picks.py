@@ -1,4 +1,4 @@
-"""What is read of lazy logits agrees bit for bit with all of them, in whatever tiles, and its gradients with float64."""
+"""What is read of lazy logits agrees bit for bit with all of them, its gradients with float64, in whatever tiles."""
 
 from collections.abc import Callable
 from typing import Any

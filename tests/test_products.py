@@ -157,23 +157,49 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert bool((out == 3).all())
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
-def test_where_torch_serves_sums_are_widened_part_by_part(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_serves_sums_of_bfloat16_are_widened_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
-    assert products.needs_spare(cpu, dtype)
-    assert not products.widens(cpu, dtype)
-    first, second = matrix(1, 50, 20, dtype, False), matrix(2, 20, 8, dtype, False)
+    assert products.needs_spare(cpu, BFLOAT16)
+    assert not products.widens(cpu, BFLOAT16)
+    first, second = matrix(1, 50, 20, BFLOAT16, False), matrix(2, 20, 8, BFLOAT16, False)
     out = poisoned(50, 8, FLOAT32)
-    products.multiply(cpu, first, second, out, spare=torch.full((7 * 8,), torch.nan, dtype=dtype))
+    products.multiply(cpu, first, second, out, spare=torch.full((7 * 8,), torch.nan, dtype=BFLOAT16))
     assert torch.equal(out, (first @ second).float())
-    products.multiply(cpu, first, second, out, accumulate=True, spare=torch.empty(7 * 8, dtype=dtype))
+    products.multiply(cpu, first, second, out, accumulate=True, spare=torch.empty(7 * 8, dtype=BFLOAT16))
     assert torch.equal(out, 2 * (first @ second).float())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("widened", [1, 60, 1 << 20])
+def test_where_torch_serves_factors_of_float16_are_widened_part_by_part(
+    turned: bool, widened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of float16 are those of float32, whichever factor is the larger one: none is rounded on the way."""
+    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    monkeypatch.setattr(products, "_WIDENED", widened)
+    assert products.widens(cpu, torch.float16)
+    assert not products.needs_spare(cpu, torch.float16)
+    first, second = matrix(1, 50, 20, torch.float16, False), matrix(2, 20, 8, torch.float16, False)
+    if turned:
+        first, second = second.T, first.T
+    out = poisoned(first.shape[0], second.shape[1], FLOAT32)
+    products.multiply(cpu, first, second, out)
+    assert_is_product(out, first, second)
+    before = out.clone()
+    products.multiply(cpu, first, second, out, accumulate=True)
+    assert_is_product(out, first, second, before)
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:
     out = torch.empty(2, 2)
-    with pytest.raises(ValueError, match="none of this dtype"):
+    with pytest.raises(
+        ValueError, match="c has b's dtype" if torch.float64 in cpu.PRODUCT_DTYPES else "none of this dtype"
+    ):
         cpu.product(torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64), out)
+    with pytest.raises(ValueError, match="c has b's dtype"):
+        cpu.product(torch.ones(2, 2), torch.ones(2, 2), out.double())
+    with pytest.raises(ValueError, match="no depth"):
+        cpu.product(torch.ones(2, 0), torch.ones(0, 2), out)
     with pytest.raises(ValueError, match="one dtype"):
         cpu.product(torch.ones(2, 2), torch.ones(2, 2, dtype=BFLOAT16), out.T)
     with pytest.raises(ValueError, match="consecutive"):

@@ -25,7 +25,7 @@ def page() -> dict[str, Any]:
     names: dict[str, Any] = {}
     text = PAGE.read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), NoTensorOf(ROWS * CLASSES):
-        patch.setattr(interface, "DEFAULT_MAX_BYTES", 8 * CLASSES * 8 * 8)
+        patch.setattr(interface, "DEFAULT_MAX_BYTES", 8 * CLASSES * 8 * 4)
         patch.setattr("logitless.lazy.proxy._SMALL_BYTES", 0)
         warnings.simplefilter("error")
         for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):

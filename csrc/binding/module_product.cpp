@@ -17,6 +17,10 @@ LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std
   const bool half_b = b_dtype == static_cast<int>(DType::kBFloat16) || b_dtype == static_cast<int>(DType::kFloat16);
   if (a_dtype != b_dtype && !(half_b && a_dtype == static_cast<int>(DType::kFloat32)))
     throw std::invalid_argument("product: a and b must have one dtype, or a float32 beside a b of half precision");
+  const bool widest = b_dtype == static_cast<int>(DType::kFloat64);
+  if (c_dtype != b_dtype && (widest || c_dtype != static_cast<int>(DType::kFloat32)))
+    throw std::invalid_argument("product: c has b's dtype, or is float32 beside a b of half precision");
+  if (depth < 1) throw std::invalid_argument("product: there is no depth to sum over");
   ProductArgs args{};
   args.a_dtype = a_dtype;
   args.b_dtype = b_dtype;

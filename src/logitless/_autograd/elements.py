@@ -145,7 +145,7 @@ class _Elementwise(torch.autograd.Function):
     def forward(ctx: Any, call: ElementwiseCall, input: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
         operands = (input, target, *weights)
         ctx.operands = len(operands)
-        ctx.call, others = taken_apart(call, operands) if call.holds_tensors else (call, [])
+        ctx.call, others = taken_apart(call, operands) if call.holds_tensors else (call, list[Tensor]())
         ctx.save_for_backward(*operands, *others)
         if call.reduction.kind == "none":
             loss, outside = call.backend.elements(call.loss, input, target, *weights, dtype=call.reduction.dtype)

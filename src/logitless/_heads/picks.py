@@ -89,6 +89,25 @@ def topk(
     return gather(backend, rows, dtype, at), at
 
 
+def top_log_probs(backend: Backend, rows: HeadRows, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor]:
+    """Return `log_softmax(logits)` of the k likeliest classes, and which they are, both [rows, k]; no gradient."""
+    with torch.no_grad():
+        if _is_plain(rows):
+            return likeliest(backend, _wide(rows, dtype, rows.tensors), dtype, k)
+        work = _LikeliestWork(backend, dtype, k)
+        call = _call(backend, rows, dtype, work, lambda z: likeliest(backend, z, dtype, k), (False, False))
+        log_probs, classes = row_values(call, call.tensors)[0]
+        return log_probs, classes
+
+
+def likeliest(backend: Backend, logits: Tensor, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor]:
+    """Return the same of logits [rows, classes] that are there."""
+    stats = backend.row_stats(logits)
+    values, classes = logits.topk(k, -1)
+    above = stats.row_max.double().unsqueeze(1) - values.double()
+    return -(above + stats.log_sum.unsqueeze(1)).to(dtype), classes
+
+
 def logsumexp(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
     """Return the log-sum-exp [rows] of the logits before they are rounded to `dtype`."""
     if _is_plain(rows):
@@ -260,6 +279,16 @@ class _ClassWork(_Work):
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
         return (self.pick(_round(tiles[0].logits, self.dtype)),), None
+
+
+@dataclass(frozen=True, slots=True)
+class _LikeliestWork(_Work):
+    backend: Backend
+    dtype: torch.dtype
+    k: int
+
+    def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
+        return likeliest(self.backend, tiles[0].logits, self.dtype, self.k), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,11 +225,10 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs: int
-        inputs, others = ctx.parts
         needed = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grad_outputs):
-            return (None,) * (3 + inputs)
+            return (None,) * (3 + len(needed))
+        inputs, others = ctx.parts
         everything = ctx.saved_tensors
         tensors = everything[:inputs]
         call: HeadCall = put_together(ctx.kept, everything[:others])

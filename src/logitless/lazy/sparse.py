@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from logitless._heads import picks
 from logitless._heads.fold import fold_rows
 from logitless._heads.rows import LogitRows, dense_rows
 from logitless._rules import dispatch
@@ -76,15 +77,13 @@ class SparseLogits:
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"SparseLogits.top_k: expected k between 1 and {logits.shape[-1]} classes, got {k}")
 
-        def function(tile: Tensor) -> tuple[Tensor, ...]:
-            wide = tile.double()
-            values, classes = wide.topk(k, -1)
-            return values - wide.logsumexp(-1, keepdim=True), classes
-
-        with torch.no_grad():
-            log_probs, indices = fold_rows(function, [_rows_of(logits)])
-        if logits.dtype != torch.float64:
-            log_probs = log_probs.float()
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if isinstance(logits, HeadLogits):
+            log_probs, indices = logits.picked("SparseLogits.top_k", picks.top_log_probs, k, dtype=dtype)
+        else:
+            rows = as_tensor(logits, "SparseLogits.top_k").detach().reshape(-1, logits.shape[-1])
+            backend = dispatch.pick("SparseLogits.top_k", [rows])
+            log_probs, indices = picks.likeliest(backend, rows, dtype, k)
         shape = (*logits.shape[:-1], k)
         return cls(log_probs.view(shape), indices.view(shape), logits.shape[-1], tail)
 

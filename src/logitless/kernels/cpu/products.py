@@ -10,9 +10,9 @@ from logitless.kernels.native import extension as _native
 def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """Write `first @ second` to `out`, or add it: matrices of a supported dtype, consecutive in one dimension each.
 
-    Sums are in float32. Beside a bfloat16 factor the one from which `out` has its rows (columns where those are
-    consecutive) may be float32, and is rounded. `out` is float32, which `accumulate` needs, or has the other's dtype.
-    There is a depth.
+    Sums are in float32, of float64 in float64. Beside a factor of half precision the one from which `out` has its rows
+    (columns where those are consecutive) may be float32; a bfloat16 product rounds it. `out` has the other's dtype, or
+    is float32 beside a half precision, which `accumulate` needs. There is a depth.
     """
     rows, columns = out.shape
     if out.stride(1) == 1 and first.dtype in (second.dtype, torch.float32):
