@@ -176,8 +176,8 @@ class HeadTiles:
 
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the logits of some rows and classes."""
-        hidden, weight = self._hidden[start:stop], self._weight[first:last]
-        bias = None if self._bias is None else self._bias[first:last]
+        hidden, weight = stretch(self._hidden, start, stop), stretch(self._weight, first, last)
+        bias = None if self._bias is None else stretch(self._bias, first, last)
         scaled = not _is_one(self._scale)
         folded = self._dtype == hidden.dtype and scaled
         if folded:
@@ -278,10 +278,10 @@ class _Gradients:
         first: int,
         last: int,
     ) -> None:
-        part = hidden[start:stop]
+        part = stretch(hidden, start, stop)
         if self._hidden is not None:
-            to_hidden = self._hidden[start:stop].T
-            multiply(self._backend, weight[first:last].T, gradient, to_hidden, accumulate=True, spare=self._spare)
+            to_hidden, classes = stretch(self._hidden, start, stop).T, stretch(weight, first, last)
+            multiply(self._backend, classes.T, gradient, to_hidden, accumulate=True, spare=self._spare)
         if self._weight is not None:
             self._add_weight(gradient, part, first, last)
         if (self._bias is not None or self._needed[3]) and bias is not None:
@@ -298,7 +298,7 @@ class _Gradients:
         fresh = last > self._written
         self._written = max(self._written, last)
         spare = None if total.dtype == gradient.dtype else self._spare
-        multiply(self._backend, gradient, part, total[first:last], accumulate=not fresh, spare=spare)
+        multiply(self._backend, gradient, part, stretch(total, first, last), accumulate=not fresh, spare=spare)
 
     def finish(self, scale: Tensor | float) -> list[Tensor | None]:
         hidden, weight = self._hidden, self._weight
@@ -310,7 +310,7 @@ class _Gradients:
                 torch.add, ((given.double() * to_given.double()).sum() for given, to_given in pairs)
             )
             scalar = inner if self._bias_inner is None else self._bias_inner + inner
-        if weight is not None:
+        if weight is not None and self._written < weight.shape[0]:
             weight[self._written :] = 0
         for grad in (hidden, weight):
             if grad is not None and not _is_one(scale):
@@ -364,7 +364,12 @@ def _is_one(scale: Tensor | float) -> bool:
 
 def view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the first numbers of a buffer in a shape."""
-    return flat[: math.prod(shape)].view(shape)
+    return stretch(flat, 0, math.prod(shape)).view(shape)
+
+
+def stretch(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Return `tensor[start:stop]`: the tensor itself where that is all, as a view takes as long as a small product."""
+    return tensor if start == 0 and stop == tensor.shape[0] else tensor[start:stop]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._heads.tiles import Tile
+from logitless._heads.tiles import Tile, stretch
 from logitless.kernels.interface import Backend, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
@@ -23,9 +23,6 @@ def each_row(upstream: Tensor | float, like: Tensor) -> Tensor:
     return torch.full_like(like, upstream)
 
 
-_NOTHING = RowStats(*(None,) * len(RowStats._fields))  # type: ignore[arg-type] # of what was not asked for
-
-
 def statistics_kept(
     stats: RowStats,
     *,
@@ -34,9 +31,7 @@ def statistics_kept(
     dense_mass: Tensor | None = None,
 ) -> RowStats:
     """Return what a gradient needs of a tile's statistics, and no output that the caller may write to."""
-    return _NOTHING._replace(
-        row_max=stats.row_max, log_sum=stats.log_sum, entropy=entropy, dense_sum=dense_sum, dense_mass=dense_mass
-    )
+    return RowStats(stats.row_max, stats.log_sum, None, None, entropy, None, None, None, dense_sum, dense_mass, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ class CrossEntropyWork:
     def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> RowStats:
         """Return the statistics of some classes; the nll is of rows whose target is among them, else 0."""
         whole = last - first == self.classes
-        indices = None if self.indices is None else self.indices[start:stop]
+        indices = None if self.indices is None else stretch(self.indices, start, stop)
         stats = self.backend.row_stats(
             tile.logits,
             indices if whole else None,
@@ -158,7 +153,9 @@ class CrossEntropyWork:
             return
         given = upstream[0]
         last = first + tile.logits.shape[tile.class_dim]
-        indices = None if self.indices is None else self.indices[start:stop] - first
+        indices = None if self.indices is None else stretch(self.indices, start, stop)
+        if indices is not None and first:
+            indices = indices - first
         row_weight = None if self.row_weight is None else self.row_weight[start:stop]
         weight = None if self.class_weight is None else self.class_weight[first:last]
         spread, kept = self.smoothing / self.classes, 1 - self.smoothing

@@ -112,8 +112,7 @@ class CosineRows(NamedTuple):
     saved: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class TileRules:
+class TileRules(NamedTuple):
     """How a backend wants the logits of a head cut into tiles."""
 
     default_bytes: int  # what a call may hold where its caller does not say

@@ -15,9 +15,10 @@ from torch import Tensor
 from logitless._heads import picks
 from logitless._heads.fold import fold_gradients
 from logitless._heads.rows import HeadRows
-from logitless._heads.window import Window, opened
+from logitless._heads.window import Window, is_freed, opened
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, under_autocast
+from logitless._rules.targets import first_outside
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
 from logitless.lazy.moves import MOVES, axis_of
@@ -266,9 +267,8 @@ def check_classes(index: Tensor, classes: int) -> None:
     """Raise, as torch's gather does, if an index is no class."""
     if torch.compiler.is_compiling() or not is_eager(index):
         return
-    outside = (index < 0) | (index >= classes)
-    if bool(outside.any()):
-        first = int(index[outside][0])
+    first = first_outside(index, classes)
+    if first is not None:
         raise RuntimeError(f"index {first} is out of bounds for dimension {index.dim() - 1} with size {classes}")
 
 
@@ -280,7 +280,9 @@ def _rows_of(
     softcap: float | None,
     window: Window | None,
 ) -> HeadRows:
-    flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(hidden.shape[:-1].numel(), 0)
+    flat = hidden
+    if hidden.dim() != 2:
+        flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     factor = scale if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else scale
     return HeadRows(flat.shape[0], weight.shape[0], (flat, weight, bias, factor), number, softcap, window)
@@ -553,7 +555,7 @@ def _special(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TracedLogits(HeadLogits, TensorProxy):
-    """LazyLogits in a graph that is being traced, or under a function transform: a plain object, no tensor."""
+    """LazyLogits as a plain object, no tensor: in a graph being traced, under a function transform, inside one call."""
 
     hidden: Tensor
     weight: Tensor
@@ -775,6 +777,24 @@ def head_logits(
     window: Window | None,
 ) -> LazyLogits:
     """Return the logits of a head whose parameters `window` gathers again outside their module's forward."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+
+
+def unheld_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> Any:
+    """Return the logits as a plain object, for one call that shows them to nobody: no graph needs a node for them."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    if is_eager(weight) and is_freed(weight):
+        raise RuntimeError("linear: the weight's memory was freed (its module is sharded): call inside its forward")
+    return TracedLogits(hidden, weight, bias, scale if isinstance(scale, Tensor) else float(scale), softcap)
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden, weight and bias as autocast has them; raise where they and the options make no head."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise TypeError(f"linear: {name} must be Tensor, not {type(tensor).__name__}")
@@ -801,4 +821,4 @@ def head_logits(
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         dtypes = [str(t.dtype) for t in (hidden, weight, bias) if t is not None]
         raise ValueError(f"linear: hidden, weight and bias must share one dtype, got {', '.join(dtypes)}")
-    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+    return hidden, weight, bias

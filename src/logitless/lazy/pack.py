@@ -86,17 +86,37 @@ class _Pack(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         wanted = ctx.needs_input_grad[_ARGUMENTS:]
         ctx.made = (kind, settings, window, wanted)
-        if inherited is not None:
-            # Made without a graph (in another function's forward), it still wants what its origin wanted.
-            wanted = tuple(
-                (mine or theirs) and part is not None
-                for mine, theirs, part in zip(wanted, inherited, parts, strict=True)
-            )
-        return kind.made([None if part is None else part.detach() for part in parts], wanted, settings, window)
+        return _without_graph(kind, settings, inherited, window, parts, wanted)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         return (*[None] * _ARGUMENTS, *_gradients_of_parts(ctx, gradient))
+
+
+def pack(
+    kind: Kind, settings: Settings, inherited: Sequence[bool] | None, window: Window | None, *parts: Tensor | None
+) -> Any:
+    """Return the lazy tensor of these parts; `inherited` are the parts that what it is made of wanted a gradient of."""
+    wanted = tuple([part is not None and part.requires_grad for part in parts])
+    if torch.is_grad_enabled() and True in wanted:
+        return _apply_pack(kind, settings, inherited, window, *parts)
+    return _without_graph(kind, settings, inherited, window, parts, wanted)
+
+
+def _without_graph(
+    kind: Kind,
+    settings: Settings,
+    inherited: Sequence[bool] | None,
+    window: Window | None,
+    parts: Parts,
+    wanted: Sequence[bool],
+) -> Any:
+    if inherited is not None:
+        # Made without a graph (in another function's forward), it still wants what its origin wanted.
+        wanted = tuple(
+            (mine or theirs) and part is not None for mine, theirs, part in zip(wanted, inherited, parts, strict=True)
+        )
+    return kind.made([None if part is None else part.detach() for part in parts], wanted, settings, window)
 
 
 def _gradients_of_parts(ctx: Any, gradient: Tensor | None) -> Sequence[Tensor | None]:
@@ -156,6 +176,6 @@ class _Written(torch.autograd.Function):
 
 
 # What `Function.apply` does for function transforms is not needed where these are called: outside them.
-pack: Any = super(torch.autograd.Function, _Pack).apply
+_apply_pack: Any = super(torch.autograd.Function, _Pack).apply
 unpack: Any = super(torch.autograd.Function, _Unpack).apply
 write: Any = super(torch.autograd.Function, _Written).apply

@@ -543,9 +543,9 @@ def as_tensor(value: Any, operation: str) -> Any:
     return value._dense(operation) if isinstance(value, (TensorProxy, LazyTensor)) else value
 
 
-def is_eager(*parts: Any) -> bool:
+def is_eager(*parts: Tensor | None) -> bool:
     """Say whether a lazy tensor of these parts can be one of torch's: outside traced graphs and transforms."""
     if torch.compiler.is_compiling():
         return False
-    tensors = [part for part in parts if isinstance(part, Tensor)]
+    tensors = [part for part in parts if part is not None]
     return transform_reason(*tensors) is None and hold_data(*tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.measure_plan import entropy_call, pair_call, placed, token_call
-from logitless._heads.rows import LogitRows, dense_rows
+from logitless._heads.rows import HeadRows, LogitRows, dense_rows
 from logitless._heads.sweep import HeadCall, Reduction, per_row, reduced
 from logitless._operators import head_measures as operators
 from logitless._rules.precision import precision_of
@@ -26,31 +27,33 @@ def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
     return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits)
 
 
-def token_plan(logits: LazyLogits, target: ClassTarget) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
+def token_plan(
+    source: HeadRows, wide: torch.dtype, target: ClassTarget
+) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
     """Return how a backend will make nll, lse, entropy, argmax and rank; the target is as given."""
 
     def plan(backend: Backend) -> tuple[HeadCall, Tensor | None]:
         checked = checked_values("token_stats", target, reads=backend.READS_VALUES)
-        return token_call(backend, logits.rows(), checked, _wide(logits))
+        return token_call(backend, source, checked, wide)
 
     return plan
 
 
-def entropy_plan(logits: LazyLogits) -> Plan:
+def entropy_plan(source: HeadRows, wide: torch.dtype) -> Plan:
     """Return how a backend will make the entropy of each row."""
-    return partial(entropy_call, source=logits.rows(), wide=_wide(logits))
+    return partial(entropy_call, source=source, wide=wide)
 
 
 def pair_plan(
-    name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, names: tuple[str, ...], target: ClassTarget | None
+    name: str, given: Sequence[HeadRows | Tensor], wide: torch.dtype, names: tuple[str, ...], target: ClassTarget | None
 ) -> Plan:
     """Return how a backend will make the measures of that name; the target is as given."""
 
     def plan(backend: Backend) -> HeadCall:
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
-        wide = torch.promote_types(_wide(p), _wide(q))
-        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, wide)
+        sources = [each if isinstance(each, HeadRows) else dense_rows(each) for each in given]
+        return pair_call(backend, sources, names, target, wide)
 
     return plan
 
@@ -94,5 +97,6 @@ def _source(logits: Tensor | LazyLogits) -> operators.Source:
     return operators.Source(rows_of(logits), logits.dtype)
 
 
-def _wide(logits: Tensor | LazyLogits) -> torch.dtype:
-    return precision_of(logits).compute
+def wide_dtype(*logits: Tensor | LazyLogits) -> torch.dtype:
+    """Return the dtype of the values of these logits."""
+    return functools.reduce(torch.promote_types, (precision_of(each).compute for each in logits))

@@ -98,9 +98,10 @@ def token_stats(logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: in
 
 
 def _lazy_token_stats(logits: LazyLogits, meaning: ClassTarget) -> TokenStats:
-    plan = head_measures.token_plan(logits, meaning)
+    source = logits.rows()
+    plan = head_measures.token_plan(source, head_measures.wide_dtype(logits), meaning)
     backend = _picked(
-        "token_stats", (*_parts(logits), meaning.indices), _kernel_obstacle(logits), lambda taken: plan(taken)[0]
+        "token_stats", (*source.tensors, meaning.indices), _kernel_obstacle(logits), lambda taken: plan(taken)[0]
     )
     if backend.PLAIN:
         return TokenStats(*_token_rows(logits, checked_values("token_stats", meaning)))
@@ -176,8 +177,10 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
         raise ValueError("entropy: expected logits (..., classes), got a 0-d tensor")
     reduction = resolve_reduction(reduction, None, None)
     logits = _computed(logits)
-    plan = head_measures.entropy_plan(logits) if isinstance(logits, HeadLogits) else None
-    backend = _picked("entropy", _parts(logits), _kernel_obstacle(logits), plan)
+    given, plan = _given(logits), None
+    if isinstance(given, HeadRows):
+        plan = head_measures.entropy_plan(given, head_measures.wide_dtype(logits))
+    backend = _picked("entropy", _parts(given), _kernel_obstacle(logits), plan)
     if backend.PLAIN:
         return _reduced(_entropy_rows(logits)[0], reduction)
     if not isinstance(logits, HeadLogits):
@@ -279,11 +282,12 @@ def _pair(
         checked = None if target is None else checked_values(name, target)
         return _folded_pair(pair_function(outputs), p, q, checked)
 
-    tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
+    given = [_given(p), _given(q)]
+    tensors = [tensor for each in given for tensor in _parts(each)]
     if target is not None:
         tensors.append(target.indices)
     lazy = isinstance(p, HeadLogits) or isinstance(q, HeadLogits)
-    plan = head_measures.pair_plan(name, p, q, outputs, target) if lazy else None
+    plan = head_measures.pair_plan(name, given, head_measures.wide_dtype(p, q), outputs, target) if lazy else None
     backend = _picked(name, tensors, _kernel_obstacle(p, None if lazy else q), plan)
     rows: Sequence[Tensor]
     if backend.PLAIN:
@@ -304,7 +308,7 @@ def _pair(
 
 def _kernel_obstacle(logits: Tensor | LazyLogits, other: Tensor | LazyLogits | None = None) -> str | None:
     """Return what about this call the compiled kernels do not do, if anything."""
-    if logits.numel() == 0:
+    if logits.shape.numel() == 0:
         return "there is nothing to compute"
     if other is not None and other.dtype != logits.dtype:
         return f"p and q differ in dtype ({logits.dtype}, {other.dtype})"
@@ -380,8 +384,13 @@ def _picked(
     return dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True)
 
 
-def _parts(logits: Tensor | LazyLogits) -> tuple[Tensor | None, ...]:
-    return logits.rows().tensors if isinstance(logits, HeadLogits) else (logits,)
+def _given(logits: Tensor | LazyLogits) -> HeadRows | Tensor:
+    """Return what a call has of its logits: asked once, as each asking looks whether the head was written to."""
+    return logits.rows() if isinstance(logits, HeadLogits) else logits
+
+
+def _parts(given: HeadRows | Tensor) -> tuple[Tensor | None, ...]:
+    return given.tensors if isinstance(given, HeadRows) else (given,)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
