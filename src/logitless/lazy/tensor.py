@@ -362,16 +362,19 @@ class LazyTensor(Tensor):
 
 
 _FIX = "write to z.materialize(), or take lazy_head's handle off the model there (handle.remove())"
-# Views by another name, and views whose elements are not their base's.
+# Views by another name; and views that are of another kind than their base, or have other elements.
 _VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
-_NO_VIEWS = frozenset((aten._neg_view, aten._conj))
+_NO_VIEWS = frozenset((aten._neg_view, aten._conj, aten._nested_view_from_buffer, aten._nested_view_from_jagged))
 _STATISTICS = frozenset(("running_mean", "running_var"))  # which normalisations write to, though their schemas hide it
 
 
 def _is_view(func: Any) -> bool:
     packet = func.overloadpacket
     if packet in _NO_VIEWS:
-        raise TypeError(f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: {_FIX}")
+        raise TypeError(
+            f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: give it z.materialize(), or take "
+            "lazy_head's handle off the model there (handle.remove())"
+        )
     return packet in _VIEWS or any(given.alias_info is not None for given in func._schema.returns)
 
 
