@@ -155,12 +155,14 @@ def nested_tensor() -> None:
 @case
 def nested_tensor_jagged() -> None:
     z, d = detached()
-    try:
-        made = torch.nested.as_nested_tensor([z[0], z[1]], layout=torch.jagged)
-    except (TypeError, RuntimeError):
-        return
-    for mine, true in zip(made.unbind(), d, strict=True):
-        close(number(mine), true)
+    for make in (
+        lambda x: torch.nested.as_nested_tensor([x[0], x[1]], layout=torch.jagged),
+        lambda x: torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged),
+        lambda x: torch.nested.nested_tensor_from_jagged(x[0], torch.tensor([0, 3, 7])),
+    ):
+        with pytest.raises(TypeError, match="materialize"):
+            make(z)
+        make(d)
 
 
 @case
@@ -190,6 +192,79 @@ def addresses() -> None:
             assert read() == 0
         except (TypeError, RuntimeError):
             continue
+
+
+def _reads() -> dict[str, Callable[[Tensor], Any]]:
+    """Give ways to read a tensor's memory: kernels, copies, views, and what leaves torch."""
+    return {
+        "add": lambda x: x + 1,
+        "matmul": lambda x: x @ x.mT,
+        "clone": lambda x: x.clone(),
+        "copy": lambda x: torch.zeros_like(detached()[1]).copy_(x),
+        "float": lambda x: x.float(),
+        "tensor": lambda x: torch.tensor(x),
+        "cat": lambda x: torch.cat([detached()[1], x]),
+        "view": lambda x: x.view(-1)[:3] * 2,
+        "item": lambda x: x[0, 0, 0].item(),
+        "list": lambda x: x.tolist(),
+        "numpy": lambda x: x.numpy(),
+        "repr": lambda x: repr(x),
+        "deepcopy": lambda x: copy.deepcopy(x),
+        "save": lambda x: torch.save(x, io.BytesIO()),
+        "write": lambda x: x.zero_(),
+        "loss": lambda x: loss_of(x, targets()),
+        "step": lambda x: torch._fused_sgd_(
+            [x],
+            [detached()[1]],
+            [],
+            weight_decay=0,
+            momentum=0,
+            lr=1,
+            dampening=0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=True,
+        ),
+    }
+
+
+@case
+def data_of_a_dense_tensor() -> None:
+    """A tensor whose `.data` became lazy logits has no memory: whatever reads it raises."""
+    for of_leaf in (False, True):
+        for lazy in (
+            lambda: detached()[0],
+            lambda: detached()[0].log_softmax(-1),
+            lambda: detached()[0].as_strided((2, 7, 65), (455, 65, 1)),
+        ):
+            for name, read in _reads().items():
+                x = torch.rand(2, 7, CLASSES, dtype=torch.float64, requires_grad=of_leaf)
+                try:
+                    x.data = lazy()
+                    with torch.no_grad():
+                        read(x)
+                except (RuntimeError, TypeError):
+                    continue
+                raise AssertionError(f"{name} read memory that is not there")
+    x = torch.rand(2, 7, CLASSES, dtype=torch.float64)
+    x.data = detached()[0]
+    with pytest.raises(RuntimeError, match=r"lazy_cases.py.*\.data = z\.materialize\(\)"):
+        x + 1
+
+
+@case
+def storages() -> None:
+    z, _ = detached()
+    for lazy in (z, z.log_softmax(-1), z.diagonal()):
+        for read in (
+            lambda x: x.untyped_storage().share_memory_(),
+            lambda x: torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), 0, x.shape) + 1,
+            lambda x: torch.empty(0, dtype=x.dtype).set_(x.storage(), 0, x.shape) + 1,
+            lambda x: x.share_memory_(),
+            lambda x: x.storage().tolist(),
+        ):
+            with pytest.raises(TypeError, match="have no memory"):
+                read(lazy)
 
 
 class SavesIts(torch.autograd.Function):

@@ -292,6 +292,17 @@ class LazyTensor(Tensor):
         """Raise, as `__dlpack__` does."""
         return self.__dlpack__()
 
+    def untyped_storage(self) -> Any:
+        """Raise: there is none."""
+        raise TypeError(f"{type(self).__name__} have no memory, at {callers_line()}: {_FIX}")
+
+    def storage(self) -> Any:
+        """Raise: there is none."""
+        return self.untyped_storage()
+
+    def _typed_storage(self) -> Any:
+        return self.untyped_storage()
+
     def share_memory_(self) -> Any:
         """Raise: there is no memory to share."""
         raise TypeError(f"{type(self).__name__} have no memory to share with processes, at {callers_line()}: {_FIX}")
