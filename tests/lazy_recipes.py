@@ -201,7 +201,9 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "_cummax_helper": [((numbers(*_ROWS), numbers(*_ROWS), places(*_ROWS), 1), {})],
     "_cummin_helper": [((numbers(*_ROWS), numbers(*_ROWS), places(*_ROWS), 1), {})],
     **{
-        name: [((numbers(3, 4), *(numbers(4) for _ in range(4)), training, 0.1, 1e-5), {}) for training in (True, False)]
+        name: [
+            ((numbers(3, 4), *(numbers(4) for _ in range(4)), training, 0.1, 1e-5), {}) for training in (True, False)
+        ]
         for name in ("_native_batch_norm_legit", "native_batch_norm")
     },
     "_pad_packed_sequence": [((numbers(5, 4), torch.tensor([2, 2, 1]), False, 0.0, 3), {})],

@@ -616,7 +616,12 @@ def test_chameleon_writes_a_constant_to_classes_and_stays_lazy() -> None:
 def test_xlstm_in_eval_names_its_line_and_runs_with_the_handle_off() -> None:
     """It writes a softcap to one piece of its logits after another, which no head's logits can hold."""
     config = transformers.xLSTMConfig(
-        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=1, num_heads=2, chunk_size=4, max_inference_chunksize=8
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_heads=2,
+        chunk_size=4,
+        max_inference_chunksize=8,
     )
     torch.manual_seed(1)
     model, inputs = transformers.xLSTMForCausalLM(config).eval(), batch()
@@ -668,6 +673,33 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
     with ll.lazy_head(model):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_same_step(trained(compiled, **inputs), (theirs[0], _prefixed(theirs[1])))
+
+
+REPLACE: dict[str, Callable[[Any], Any]] = {
+    "resized": lambda model: model.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False),
+    "set": lambda model: model.set_output_embeddings(nn.Linear(32, VOCABULARY)),
+    "adapted": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=[HEAD]), model),
+    "of a copy": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first call", "after a compiled call"])
+@pytest.mark.parametrize("how", REPLACE)
+def test_a_compiled_model_follows_its_head(how: str, first: bool) -> None:
+    model, inputs = made(), batch()
+    handle = ll.lazy_head(model)
+    if how == "of a copy":
+        model = copy.deepcopy(model)
+        handle = ll.lazy_head(model)
+        model.set_output_embeddings(nn.Linear(32, VOCABULARY))
+    compiled = torch.compile(model, backend="aot_eager")
+    if not first:
+        compiled(**inputs)
+    REPLACE[how](model)
+    ours = trained(compiled, guard=BATCH * TIME * VOCABULARY, **inputs)
+    handle.remove()
+    theirs = trained(model, **inputs)
+    assert_same_step(ours, (theirs[0], _prefixed(theirs[1])))
 
 
 def _prefixed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from logitless._heads.window import Window
 from logitless.lazy.logits import HeadLogits, LazyLogits, head_logits, linear
@@ -41,8 +43,27 @@ class LazyHead:
         self.remove()
 
 
+_watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
+
+
+def _tell_of_replacement(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """Let a watch follow a module that is put in place of a head, before a compiled forward asks for it."""
+    old = parent._modules.get(name)
+    if old is None or new is old:
+        return
+    for watch in list(_watches):
+        if watch.is_head_of(old):
+            parent._modules[name] = new  # as torch does next
+            watch.follow()
+
+
+@functools.cache
+def _hook_of_replacements() -> None:
+    register_module_module_registration_hook(_tell_of_replacement)
+
+
 class _Watch:
-    """Follows a model's head: a hook before its forward and its body's, and one after its forward and the head's.
+    """Follows a model's head: hooks where it is replaced, before its forward and its body's, and after both.
 
     The lazy layers are the head's as it is when the model runs, whatever was resized, replaced or adapted since. The
     first forward in which none of them ran warns. A copy of a model is watched by a copy of this.
@@ -58,6 +79,8 @@ class _Watch:
         self._told = False
         self.ran = False
         self._window: tuple[Any, Window | None] = (lambda: None, None)
+        _hook_of_replacements()
+        _watches.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         model = self._model()
@@ -148,6 +171,10 @@ class _Watch:
     def watches(self, model: Any) -> bool:
         """Say whether it follows this model's head."""
         return self._model() is model
+
+    def is_head_of(self, module: nn.Module) -> bool:
+        """Say whether a module is the head that is followed, or holds it."""
+        return self._head is not None and any(part is self._head for part in module.modules())
 
     def note_run(self) -> None:
         """Note that a layer of the head ran lazily."""
