@@ -1116,6 +1116,23 @@ def compiled_loss_of_real_logits() -> None:
 
 
 @case
+def compiled_whole_graph_of_real_logits() -> None:
+    """Logits from outside are refused in one graph, with the way out; that way works."""
+    leaves, own = parts(), parts()
+    whole = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="call logitless.linear in it; or compile without fullgraph"):
+        whole(ll.linear(*leaves), targets())
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, t: Tensor) -> Tensor:
+        return loss_of(ll.linear(hidden, weight, bias), t)
+
+    mine = torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves, targets())
+    wanted = torch.autograd.grad(loss_of(F.linear(*own), targets()), own)
+    for pair in zip(torch.autograd.grad(mine, leaves), wanted, strict=True):
+        close(*pair)
+
+
+@case
 def compiled_with_a_break() -> None:
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         z = ll.linear(hidden, weight, bias)

@@ -8,14 +8,14 @@ such a tensor arrives here.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
 from logitless.lazy.proxy import callers_line
 
 _KEY = "FPGA"
-KEYS = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_KEY))
+KEYS = torch._C.DispatchKeySet(cast("torch._C.DispatchKey", torch._C._parse_dispatch_key(_KEY)))
 
 
 def _refuse(operation: Any, *args: Any, **kwargs: Any) -> NoReturn:

@@ -154,6 +154,10 @@ class LazyTensor(Tensor):
     def parts(self) -> tuple[Tensor | None, ...]:
         """Return the parts, attached to this tensor's graph."""
         if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(
+                msg="lazy logits made outside a compiled function are read outside it: for fullgraph=True give it the "
+                "hidden states and the head's weight, and call logitless.linear in it; or compile without fullgraph"
+            )
             return _parts_outside(self)
         self.check()
         if not torch.is_grad_enabled():
