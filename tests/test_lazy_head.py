@@ -594,10 +594,12 @@ def test_a_model_that_writes_to_its_logits() -> None:
 
 
 def test_chameleon_writes_a_constant_to_classes_and_stays_lazy() -> None:
-    codes = dict(embed_dim=8, num_embeddings=4, latent_channels=8, resolution=8, base_channels=32, num_res_blocks=1)
+    codes = {"embed_dim": 8, "num_embeddings": 4, "latent_channels": 8, "resolution": 8, "base_channels": 32}
     tokens = {"<image>": 5, **{f"IMGIMG{letter * 2}Z": 10 + place for place, letter in enumerate("ABCD")}}
     config = transformers.ChameleonConfig(
-        **SIZES, vocabulary_map=tokens, vq_config={**codes, "channel_multiplier": [1], "attn_type": "none"}
+        **SIZES,
+        vocabulary_map=tokens,
+        vq_config={**codes, "channel_multiplier": [1], "num_res_blocks": 1, "attn_type": "none"},
     )
     torch.manual_seed(1)
     model = transformers.ChameleonForConditionalGeneration(config).eval()
