@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 import sys
@@ -248,8 +249,28 @@ def data_of_a_dense_tensor() -> None:
                 raise AssertionError(f"{name} read memory that is not there")
     x = torch.rand(2, 7, CLASSES, dtype=torch.float64)
     x.data = detached()[0]
-    with pytest.raises(RuntimeError, match=r"lazy_cases.py.*\.data = z\.materialize\(\)"):
+    with pytest.raises(RuntimeError, match=r"lazy_cases.py.*give \.data = z\.materialize\(\)"):
         x + 1
+
+
+@case
+def tensors_of_the_same_backend() -> None:
+    z, d = detached()
+    for lazy, dense in ((z, d), (z.log_softmax(-1), d.log_softmax(-1)), (z.diagonal(), d.diagonal())):
+        for make in (
+            lambda x: x.new_tensor([1.0, 2.0]),
+            lambda x: x.new_tensor(3, dtype=torch.int64),
+            lambda x: Tensor.new_tensor(x, [2.5]),
+            lambda x: x.new([1.0, 2.0]),
+            lambda x: x.new_full((2,), 0.5),
+            lambda x: x.new_zeros(3),
+            lambda x: torch.zeros(3).new_tensor(x),
+            lambda x: torch.tensor(x, dtype=torch.float32),
+        ):
+            close(number(make(lazy)), make(dense), 1e-6, 1e-6)
+        assert lazy.new(3, 2).shape == (3, 2)
+    with pytest.raises(RuntimeError, match=r"torch\.stack of a list"):
+        torch.tensor([z.detach()[0][0, 0], z.detach()[0][0, 1]])
 
 
 @case
@@ -320,6 +341,32 @@ def data_parallel_on_the_cpu() -> None:
     for model in (dense, lazy):
         nn.DataParallel(model)(*batch())[0].backward()
     same_gradients(lazy, dense)
+
+
+@case
+def replicas_of_data_parallel() -> None:
+    """A replica's head is lazy and reads the weight that was sent to its device, here a copy in place of it."""
+    module = importlib.import_module("torch.nn.parallel.replicate")  # the package has a function of that name
+    sent: list[list[Tensor]] = []
+
+    def broadcast(tensors: Any, devices: Any, detach: bool = False) -> list[list[Tensor]]:
+        sent.extend([t * (place + 2) for t in tensors] for place in range(len(devices)))
+        return sent
+
+    kept, module._broadcast_coalesced_reshape = module._broadcast_coalesced_reshape, broadcast
+    try:
+        dense, lazy = models()
+        made = [module.replicate(model, [0, 1]) for model in (dense, lazy) if not sent.clear()]
+    finally:
+        module._broadcast_coalesced_reshape = kept
+    for model in range(2):
+        for place, replica in enumerate(made[model]):
+            z = replica(batch()[0])
+            assert type(z) is (ll.LazyLogits if model else Tensor)
+            (loss_of(z, batch()[1]) * (place + 1)).backward()
+    same_gradients(lazy, dense)
+    for mine, true in zip(made[1], made[0], strict=True):
+        close(number(mine(batch()[0])), true(batch()[0]))
 
 
 @case
@@ -644,6 +691,24 @@ def negative_and_far_indices() -> None:
         _refused_as_dense(
             lambda z, t=target: F.nll_loss(z.view(-1, CLASSES).log_softmax(-1), t), f"nll_loss of {int(target[0])}"
         )
+
+
+@case
+def no_classes_and_no_rows() -> None:
+    for cut in (lambda z: z[..., 3:3], lambda z: z.narrow(-1, 1, 0), lambda z: z[:, :0], lambda z: z[:0]):
+        both(lambda z, t, cut=cut: cut(z))
+        both(lambda z, t, cut=cut: cut(z).logsumexp(-1))
+        both(lambda z, t, cut=cut: cut(z).log_softmax(-1).sum(-1))
+        both(lambda z, t, cut=cut: cut(z).exp().sum() * 2)
+    for of_none in (lambda z: z[..., :0].argmax(-1), lambda z: z[..., :0].max(-1), lambda z: z[..., :0].topk(1)):
+        for z in detached():
+            with pytest.raises((IndexError, RuntimeError)):
+                of_none(z)
+    for rows in ((), (0,), (3,)):
+        leaves = [p.detach() for p in parts(rows=rows)]
+        z, d = ll.linear(*leaves), F.linear(*leaves)
+        for read in (lambda x: x.argmax(-1), lambda x: x.max(-1)[0], lambda x: x.logsumexp(-1), lambda x: x.topk(2)[0]):
+            close(read(z), read(d))
 
 
 @case

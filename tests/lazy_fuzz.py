@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import logitless as ll
+from lazy_recipes import NOT_CALLED, ONLY_BY_RECIPE, OPAQUE, RECIPES, SETTINGS, by_name, by_type
 from logitless.lazy import proxy
 from logitless.lazy.log_probs import LazyLogProbs
 from logitless.lazy.logits import LazyLogits
-from lazy_recipes import NOT_CALLED, ONLY_BY_RECIPE, OPAQUE, RECIPES, SETTINGS, by_name, by_type
 
 HANG_SECONDS = 120.0
 KINDS = ("logits", "log-probabilities")
@@ -453,8 +453,11 @@ def _outcome(got: Any, seen: list[Any]) -> str:
 
 
 def _refused(error: Exception) -> None:
-    if isinstance(error, (AttributeError, AssertionError, KeyError, UnboundLocalError, RecursionError)) or (
-        type(error) is TypeError and "positional argument" in str(error)
+    if (
+        isinstance(error, (AttributeError, AssertionError, KeyError, UnboundLocalError, RecursionError))
+        or (type(error) is TypeError and ("positional argument" in str(error) or "invalid combination" in str(error)))
+        or "INTERNAL ASSERT" in str(error)
+        or "DispatchKey" in str(error)
     ):
         raise DifferentError(f"an error that was not meant: {type(error).__name__}: {error}")
 

@@ -208,6 +208,11 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     },
     "_pad_packed_sequence": [((numbers(5, 4), torch.tensor([2, 2, 1]), False, 0.0, 3), {})],
     "_transform_bias_rescale_qkv": [((numbers(2, 3, 12), numbers(12), 2), {})],
+    # Over the classes, where torch's samples are over the rows.
+    **{
+        name: [((numbers(*_ROWS), -1), {}), ((numbers(*_ROWS), 1, True), {})]
+        for name in ("argmax", "max", "sum", "mean")
+    },
     "gumbel_softmax": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS),), {"hard": True})],
     "nested_tensor": [(([numbers(*_ROWS), numbers(*_ROWS)],), {})],
     "xavier_uniform_": [((numbers(*_ROWS),), {})],

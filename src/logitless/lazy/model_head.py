@@ -138,6 +138,7 @@ class _Watch:
         self._layers = [layer for layer in layers if _replaced_by(layer) is None]
         for layer in self._layers:
             setattr(layer, _forward_name(layer), MethodType(_lazy_forward, layer))
+            layer._replicate_for_data_parallel = MethodType(_replica, layer)  # type: ignore[method-assign] # as forward
             layer._lazy_watch = self  # type: ignore[assignment] # any attribute
         if self._head is not None and not any(layer is self._head for layer in self._layers):
             self._head.register_forward_hook(self)
@@ -150,6 +151,7 @@ class _Watch:
             else:
                 setattr(layer, name, MethodType(type(layer).forward, layer))
             vars(layer).pop("_lazy_watch", None)
+            vars(layer).pop("_replicate_for_data_parallel", None)
         if self._head is not None:
             self._unhook(self._head)
 
@@ -339,5 +341,13 @@ def _lazy_forward(self: nn.Linear, input: Tensor) -> LazyLogits:
     return head_logits(input, self.weight, self.bias, 1.0, None, watch.window(self))
 
 
+def _replica(self: nn.Linear) -> nn.Linear:
+    """Return what DataParallel runs on another device: lazy too, of its own weight."""
+    replica: nn.Linear = type(self)._replicate_for_data_parallel(self)
+    setattr(replica, _forward_name(self), MethodType(_lazy_forward, replica))
+    return replica
+
+
 # A bound method pickles as its object and this name, so a pickled model loads with the class's own forward.
 _lazy_forward.__name__ = "forward"
+_replica.__name__ = "_replicate_for_data_parallel"

@@ -20,17 +20,24 @@ KEYS = torch._C.DispatchKeySet(cast("torch._C.DispatchKey", torch._C._parse_disp
 
 def _refuse(operation: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
-        f"{operation}: a tensor was given lazy logits for its .data, at {callers_line()}: they have no memory; "
-        "write .data = z.materialize()"
+        f"{operation}: lazy logits have no memory, which a tensor was given for its .data, or a list of them is read "
+        f"by, at {callers_line()}: give .data = z.materialize(), and torch.stack of a list"
     )
-
-
-def _refuse_copy(*args: Any, **kwargs: Any) -> NoReturn:
-    _refuse("aten.copy_")
 
 
 _all = torch.library.Library("_", "IMPL")
 _all.fallback(_refuse, _KEY)
 _aten = torch.library.Library("aten", "IMPL")
-# The one kernel that reads memory and is of every backend: clones, casts and torch.tensor end in it.
-_aten.impl("copy_", _refuse_copy, _KEY)
+
+
+def _refuse_in(name: str) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(f"aten.{name}")
+
+    _aten.impl(name, refuse, _KEY)
+
+
+# Clones, casts and torch.tensor end in the first, whose kernel is of every backend; torch.tensor of a list reads by the
+# others, where no fallback of Python's is called.
+for _name in ("copy_", "_local_scalar_dense", "as_strided"):
+    _refuse_in(_name)

@@ -307,6 +307,22 @@ class LazyTensor(Tensor):
     def _typed_storage(self) -> Any:
         return self.untyped_storage()
 
+    def new_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a tensor of these values, of this dtype and device."""
+        return self._like_this().new_tensor(*args, **kwargs)
+
+    def new(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a tensor of this dtype and device."""
+        made: Tensor = self._like_this().new(*args, **kwargs)
+        return made
+
+    def _like_this(self) -> Tensor:
+        return torch.empty(0, dtype=self.form.dtype, device=self.form.device)
+
+    def resize_as(self, other: Tensor) -> Any:
+        """Return them in another shape."""
+        return cast("Any", self).reshape(other.shape)
+
     def share_memory_(self) -> Any:
         """Raise: there is no memory to share."""
         raise TypeError(f"{type(self).__name__} have no memory to share with processes, at {callers_line()}: {_FIX}")
@@ -411,6 +427,8 @@ for _name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "
 LazyTensor.__imatmul__ = _written_in_place("__imatmul__")  # type: ignore[attr-defined] # torch has none
 
 
+# What torch makes by a tensor's dispatch key, which is no backend's here.
+_BY_BACKEND = frozenset(("new", "new_tensor", "resize_as"))
 _METHODS: dict[tuple[type, str], Any] = {}
 
 
@@ -418,7 +436,8 @@ def _method(kind: type, name: str) -> Any:
     """Return the method of ours by that name, or None where torch's is not ours to change."""
     key = (kind, name)
     if key not in _METHODS:
-        ours = (vars(base).get(name) for base in kind.__mro__[: kind.__mro__.index(LazyTensor)])
+        kinds = kind.__mro__[: kind.__mro__.index(LazyTensor) + (name in _BY_BACKEND)]
+        ours = (vars(base).get(name) for base in kinds)
         _METHODS[key] = next((method for method in ours if callable(method)), None)
     return _METHODS[key]
 
