@@ -311,7 +311,7 @@ class LazyTensor(Tensor):
         """Return a tensor of these values, of this dtype and device."""
         return self._like_this().new_tensor(*args, **kwargs)
 
-    def new(self, *args: Any, **kwargs: Any) -> Tensor:
+    def new(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override] # overloads of torch's
         """Return a tensor of this dtype and device."""
         made: Tensor = self._like_this().new(*args, **kwargs)
         return made
