@@ -1185,7 +1185,7 @@ def compiled_whole_graph_of_real_logits() -> None:
     """Logits from outside are refused in one graph, with the way out; that way works."""
     leaves, own = parts(), parts()
     whole = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="call logitless.linear in it; or compile without fullgraph"):
+    with pytest.raises(Exception, match=r"call logitless\.linear in it; or compile without fullgraph"):
         whole(ll.linear(*leaves), targets())
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, t: Tensor) -> Tensor:
