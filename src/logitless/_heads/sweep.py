@@ -260,6 +260,11 @@ def row_gradients(
     saved: Sequence[Saved],
 ) -> list[Tensor | None]:
     """Return the gradients of the tensors that need one, each tile made again."""
+    if call.classes == 0:
+        return [
+            torch.zeros_like(tensor) if need and tensor is not None else None
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
     with no_autocast(_first(tensors)):
         _, _, grads = _sweep(call, tensors, needed, upstream, saved)
     return _scaled(grads, tensors, 1.0, kept=False)

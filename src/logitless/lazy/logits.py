@@ -113,7 +113,7 @@ class HeadLogits:
         rows, leading = z.rows(), z.shape[:-1]
         read = pick(dispatch.pick(name, rows.tensors), rows, z.dtype if dtype is None else dtype, *args)
         values = read if isinstance(read, tuple) else (read,)
-        shaped = tuple(value.view(*leading, *value.shape[1:]) for value in values)
+        shaped = tuple(value.view((*leading, *value.shape[1:])) for value in values)
         return shaped if isinstance(read, tuple) else shaped[0]
 
     def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
@@ -127,8 +127,9 @@ class HeadLogits:
         return meaning_of(F.log_softmax)(logits) if isinstance(logits, HeadLogits) else logits.log_softmax(-1)
 
     def _is_class_dim(self, dim: Any) -> bool:
+        """Say whether a dimension is the classes'; logits of no class are computed, for which no kernel is made."""
         z: Any = self
-        return isinstance(dim, int) and axis_of(dim, z.dim()) == self._axis
+        return isinstance(dim, int) and axis_of(dim, z.dim()) == self._axis and self.num_classes > 0
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         """Return the top class of each row without the logits, for the classes' dimension."""
@@ -318,7 +319,7 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> Any:
     ):
         return None
     first: Any = tensors[0]
-    if first._is_class_dim(dim):
+    if first._is_class_dim(dim) or first.num_classes == 0:
         return None
     heads = [each.head() for each in tensors]
     scale, kind = heads[0][3], (first.softcap, first.dtype, first.requires_grad)

@@ -154,6 +154,10 @@ class LazyTensor(Tensor):
     def parts(self) -> tuple[Tensor | None, ...]:
         """Return the parts, attached to this tensor's graph."""
         if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(
+                msg="lazy logits made outside a compiled function are read outside it: for fullgraph=True give it the "
+                "hidden states and the head's weight, and call logitless.linear in it; or compile without fullgraph"
+            )
             return _parts_outside(self)
         self.check()
         if not torch.is_grad_enabled():
@@ -292,6 +296,33 @@ class LazyTensor(Tensor):
         """Raise, as `__dlpack__` does."""
         return self.__dlpack__()
 
+    def untyped_storage(self) -> Any:
+        """Raise: there is none."""
+        raise TypeError(f"{type(self).__name__} have no memory, at {callers_line()}: {_FIX}")
+
+    def storage(self) -> Any:
+        """Raise: there is none."""
+        return self.untyped_storage()
+
+    def _typed_storage(self) -> Any:
+        return self.untyped_storage()
+
+    def new_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a tensor of these values, of this dtype and device."""
+        return self._like_this().new_tensor(*args, **kwargs)
+
+    def new(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override] # overloads of torch's
+        """Return a tensor of this dtype and device."""
+        made: Tensor = self._like_this().new(*args, **kwargs)
+        return made
+
+    def _like_this(self) -> Tensor:
+        return torch.empty(0, dtype=self.form.dtype, device=self.form.device)
+
+    def resize_as(self, other: Tensor) -> Any:
+        """Return them in another shape."""
+        return cast("Any", self).reshape(other.shape)
+
     def share_memory_(self) -> Any:
         """Raise: there is no memory to share."""
         raise TypeError(f"{type(self).__name__} have no memory to share with processes, at {callers_line()}: {_FIX}")
@@ -362,16 +393,19 @@ class LazyTensor(Tensor):
 
 
 _FIX = "write to z.materialize(), or take lazy_head's handle off the model there (handle.remove())"
-# Views by another name, and views whose elements are not their base's.
+# Views by another name; and views that are of another kind than their base, or have other elements.
 _VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
-_NO_VIEWS = frozenset((aten._neg_view, aten._conj))
+_NO_VIEWS = frozenset((aten._neg_view, aten._conj, aten._nested_view_from_buffer, aten._nested_view_from_jagged))
 _STATISTICS = frozenset(("running_mean", "running_var"))  # which normalisations write to, though their schemas hide it
 
 
 def _is_view(func: Any) -> bool:
     packet = func.overloadpacket
     if packet in _NO_VIEWS:
-        raise TypeError(f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: {_FIX}")
+        raise TypeError(
+            f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: give it z.materialize(), or take "
+            "lazy_head's handle off the model there (handle.remove())"
+        )
     return packet in _VIEWS or any(given.alias_info is not None for given in func._schema.returns)
 
 
@@ -393,6 +427,8 @@ for _name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "
 LazyTensor.__imatmul__ = _written_in_place("__imatmul__")  # type: ignore[attr-defined] # torch has none
 
 
+# What torch makes by a tensor's dispatch key, which is no backend's here.
+_BY_BACKEND = frozenset(("new", "new_tensor", "resize_as"))
 _METHODS: dict[tuple[type, str], Any] = {}
 
 
@@ -400,7 +436,8 @@ def _method(kind: type, name: str) -> Any:
     """Return the method of ours by that name, or None where torch's is not ours to change."""
     key = (kind, name)
     if key not in _METHODS:
-        ours = (vars(base).get(name) for base in kind.__mro__[: kind.__mro__.index(LazyTensor)])
+        kinds = kind.__mro__[: kind.__mro__.index(LazyTensor) + (name in _BY_BACKEND)]
+        ours = (vars(base).get(name) for base in kinds)
         _METHODS[key] = next((method for method in ours if callable(method)), None)
     return _METHODS[key]
 
