@@ -481,7 +481,8 @@ def _swept(
     states = []
     whole = call.tiles.classes >= call.classes
     ranges = [
-        (first, min(first + call.tiles.classes, call.classes)) for first in range(0, call.classes, call.tiles.classes)
+        (first, min(first + call.tiles.classes, call.classes))
+        for first in range(0, max(call.classes, 1), max(call.tiles.classes, 1))
     ]
     for turn, (start, stop) in enumerate(call.ranges()):
         known = None if saved is None else saved[turn]
