@@ -179,12 +179,16 @@ DEFINED: dict[str, dict[str, Callable[[], object]]] = {
         "dense": lambda: ll.js(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
         "lazy": lambda: ll.js(lazy(), lazy()),
     },
+    "ll.tv": {
+        "dense": lambda: ll.tv(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
+        "lazy": lambda: ll.tv(lazy(), lazy()),
+    },
 }
 ARITHMETIC = list(table(PAGE.split("## From a name to its arithmetic")[1].split("\n\n### ")[0]))
 
 
 def test_every_loss_and_measure_is_in_the_table() -> None:
-    measures = ("token_stats", "pair_stats", "entropy", "kl", "js")
+    measures = ("token_stats", "pair_stats", "entropy", "kl", "js", "tv")
     assert all(hasattr(ll, name) for name in measures)
     public = [f"F.{name}" for name in F.__all__] + [f"ll.{name}" for name in measures]
     assert sorted(row[0] for row in ARITHMETIC) == sorted(public) == sorted(DEFINED)

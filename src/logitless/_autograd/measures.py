@@ -16,7 +16,7 @@ from logitless._operators import rows as row_operators
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.targets import index_error
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 
 # The same measure in plain operations: what is differentiated where a gradient must be differentiated again.
 Definition = Callable[..., Sequence[Tensor]]
@@ -129,6 +129,7 @@ class PairCall(NamedTuple):
     name: str
     outputs: tuple[str, ...]
     target: ClassTarget | None
+    divergence: Divergence | None  # what the output of that name is
     definition: Definition
 
 
@@ -149,6 +150,7 @@ def _kernel_arguments(call: PairCall) -> dict[str, Any]:
         "ignore_index": -100 if target is None else target.ignore_index,
         **{name: name in outputs for name in ("kl", "reverse_kl", "js", "cross_entropy")},
         "entropy": "entropy_p" in outputs,
+        "divergence": call.divergence,
     }
 
 
@@ -175,6 +177,8 @@ class _PairStats(torch.autograd.Function):
         p, q, *_ = ctx.saved_tensors
         call, saved = put_together(ctx.kept, ctx.saved_tensors)
         upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
+        if "divergence" in upstream:
+            upstream["divergence_grad"] = upstream.pop("divergence")
         need_p, need_q = ctx.needs_input_grad[:2]
         if needs_plain_backward(*upstream.values()):
             wanted = [logits for logits, need in ((p, need_p), (q, need_q)) if need]
@@ -187,6 +191,7 @@ class _PairStats(torch.autograd.Function):
             saved,
             None if target is None else target.indices,
             ignore_index=-100 if target is None else target.ignore_index,
+            divergence=call.divergence,
             need_first=need_p,
             need_second=need_q,
             **upstream,

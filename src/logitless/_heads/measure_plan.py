@@ -13,7 +13,7 @@ from logitless._heads.sweep import HeadCall, head_call
 from logitless._heads.work import NO_INDEX, PairWork, TokenWork
 from logitless._rules.precision import no_autocast
 from logitless.kernels import definitions
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 
 # The values of two tiles of logits and the target of their rows; None where a value needs a target that is not there.
 PairFunction = Callable[[Tensor, Tensor, ClassTarget | None], tuple[Tensor | None, ...]]
@@ -75,11 +75,12 @@ def pair_call(
     sources: Sequence[LogitRows],
     names: tuple[str, ...],
     target: ClassTarget | None,
+    divergence: Divergence | None,
     wide: torch.dtype,
     gradient: bool | None = None,
 ) -> HeadCall:
     """Plan the measures of that name of two sources; the target's values are as given, the rest as in `token_call`."""
-    function = pair_function(names)
+    function = pair_function(names, divergence)
     cut, classes = len(sources[0].tensors), sources[0].classes
     indices = None if target is None or target.indices is None else target.indices.reshape(-1)
     ignore_index = -100 if target is None else target.ignore_index
@@ -98,14 +99,16 @@ def pair_call(
 
     outputs = tuple(name != "same_top" for name in names)
     class_major = all(isinstance(source, HeadRows) for source in sources)
-    work = PairWork(backend, names, indices, ignore_index, class_major)
+    work = PairWork(backend, names, divergence, indices, ignore_index, class_major)
     return head_call(
         backend, sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None, gradient=gradient
     )
 
 
-def pair_function(names: tuple[str, ...]) -> PairFunction:
+def pair_function(names: tuple[str, ...], divergence: Divergence | None = None) -> PairFunction:
     """Return the definition of the measures of that name: of one, or of all."""
+    if divergence is not None:
+        return lambda p, q, _: (definitions.divergence(p, q, divergence),)
     if len(names) > 1:
         return definitions.pair_stats
     measure = {"kl": definitions.kl, "js": definitions.js}[names[0]]

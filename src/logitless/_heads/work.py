@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.tiles import Tile
-from logitless.kernels.interface import Backend, ElementLoss, RowStats, times_zero_safe
+from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
 NO_INDEX = torch.iinfo(torch.int64).min
@@ -271,11 +271,14 @@ class TokenWork:
 class PairWork:
     """Measures of pairs of rows by the names of `PairRowStats`, with class indices where one is an nll.
 
+    `divergence` is what the measure of that name is.
+
     Of whole rows: their mixture is not known of parts.
     """
 
     backend: Backend
     names: tuple[str, ...]
+    divergence: Divergence | None
     indices: Tensor | None
     ignore_index: int
     class_major: bool  # where no row of the two lies as the user gave it
@@ -295,6 +298,7 @@ class PairWork:
             js="js" in self.names,
             cross_entropy="cross_entropy" in self.names,
             entropy="entropy_p" in self.names or "entropy_q" in self.names,
+            divergence=self.divergence,
             same_top="same_top" in self.names,
         )
         return tuple(getattr(stats, name) for name in self.names), stats.saved
@@ -332,6 +336,8 @@ class PairWork:
             entropy_q=given.get("entropy_q"),
             nll_p=given.get("nll_p"),
             nll_q=given.get("nll_q"),
+            divergence=self.divergence,
+            divergence_grad=given.get("divergence"),
         )
 
 

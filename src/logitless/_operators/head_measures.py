@@ -16,10 +16,11 @@ from logitless._heads.measure_plan import entropy_call, pair_call, placed, token
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.sweep import HeadCall, row_gradients, row_values
 from logitless._operators.heads import check_needed, plain_gradients, save_inputs, saved_inputs
+from logitless._operators.pairs import divergence_asked, divergence_told
 from logitless._operators.rows import Outputs, backend_of, fake_backend_of, one_at_a_time
 from logitless._rules.precision import HALF
 from logitless._rules.targets import checked_values
-from logitless.kernels.interface import Backend, ClassTarget, RowStats
+from logitless.kernels.interface import Backend, ClassTarget, Divergence, RowStats
 
 _PARTS = 8  # of two heads: what gradients flow to
 _MOST = 9  # outputs
@@ -55,6 +56,8 @@ class Measures(NamedTuple):
     ignore_index: int
     names: str
     caller: str
+    divergence: str | None  # what the measure of that name is
+    weight: float
 
     @classmethod
     def of(
@@ -64,11 +67,12 @@ class Measures(NamedTuple):
         p: Source,
         q: Source | None = None,
         target: ClassTarget | None = None,
+        divergence: Divergence | None = None,
     ) -> Measures:
         """Return what a call on these logits tells; the target is not checked yet."""
         (p_parts, p_settings), (q_parts, q_settings) = _taken_apart(p), _taken_apart(q)
         indices, ignore_index = (None, -100) if target is None else (target.indices, target.ignore_index)
-        told = (indices, ignore_index, ",".join(names), caller)
+        told = (indices, ignore_index, ",".join(names), caller, *divergence_told(divergence))
         return cls._make((*p_parts, *q_parts, *p_settings, *q_settings, *told))
 
     @property
@@ -112,7 +116,8 @@ class Measures(NamedTuple):
         assert p is not None
         if q is None:
             return entropy_call(backend, p, _compute(self.p_dtype), gradient), None
-        return pair_call(backend, [p, q], names, target, self.compute, gradient), None
+        divergence = divergence_asked(self.divergence, self.weight)
+        return pair_call(backend, [p, q], names, target, divergence, self.compute, gradient), None
 
 
 _PART_SCHEMA = ", ".join(
@@ -122,7 +127,8 @@ _PART_SCHEMA = ", ".join(
 )
 _SCHEMA = (
     f"{_PART_SCHEMA}, float p_scale, float? p_softcap, ScalarType p_dtype, float q_scale, float? q_softcap, "
-    "ScalarType q_dtype, Tensor? target, int ignore_index, str names, str caller"
+    "ScalarType q_dtype, Tensor? target, int ignore_index, str names, str caller, "
+    "str? divergence, float weight"
 )
 _NEEDED_SCHEMA = ", ".join(f"bool need_{part}" for part in Measures._fields[:_PARTS])
 _FIELDS = len(Measures._fields)

@@ -15,7 +15,7 @@ from logitless._operators import head_measures as operators
 from logitless._rules.precision import precision_of
 from logitless._rules.reduction import reduce_rows
 from logitless._rules.targets import checked_values
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 from logitless.lazy.logits import HeadLogits, LazyLogits
 
 Plan = Callable[[Backend], HeadCall]
@@ -42,7 +42,12 @@ def entropy_plan(logits: LazyLogits) -> Plan:
 
 
 def pair_plan(
-    name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, names: tuple[str, ...], target: ClassTarget | None
+    name: str,
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    names: tuple[str, ...],
+    target: ClassTarget | None,
+    divergence: Divergence | None,
 ) -> Plan:
     """Return how a backend will make the measures of that name; the target is as given."""
 
@@ -50,7 +55,7 @@ def pair_plan(
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
         wide = torch.promote_types(_wide(p), _wide(q))
-        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, wide)
+        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, divergence, wide)
 
     return plan
 
@@ -84,9 +89,10 @@ def in_graph(
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits | None = None,
     target: ClassTarget | None = None,
+    divergence: Divergence | None = None,
 ) -> list[Tensor]:
     """Return measures of logits that are not built, one value a row, by an operator of a compiled graph."""
-    told = operators.Measures.of(name, outputs, _source(p), None if q is None else _source(q), target)
+    told = operators.Measures.of(name, outputs, _source(p), None if q is None else _source(q), target, divergence)
     return [value.view(p.shape[:-1]) for value in operators.rows(told, backend)]
 
 

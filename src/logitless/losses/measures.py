@@ -18,12 +18,15 @@ from logitless._rules.precision import check_input
 from logitless._rules.reduction import reduce_rows, resolve_reduction
 from logitless._rules.targets import checked_values, class_target
 from logitless.kernels import definitions
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 from logitless.lazy import sparse
 from logitless.lazy.logits import HeadLogits, LazyLogits
 from logitless.lazy.sparse import SparseLogits
 from logitless.lazy.tensor import as_tensor
 from logitless.losses import head_measures
+
+# Below it the share of a mixture has too few digits in float32.
+_LEAST_WEIGHT = 1e-30
 
 
 class TokenStats(NamedTuple):
@@ -188,24 +191,30 @@ def entropy(logits: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
     return head_measures.result(plan(backend), logits.shape[:-1], reduction)
 
 
-def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
-    """Return the Kullback-Leibler divergence KL(p || q) of each row, from logits.
+def kl(
+    p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, skew: float = 0.0, reduction: str = "none"
+) -> Tensor:
+    """Return the Kullback-Leibler divergence of each row from logits: KL(p || q), or KL(p || skew p + (1 - skew) q).
 
-    Equals `(p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)`: p is the true distribution.
+    Equals `(p.softmax(-1) * (p.log_softmax(-1) - m.log())).sum(-1)` with
+    `m = skew * p.softmax(-1) + (1 - skew) * q.softmax(-1)`: p is the true distribution.
 
     Args:
         p, q: logits (..., classes) of one shape, each dense or LazyLogits; p may be SparseLogits, a top-k teacher with
             no gradient, over whose k + 1 buckets the divergence then is (a lower bound of the full one).
+        skew: what p weighs in the distribution that it is compared with, 0 to below 1. The skewed reverse divergence,
+            KL(q || skew q + (1 - skew) p), is `kl(q, p, skew=skew)`.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
 
     Returns:
         (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for
-        equal rows.
+        equal rows; with a skew at most `-log(skew)`, where q excludes a class of p too.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or skew is not within 0 and 1. TypeError: skew is no number.
 
-    Source: Kullback and Leibler (1951). In training with p fixed it is distillation: q learns to cover all of p.
+    Source: Kullback and Leibler (1951); arXiv:2402.03898 (DistiLLM) for the skew. In training with p fixed it is
+    distillation: q learns to cover all of p, with a skew without being driven by classes that it all but excludes.
 
     >>> import torch, logitless as ll
     >>> ll.kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
@@ -213,40 +222,93 @@ def kl(p: Tensor | LazyLogits | SparseLogits, q: Tensor | LazyLogits, *, reducti
     """
     if isinstance(p, SparseLogits):
         return _reduced(sparse.kl(p, q), resolve_reduction(reduction, None, None))
-    return _divergence("kl", p, q, reduction)
+    skew = _share("kl", "skew", skew, most="excluded")
+    return _divergence("kl", p, q, reduction, Divergence("skewed_kl", skew) if skew else "kl")
 
 
-def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
-    """Return the Jensen-Shannon divergence of each row, from logits.
+def js(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, beta: float = 0.5, reduction: str = "none") -> Tensor:
+    """Return the Jensen-Shannon divergence of each row, from logits, of any weight of p.
 
-    Equals `(kl(p, m) + kl(q, m)) / 2` with `m = ((p.softmax(-1) + q.softmax(-1)) / 2).log()`.
+    Equals `beta * kl(p, m) + (1 - beta) * kl(q, m)` with `m = (beta * P + (1 - beta) * Q).log()`,
+    `P, Q = p.softmax(-1), q.softmax(-1)`, for `0 < beta < 1`. That tends to 0 at both ends, so there it is what the
+    quotient by beta (by `1 - beta`) tends to, as trainers have it: `beta=0` is `kl(p, q)`, and `beta=1` is `kl(q, p)`.
+    With a teacher p and a student q, beta is that of TRL's `generalized_jsd_loss` and of Liger's JSD.
+
+    Args:
+        p, q: logits (..., classes) of one shape, each dense or LazyLogits.
+        beta: what p weighs in the mixture, 0 to 1.
+        reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+
+    Returns:
+        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; for `0 < beta < 1` between
+        0 and `-beta log beta - (1 - beta) log(1 - beta)`, and `js(p, q, beta=b)` is `js(q, p, beta=1 - b)`.
+
+    Raises:
+        ValueError: the shapes differ, or beta is not within 0 and 1. TypeError: beta is no number.
+
+    Source: Lin (1991); arXiv:2306.13649 for beta. In training it lies between covering all of p (beta near 0) and
+    settling on a mode of it (near 1).
+
+    >>> import torch, logitless as ll
+    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1109])
+    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), beta=0.9)
+    tensor([0.0409])
+    """
+    beta = _share("js", "beta", beta, most="included")
+    if beta == 0:
+        return _divergence("js", p, q, reduction, "kl")
+    if beta == 1:
+        _check_pair("js", p, q)
+        return _divergence("js", q, p, reduction, "kl")
+    return _divergence("js", p, q, reduction, "js" if beta == 0.5 else Divergence("weighted_js", beta))
+
+
+def tv(p: Tensor | LazyLogits, q: Tensor | LazyLogits, *, reduction: str = "none") -> Tensor:
+    """Return the total variation distance of each row, from logits.
+
+    Equals `(p.softmax(-1) - q.softmax(-1)).abs().sum(-1) / 2`.
 
     Args:
         p, q: logits (..., classes) of one shape, each dense or LazyLogits.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
 
     Returns:
-        (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; between 0 and log 2,
-        symmetric.
+        (...), or a scalar, between 0 and 1, float32 (float64 if either is); symmetric, and differentiable in both: a
+        class in which both have the same probability has the slope 0 of the absolute value there, as in torch.
 
     Raises:
         ValueError: the shapes differ.
 
-    Source: Lin (1991). In training it lies between covering all of p and settling on a mode of it.
+    Source: Levin and Peres, Markov Chains and Mixing Times, chapter 4; arXiv:2307.15190 for distillation. In training
+    it is bounded and robust, with a gradient that does not grow with how wrong a class is.
 
     >>> import torch, logitless as ll
-    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-    tensor([0.1109])
+    >>> ll.tv(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    tensor([0.4621])
     """
-    return _divergence("js", p, q, reduction)
+    return _divergence("tv", p, q, reduction, Divergence("total_variation"))
 
 
-def _divergence(name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str) -> Tensor:
+def _divergence(
+    name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, reduction: str, asked: str | Divergence
+) -> Tensor:
+    """Return a divergence: one of the kernels' own names, or another."""
     reduction = resolve_reduction(reduction, None, None)
     check_input(name, p, q)
     _check_pair(name, p, q)
+    if isinstance(asked, Divergence):
+        return _pair(name, ("divergence",), p, q, None, reduction, asked)[0]
+    return _pair(name, (asked,), p, q, None, reduction)[0]
 
-    return _pair(name, (name,), p, q, None, reduction)[0]
+
+def _share(name: str, keyword: str, share: float, *, most: str) -> float:
+    """Return a number of 0 to 1 that says what p has of a mixture; `most` says whether 1 is one."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"{name}: {keyword} must be a number, not {type(share).__name__}")
+    if not (0 <= share < 1 or (most == "included" and share == 1)):
+        raise ValueError(f"{name}: expected 0 <= {keyword} {'<=' if most == 'included' else '<'} 1, got {share}")
+    return float(share)
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
@@ -268,6 +330,7 @@ def _pair(
     q: Tensor | LazyLogits,
     target: ClassTarget | None,
     reduction: str = "none",
+    divergence: Divergence | None = None,
 ) -> Sequence[Tensor]:
     """Return measures of two rows and a target, by whichever backend serves the call.
 
@@ -277,24 +340,27 @@ def _pair(
 
     def definition(p: Tensor | LazyLogits, q: Tensor | LazyLogits) -> tuple[Tensor, ...]:
         checked = None if target is None else checked_values(name, target)
-        return _folded_pair(pair_function(outputs), p, q, checked)
+        return _folded_pair(pair_function(outputs, divergence), p, q, checked)
 
     tensors = [tensor for logits in (p, q) for tensor in _parts(logits)]
     if target is not None:
         tensors.append(target.indices)
     lazy = isinstance(p, HeadLogits) or isinstance(q, HeadLogits)
-    plan = head_measures.pair_plan(name, p, q, outputs, target) if lazy else None
-    backend = _picked(name, tensors, _kernel_obstacle(p, None if lazy else q), plan)
+    obstacle = _kernel_obstacle(p, None if lazy else q)
+    if obstacle is None and divergence is not None and divergence.weight < _LEAST_WEIGHT:
+        obstacle = f"p weighs less than {_LEAST_WEIGHT} in the mixture"
+    plan = head_measures.pair_plan(name, p, q, outputs, target, divergence) if lazy else None
+    backend = _picked(name, tensors, obstacle, plan)
     rows: Sequence[Tensor]
     if backend.PLAIN:
         rows = definition(p, q)
     elif plan is None:
         assert isinstance(p, Tensor)
         assert isinstance(q, Tensor)
-        call = dense_measures.PairCall(backend, name, outputs, target, definition)
+        call = dense_measures.PairCall(backend, name, outputs, target, divergence, definition)
         rows = dense_measures.pair_stats(p, q, call)
     elif torch.compiler.is_compiling():
-        rows = head_measures.in_graph(backend, name, outputs, p, q, target)
+        rows = head_measures.in_graph(backend, name, outputs, p, q, target, divergence)
     elif reduction == "none":
         return head_measures.rows(plan(backend), p.shape[:-1])
     else:
