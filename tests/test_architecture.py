@@ -166,6 +166,10 @@ DEFINED: dict[str, dict[str, Callable[[], object]]] = {
         "dense": lambda: ll.token_stats(drawn(ROWS, CLASSES), TARGET),
         "lazy": lambda: ll.token_stats(lazy(), TARGET),
     },
+    "ll.log_probs": {
+        "dense": lambda: ll.log_probs(drawn(ROWS, CLASSES), TARGET),
+        "lazy": lambda: ll.log_probs(lazy(), TARGET),
+    },
     "ll.pair_stats": {
         "dense": lambda: ll.pair_stats(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
         "lazy": lambda: ll.pair_stats(lazy(), lazy()),
@@ -188,7 +192,7 @@ ARITHMETIC = list(table(PAGE.split("## From a name to its arithmetic")[1].split(
 
 
 def test_every_loss_and_measure_is_in_the_table() -> None:
-    measures = ("token_stats", "pair_stats", "entropy", "kl", "js", "tv")
+    measures = ("token_stats", "log_probs", "pair_stats", "entropy", "kl", "js", "tv")
     assert all(hasattr(ll, name) for name in measures)
     public = [f"F.{name}" for name in F.__all__] + [f"ll.{name}" for name in measures]
     assert sorted(row[0] for row in ARITHMETIC) == sorted(public) == sorted(DEFINED)

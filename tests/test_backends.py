@@ -150,6 +150,16 @@ CALLS: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], tuple[str, ...]]] 
     "lazy token_stats": (lambda d: sum(ll.token_stats(lazy(d), d["target"])[:3]), ("row_stats", "row_grad")),
     "lazy kl": (lambda d: ll.kl(lazy(d), d["y"], reduction="sum"), ("pair_row_stats", "pair_row_grad")),
     "lazy js, a row": (lambda d: ll.js(d["y"], lazy(d)), ("pair_row_stats", "pair_row_grad")),
+    "log_probs": (lambda d: ll.log_probs(d["z"], d["target"]), ("row_stats", "row_grad")),
+    "log_probs at a temperature": (
+        lambda d: ll.log_probs(d["z"], d["target"], temperature=0.7),
+        ("row_stats", "row_grad"),
+    ),
+    "lazy log_probs": (lambda d: ll.log_probs(lazy(d), d["target"]), ("row_stats", "row_grad")),
+    "js at a temperature": (
+        lambda d: ll.js(d["z"], d["y"], beta=0.9, temperature=0.7),
+        ("pair_row_stats", "pair_row_grad"),
+    ),
     "lazy tv": (lambda d: ll.tv(lazy(d), d["y"], reduction="sum"), ("pair_row_stats", "pair_row_grad")),
     "lazy binary": (
         lambda d: LF.binary_cross_entropy_with_logits(lazy(d), d["soft"], pos_weight=d["weight"]),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import exact_rows
 import logitless as ll
 from oracles import assert_no_worse, nudge
 
@@ -106,9 +107,16 @@ def rows_of(classes: int, rows: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def check(
-    mine: Callable[..., Tensor], peer: Callable[..., Tensor], student: Tensor, teacher: Tensor, what: str
+    mine: Callable[..., Tensor],
+    peer: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    what: str,
+    temperature: float = 1.0,
 ) -> None:
     """Value and both gradients, of random upstream gradients, as near to float64 as the peer's formula in the dtype."""
+    # Terms of log p / m, and of 1 / skew, add up to 0 over a row.
+    floor = (4.0 if "skewed" in what and "0.1" in what else 1.0) / min(temperature, 1.0)
     own = [z.detach().requires_grad_() for z in (student, teacher)]
     exact = [z.detach().double().requires_grad_() for z in (student, teacher)]
     moved = [nudge(z.detach(), torch.promote_types(student.dtype, torch.float32)).requires_grad_() for z in exact]
@@ -122,8 +130,7 @@ def check(
     for k, side in enumerate(("student", "teacher")):
         got, true, near, plain = (g[k] for g in grads)
         assert got.dtype == student.dtype
-        # Terms of log p / m, and of 1 / skew, add up to 0 over a row.
-        assert_no_worse(got, true, plain.to(got.dtype), f"{what}: gradient of the {side}", near, floor=1.0)
+        assert_no_worse(got, true, plain.to(got.dtype), f"{what}: gradient of the {side}", near, floor=floor)
 
 
 @cases
@@ -413,3 +420,114 @@ def test_threads_make_no_difference(name: str) -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- temperatures
+
+TEMPERATURES = (0.5, 0.7, 2.0, 3.0)
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_temperature_divides_both_sides(name: str, dtype: torch.dtype, temperature: float) -> None:
+    mine, peer = CASES[name]
+    student, teacher = (z.to(dtype) for z in rows_of(65))
+    check(
+        lambda s, t: mine(s, t, temperature=temperature),
+        lambda s, t: peer(s / temperature, t / temperature),
+        student,
+        teacher,
+        f"{name} at {temperature}",
+        temperature,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+@pytest.mark.parametrize("name", ["liger_jsd 0.1", "liger_jsd 0.5", "skewed kl 0.0", "skewed kl 0.9", "tv"])
+def test_small_divergences_keep_their_digits_at_any_temperature(name: str, temperature: float) -> None:
+    """A logit of 20 divided in float32 would be off by 1e-6, which is all that sets the rows apart."""
+    student = (draw(11, 3, 200) + 20).float()
+    teacher = (student + 1e-5 * draw(12, 3, 200)).float()
+    got = CASES[name][0](student, teacher, temperature=temperature)
+    for value, p, q in zip(got, teacher.double() / temperature, student.double() / temperature, strict=True):
+        weight = float(name.split()[-1]) if name != "tv" else 0.5
+        exact = exact_rows.divergences(p, q, weight) if weight else {"kl": exact_rows.pair_stats(p, q)["kl"]}
+        measure = "tv" if name == "tv" else "kl" if not weight else "weighted_js" if "js" in name else "skewed_kl"
+        assert float(value) == pytest.approx(float(exact[measure].exact), rel=4e-7)
+
+
+@pytest.mark.parametrize("name", ["liger_jsd 0.1", "skewed kl 0.0", "tv"])
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_temperature_of_lazy_and_mixed_logits(name: str, temperature: float, reduction: str) -> None:
+    mine, peer = CASES[name]
+    for mixed in (False, True):
+        own = heads(40, 65)
+        exact = [z.detach().double().requires_grad_() for z in own]
+        student, teacher = not_built(own)
+        full_student, full_teacher = built(exact)
+        if mixed:
+            own, exact = own[:3], exact[:3]
+            teacher = full_teacher.detach().float()
+            full_teacher = teacher.double()
+        got = mine(student, teacher, temperature=temperature, reduction=reduction)
+        true = peer(full_student / temperature, full_teacher / temperature)
+        true = true.mean() if reduction == "mean" else true
+        upstream = 3 * draw(31, *true.shape)
+        torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-6)
+        grads = torch.autograd.grad(got, own, upstream.float())
+        for mine_z, true_z in zip(grads, torch.autograd.grad(true, exact, upstream), strict=True):
+            assert float((mine_z.double() - true_z).norm()) <= 4e-6 * float(true_z.norm())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_temperature_goes_by_tiles_and_by_kernels(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitless.kernels.interface.DEFAULT_MAX_BYTES", 20 * 65 * 8 * 2)
+    p, q = (draw(k, 150, 65).float().requires_grad_() for k in (1, 2))
+    choice = ll.explain(ll.kl, p, q, temperature=temperature)
+    assert choice.backend == "cpu"
+    assert choice.tile is not None
+    assert choice.tile[0] < 150
+    value = ll.kl(p, q, temperature=temperature)
+    exact = [z.detach().double().requires_grad_() for z in (p, q)]
+    true = distillm_skewed_kl(exact[1] / temperature, exact[0] / temperature, 0.0)
+    torch.testing.assert_close(value.double(), true, rtol=1e-6, atol=0)
+    upstream = 3 * draw(3, 150)
+    grads = torch.autograd.grad(value, [p, q], upstream.float())
+    for one, other in zip(grads, torch.autograd.grad(true, exact, upstream), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
+
+
+def test_temperature_in_graphs_transforms_and_second_derivatives() -> None:
+    p, q = (z.requires_grad_() for z in rows_of(7))
+
+    def function(p: Tensor, q: Tensor) -> Tensor:
+        return ll.js(p, q, beta=0.1, temperature=1.7) + ll.entropy(q, temperature=1.7)
+
+    assert torch.autograd.gradcheck(function, (p, q))
+    assert torch.autograd.gradgradcheck(function, (p, q))
+    own = [z.detach().float().requires_grad_() for z in (p, q)]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(*own), function(*own)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    for one, other in zip(torch.autograd.grad(got.sum(), own), torch.autograd.grad(expected.sum(), own), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    jacobian = torch.func.jacrev(function)(p.detach(), q.detach())
+    torch.testing.assert_close(jacobian.sum(0), torch.autograd.grad(function(p, q).sum(), p)[0])
+
+
+def test_temperatures_that_are_none() -> None:
+    z, t = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    for temperature in (0.0, -1.0, INF, math.nan):
+        for call in (
+            lambda o: ll.kl(z, z, **o),
+            lambda o: ll.entropy(z, **o),
+            lambda o: ll.log_probs(z, t, **o),
+            lambda o: ll.pair_stats(z, z, **o),
+        ):
+            with pytest.raises(ValueError, match="expected a finite temperature above 0"):
+                call({"temperature": temperature})
+    wrong: Any = torch.tensor(2.0)
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        ll.tv(z, z, temperature=wrong)

@@ -266,7 +266,7 @@ MUTANTS: dict[str, Mutant] = {
             (
                 measures,
                 "_divergence",
-                lambda name, p, q, reduction, asked, real=measures._divergence: real(name, q, p, reduction, asked),
+                lambda name, p, q, *rest, real=measures._divergence: real(name, q, p, *rest),
             )
         ],
         on("kl"),

@@ -201,16 +201,37 @@ class CrossEntropyWork:
         return losses, torch.ones_like(losses) if weight is None else weight
 
 
+def rounded_to(values: Sequence[Tensor], wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Return values in their dtype; integers and booleans stay."""
+    return tuple(value.to(wide) if value.is_floating_point() else value for value in values)
+
+
+def top_classes(logits: Tensor, k: int, stats: RowStats, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities and classes of the k largest of logits (..., classes); 0 and -1 of ignored rows."""
+    values, classes = logits.topk(k, -1)
+    below = values.double() - stats.row_max.double().unsqueeze(-1)
+    log_probs = (below - stats.log_sum.unsqueeze(-1)).to(stats.row_max.dtype)
+    if ignored is not None:
+        log_probs, classes = (
+            log_probs.masked_fill(ignored.unsqueeze(-1), 0),
+            classes.masked_fill(ignored.unsqueeze(-1), -1),
+        )
+    return log_probs, classes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenWork:
     """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without.
 
-    Of whole rows: an entropy's digits are lost in parts.
+    With a `top_k` also the log-probabilities and classes of the k largest. Of whole rows: an entropy's digits are lost
+    in parts.
     """
 
     backend: Backend
     indices: Tensor | None
     ignore_index: int  # NO_INDEX where no row has it
+    wide: torch.dtype  # of the values
+    top_k: int = 0
     class_major: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
@@ -230,7 +251,12 @@ class TokenWork:
             rank=every,
         )
         names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
-        return tuple(getattr(stats, name) for name in names), statistics_kept(stats, entropy=stats.entropy)
+        values = [getattr(stats, name) for name in names]
+        if self.top_k:
+            logits = tile.logits.movedim(tile.class_dim, 1)
+            ignored = None if self.indices is None else self.indices[start:stop] == self.ignore_index
+            values += top_classes(logits, self.top_k, stats, ignored)
+        return rounded_to(values, self.wide), statistics_kept(stats, entropy=stats.entropy)
 
     def gradient(
         self,
@@ -282,6 +308,7 @@ class PairWork:
     indices: Tensor | None
     ignore_index: int
     class_major: bool  # where no row of the two lies as the user gave it
+    wide: torch.dtype  # of the values
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
 
@@ -301,7 +328,7 @@ class PairWork:
             divergence=self.divergence,
             same_top="same_top" in self.names,
         )
-        return tuple(getattr(stats, name) for name in self.names), stats.saved
+        return rounded_to([getattr(stats, name) for name in self.names], self.wide), stats.saved
 
     def gradient(
         self,

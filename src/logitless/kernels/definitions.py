@@ -211,8 +211,11 @@ def entropy(logits: Tensor, dim: int) -> Tensor:
     return log_sum.squeeze(dim) + times_zero_safe(probabilities, gap).sum(dim)
 
 
-def token_stats(logits: Tensor, target: ClassTarget) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return nll, lse, entropy, argmax and rank of rows [rows, classes]."""
+def token_stats(logits: Tensor, target: ClassTarget, top_k: int = 0) -> tuple[Tensor, ...]:
+    """Return nll, lse, entropy, argmax and rank of rows [rows, classes].
+
+    With a `top_k` also the log-probabilities of the k largest, without a gradient, and their classes.
+    """
     indices = _kept_dim(target)
     if target.ignored is not None:
         logits = logits.masked_fill(target.ignored.view_as(indices), 0)
@@ -226,7 +229,14 @@ def token_stats(logits: Tensor, target: ClassTarget) -> tuple[Tensor, Tensor, Te
     if target.impossible is not None:
         floats[0] = floats[0].masked_fill(target.impossible, math.nan)
         integers[1] = integers[1].masked_fill(target.impossible, -1)
-    return floats[0], floats[1], floats[2], integers[0], integers[1]
+    if not top_k:
+        return *floats, *integers
+    values, classes = logits.detach().topk(top_k, 1)
+    log_probs = (values - top.detach()) - log_sum.detach()
+    if target.ignored is not None:
+        log_probs = log_probs.masked_fill(target.ignored.unsqueeze(1), 0)
+        classes = classes.masked_fill(target.ignored.unsqueeze(1), -1)
+    return *floats, *integers, log_probs, classes
 
 
 class Pair(NamedTuple):

@@ -21,24 +21,26 @@ from logitless.lazy.logits import HeadLogits, LazyLogits
 Plan = Callable[[Backend], HeadCall]
 
 
-def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
-    """Return logits as rows to be made tile by tile."""
-    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits)
+def rows_of(logits: Tensor | LazyLogits, scale: float = 1.0) -> LogitRows:
+    """Return logits as rows to be made tile by tile; those that are there times a number."""
+    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits, scale)
 
 
-def token_plan(logits: LazyLogits, target: ClassTarget) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
-    """Return how a backend will make nll, lse, entropy, argmax and rank; the target is as given."""
+def token_plan(
+    logits: Tensor | LazyLogits, target: ClassTarget, scale: float, top_k: int
+) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
+    """Return how a backend will make what `token_call` plans; the target is as given, the rest as in `rows_of`."""
 
     def plan(backend: Backend) -> tuple[HeadCall, Tensor | None]:
         checked = checked_values("token_stats", target, reads=backend.READS_VALUES)
-        return token_call(backend, logits.rows(), checked, _wide(logits))
+        return token_call(backend, rows_of(logits, scale), checked, _wide(logits), top_k)
 
     return plan
 
 
-def entropy_plan(logits: LazyLogits) -> Plan:
-    """Return how a backend will make the entropy of each row."""
-    return partial(entropy_call, source=logits.rows(), wide=_wide(logits))
+def entropy_plan(logits: Tensor | LazyLogits, scale: float) -> Plan:
+    """Return how a backend will make the entropy of each row; the scale as in `rows_of`."""
+    return partial(entropy_call, source=rows_of(logits, scale), wide=_wide(logits))
 
 
 def pair_plan(
@@ -48,14 +50,15 @@ def pair_plan(
     names: tuple[str, ...],
     target: ClassTarget | None,
     divergence: Divergence | None,
+    scale: float,
 ) -> Plan:
-    """Return how a backend will make the measures of that name; the target is as given."""
+    """Return how a backend will make the measures of that name; the target is as given, the scale as in `rows_of`."""
 
     def plan(backend: Backend) -> HeadCall:
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
         wide = torch.promote_types(_wide(p), _wide(q))
-        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, divergence, wide)
+        return pair_call(backend, [rows_of(p, scale), rows_of(q, scale)], names, target, divergence, wide)
 
     return plan
 
@@ -90,14 +93,14 @@ def in_graph(
     q: Tensor | LazyLogits | None = None,
     target: ClassTarget | None = None,
     divergence: Divergence | None = None,
+    scale: float = 1.0,
+    top_k: int = 0,
 ) -> list[Tensor]:
     """Return measures of logits that are not built, one value a row, by an operator of a compiled graph."""
-    told = operators.Measures.of(name, outputs, _source(p), None if q is None else _source(q), target, divergence)
-    return [value.view(p.shape[:-1]) for value in operators.rows(told, backend)]
-
-
-def _source(logits: Tensor | LazyLogits) -> operators.Source:
-    return operators.Source(rows_of(logits), logits.dtype)
+    sources = [None if logits is None else operators.Source(rows_of(logits, scale), logits.dtype) for logits in (p, q)]
+    assert sources[0] is not None
+    told = operators.Measures.of(name, outputs, sources[0], sources[1], target, divergence, top_k)
+    return [value.view((*p.shape[:-1], *value.shape[1:])) for value in operators.rows(told, backend)]
 
 
 def _wide(logits: Tensor | LazyLogits) -> torch.dtype:
