@@ -6,7 +6,7 @@ from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
-from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
+from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, log_probs, pair_stats, token_stats, tv
 
 __all__ = [
     "BackendStatus",
@@ -24,7 +24,9 @@ __all__ = [
     "kl",
     "lazy_head",
     "linear",
+    "log_probs",
     "nn",
     "pair_stats",
     "token_stats",
+    "tv",
 ]
