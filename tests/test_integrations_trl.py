@@ -145,9 +145,9 @@ def test_a_trainer_takes_the_same_steps_without_logits(name: str) -> None:
     theirs = trl_steps.step(name, False, SMALL)
     # A batch has 2 rows of at least 8 tokens; generation reads one row of logits a sequence.
     mine = trl_steps.step(name, True, SMALL, NoTensorOf(16 * CLASSES))
-    logged, learnt = trl_steps.apart(theirs, mine)
+    logged, far = trl_steps.apart(theirs, mine)
     assert logged < 1e-5
-    assert learnt < 1e-5
+    assert far < 1e-5
 
 
 def test_what_was_installed_is_removed(utils: Any) -> None:
