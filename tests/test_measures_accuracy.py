@@ -37,8 +37,9 @@ def allowed(name: str, value: exact_rows.Value, dtype: torch.dtype) -> float:
 
 def assert_right(name: str, got: Tensor, value: exact_rows.Value, dtype: torch.dtype, what: Any) -> None:
     assert got.dtype == dtype
-    if abs(value.exact) < 1e-100:  # what exact arithmetic of 400 bits has left
-        assert 0 <= float(got) < SMALLEST[dtype], (name, what)  # rows a constant apart; equal ones: see below
+    if not value.exact:
+        # Rows a constant apart; equal rows give exactly 0, see below.
+        assert 0 <= float(got) < max(SMALLEST[dtype], 1e-100), (name, what)
         return
     if 0 < abs(value.exact) < SMALLEST[dtype]:
         assert 0 <= float(got) < 2 * SMALLEST[dtype], (name, what)

@@ -615,6 +615,18 @@ def test_K17_small_total_variation() -> None:
     assert float((ll.tv(p, q) / exact - 1).abs().max()) < 2 * torch.finfo(torch.float32).eps
 
 
+def test_K18_a_temperature_keeps_the_difference() -> None:
+    q = (torch.randn(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 20).float()
+    p = q + 1e-5 * torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    with mp.workprec(256):
+        rows = zip((p.double() / 0.7).tolist(), (q.double() / 0.7).tolist(), strict=True)
+        exact = torch.tensor([float(exact_divergence(*row)) for row in rows], dtype=torch.float64)
+    first, second = (p / 0.7).double(), (q / 0.7).double()  # even with all the rest in float64
+    theirs = F.kl_div(second.log_softmax(1), first.log_softmax(1), reduction="none", log_target=True).sum(1)
+    assert float((theirs / exact - 1).abs().max()) > 0.01
+    assert float((ll.kl(p, q, temperature=0.7) / exact - 1).abs().max()) < 4 * torch.finfo(torch.float32).eps
+
+
 def exact_divergence(z: list[float], y: list[float]) -> Any:
     log_p, log_q = ([mp.mpf(value) - mp.log(mpmath.fsum(map(mp.exp, row))) for value in row] for row in (z, y))
     return mpmath.fsum(mp.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
@@ -856,3 +868,17 @@ def test_E4_ignored_row_of_token_stats(bad) -> None:
     assert leaf.grad[0].tolist() == [0, 0]
     assert leaf.grad[1].isfinite().all()
     assert all_nan(gradient(lambda z: F.cross_entropy(z, tensor([-100, 0])), logits)[:2])
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+def test_E5_ignored_row_of_log_probs(bad: float) -> None:
+    z = torch.randn(2, 3)
+    z[1, 0] = bad
+    z.requires_grad_()
+    target = torch.tensor([0, -100])
+    theirs = z.log_softmax(1).gather(1, target.clamp(min=0)[:, None]).squeeze(1).masked_fill(target < 0, 0)
+    if bad != -INF:
+        assert bool(torch.autograd.grad(theirs.sum(), z)[0][1].isnan().any())
+    value = ll.log_probs(z, target)
+    assert value[1] == 0
+    assert not bool(torch.autograd.grad(value.sum(), z)[0][1].any())

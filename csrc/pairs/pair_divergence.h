@@ -120,6 +120,19 @@ template <class Real> struct DivergenceFound<Real, Divergence::kWeightedJs> {
 // ---- the total variation
 // -------------------------------------------------------------------------------------------------
 
+// A sum of eight terms after the other, and these in pairs: seven roundings, of which the many blocks of a long row
+// have their own.
+template <class Real> struct BlockSum {
+  PairSum<Real> blocks;
+  Vec<Real> block{};
+  LL_INLINE void add(Vec<Real> x) { block += x; }
+  LL_INLINE void close() {
+    blocks.add(block);
+    block = Vec<Real>{};
+  }
+  template <class Lanes> double total(const Lanes& of) const { return of(blocks) + of(block); }
+};
+
 template <> struct DivergenceTotals<Divergence::kTotalVariation> {
   double rise, fall;                          // sum of q - p where q is larger, of p - q where p is
   double p_above, p_below, q_above, q_below;  // what each has where p is larger, and where q is
@@ -136,21 +149,29 @@ template <> struct DivergenceTotals<Divergence::kTotalVariation> {
 };
 template <class Real> struct DivergenceSums<Real, Divergence::kTotalVariation> {
   static constexpr bool kOfOneDivergence = true;
-  PairSum<Real> rise, fall, p_above, p_below, q_above, q_below, tie;
+  BlockSum<Real> rise, fall, p_below, q_above, tie;
+  int in_block = 0;
   LL_INLINE void add_class(Vec<Real> p, Vec<Real> q, Vec<Real> d, const MixtureWeights<Real>&) {
     using V = Vec<Real>;
     const V difference = difference_of<Real>(p, q, d), zero{};
     const auto up = d > 0, down = d < 0;
     rise.add(up ? difference : zero);
     fall.add(down ? -difference : zero);
-    p_above.add(down ? p : zero);
     p_below.add(up ? p : zero);
     q_above.add(down ? q : zero);
-    q_below.add(up ? q : zero);
     tie.add(d == 0 ? p : zero);
+    if (++in_block < 8) return;
+    in_block = 0;
+    rise.close();
+    fall.close();
+    p_below.close();
+    q_above.close();
+    tie.close();
   }
+  // What p has above, and q below, is a sum of two that are known: nothing cancels.
   template <class Lanes> DivergenceTotals<Divergence::kTotalVariation> totals(const Lanes& of) const {
-    return {of(rise), of(fall), of(p_above), of(p_below), of(q_above), of(q_below), of(tie)};
+    const double up = rise.total(of), down = fall.total(of), below = p_below.total(of), above = q_above.total(of);
+    return {up, down, above + down, below, above, below + up, tie.total(of)};
   }
 };
 template <class Real> struct DivergenceFound<Real, Divergence::kTotalVariation> {

@@ -45,9 +45,9 @@ class SparseLogits:
             rounding of log_probs' dtype), NaN, or log_probs that require a gradient.
         IndexError: an index is not a class.
 
-    Source: arXiv:2503.16870 shows what dropping the tail does to a student. In training it is a teacher: `ll.kl(sparse,
-    student)`, `ll.kl(student, sparse)`, `ll.js`, `ll.tv` and `cross_entropy` have a gradient for the student alone.
-    Where the kept classes have all the mass, the reverse divergence of a student with mass elsewhere is infinite.
+    Source: arXiv:2503.16870 shows what dropping the tail does to a student. In training it is a teacher: the student
+    alone has a gradient, of `ll.kl(sparse, student)`, `ll.kl(student, sparse)`, `ll.js`, `ll.tv` or `cross_entropy`.
+    Where the kept classes have all the mass, a student with mass elsewhere is infinitely far in the reverse divergence.
 
     >>> import torch, logitless as ll
     >>> teacher = ll.SparseLogits(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[3, 0]]), num_classes=4)
