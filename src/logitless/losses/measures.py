@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -37,15 +37,25 @@ _LEAST_WEIGHT = 1e-30
 
 
 class TokenStats(NamedTuple):
-    """One number a row: what one distribution says of one target. The last two, k a row, need a `top_k`."""
+    """One number a row: what one distribution says of one target."""
 
     nll: Tensor
     lse: Tensor
     entropy: Tensor
     argmax: Tensor
     rank: Tensor
-    top_log_probs: Tensor | None
-    top_classes: Tensor | None
+
+
+class TopTokenStats(NamedTuple):
+    """The same, and the largest log-probabilities with their classes, k a row: what `top_k` gives."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    rank: Tensor
+    top_log_probs: Tensor
+    top_classes: Tensor
 
 
 class PairStats(NamedTuple):
@@ -62,6 +72,15 @@ class PairStats(NamedTuple):
     nll_q: Tensor | None
 
 
+@overload
+def token_stats(
+    logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100, temperature: float = 1.0
+) -> TokenStats: ...
+@overload
+def token_stats(
+    logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100, temperature: float = 1.0, top_k: int
+) -> TopTokenStats: ...
+@overload
 def token_stats(
     logits: Tensor | LazyLogits,
     target: Tensor,
@@ -69,7 +88,15 @@ def token_stats(
     ignore_index: int = -100,
     temperature: float = 1.0,
     top_k: int | None = None,
-) -> TokenStats:
+) -> TokenStats | TopTokenStats: ...
+def token_stats(
+    logits: Tensor | LazyLogits,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> TokenStats | TopTokenStats:
     """Return each row's negative log-likelihood, log-sum-exp, entropy, top class and the target's rank.
 
     Equals, for dense `z` divided by the temperature: `nll = F.cross_entropy(z, target, reduction="none")`,
@@ -86,8 +113,8 @@ def token_stats(
         top_k: how many of the largest to give, or None.
 
     Returns:
-        TokenStats of the target's shape: nll, lse and entropy in nats, float32 (float64 for float64 logits) and
-        differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top class. The top
+        TokenStats, with a `top_k` TopTokenStats, of the target's shape: nll, lse and entropy in nats, float32 (float64
+        for float64 logits) and differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top class. The top
         log-probabilities (..., top_k) are in nats, the largest first, without a gradient; equal ones in any order.
 
     Raises:
@@ -110,13 +137,13 @@ def token_stats(
     if top_k is not None and not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"token_stats: expected top_k between 1 and {logits.shape[-1]} classes, got {top_k}")
     stats = _token_stats("token_stats", logits, meaning, _inverse("token_stats", temperature), top_k or 0)
-    return TokenStats._make([*stats, *(() if top_k else (None, None))])
+    return TopTokenStats(*stats) if top_k else TokenStats(*stats)
 
 
 def _token_stats(
     name: str, logits: Tensor | LazyLogits, meaning: ClassTarget, scale: float, top_k: int
 ) -> Sequence[Tensor]:
-    """Return the fields of TokenStats, the last two only with a `top_k`."""
+    """Return the fields of TokenStats, or with a `top_k` those of TopTokenStats."""
     logits, scale = _scaled(_computed(logits), scale)
 
     def definition(z: Tensor | LazyLogits) -> tuple[Tensor, ...]:
@@ -134,7 +161,7 @@ def _token_stats(
     if backend.PLAIN:
         return definition(logits)
     if torch.compiler.is_compiling():
-        outputs = TokenStats._fields[: 7 if top_k else 5]
+        outputs = TopTokenStats._fields if top_k else TokenStats._fields
         return head_measures.in_graph(backend, name, outputs, logits, target=meaning, scale=scale, top_k=top_k)
     return head_measures.token_stats(*plan(backend), logits.shape[:-1])
 
