@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import widens
-from logitless._heads.rows import HeadRows, LogitRows
+from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
@@ -145,6 +145,7 @@ def head_call(
     if needed is None:
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
     row_bytes = sum(HeadTiles.row_bytes(backend, s, dtype, needed) for s in sources if isinstance(s, HeadRows))
+    row_bytes += sum(DenseTiles.row_bytes(s, dtype) for s in sources if isinstance(s, DenseRows))
     row_bytes += sources[0].classes * work.extra_bytes
     tiles = tiling(
         backend.tile_rules(),
@@ -166,7 +167,16 @@ def _cuts_classes(kind: type[RowWork]) -> bool:
 
 
 def tile_dtype(backend: Backend, sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
-    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do."""
+    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do.
+
+    Logits that were given and would be rounded by their scale are scaled in float64, which keeps their differences; a
+    head's were rounded when they were made.
+    """
+    if all(isinstance(s, DenseRows) for s in sources):
+        if not all(s.scales_exactly for s in sources if isinstance(s, DenseRows)):
+            return torch.float64
+        if not all(s.scale == 1.0 for s in sources if isinstance(s, DenseRows)):
+            return least
     kinds = {t.dtype for s in sources for t in s.tensors[:1] if t is not None}
     plain = all(
         not isinstance(s, HeadRows) or (s.tensors[3] is None and s.scale == 1.0 and s.softcap is None) for s in sources
@@ -476,12 +486,14 @@ def _swept(
         if isinstance(source, HeadRows):
             makers.append(HeadTiles(call.backend, source, part, flags, call.tiles, call.dtype, class_major))
         else:
-            makers.append(DenseTiles(call.backend, part, flags, call.dtype))
+            assert isinstance(source, DenseRows)
+            makers.append(DenseTiles(call.backend, source, part, flags, call.tiles, call.dtype))
     outputs: list[tuple[Tensor, ...]] = []
     states = []
     whole = call.tiles.classes >= call.classes
     ranges = [
-        (first, min(first + call.tiles.classes, call.classes)) for first in range(0, call.classes, call.tiles.classes)
+        (first, min(first + call.tiles.classes, call.classes))
+        for first in range(0, max(call.classes, 1), max(call.tiles.classes, 1))
     ]
     for turn, (start, stop) in enumerate(call.ranges()):
         known = None if saved is None else saved[turn]

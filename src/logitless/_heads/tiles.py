@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import multiply, needs_spare, widened_bytes, widens
-from logitless._heads.rows import HeadRows
+from logitless._heads.rows import DenseRows, HeadRows
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend, TileRules
 
@@ -320,15 +320,32 @@ class _Gradients:
 
 
 class DenseTiles:
-    """Tiles of logits that the user gave, row-major; their gradient is written where it stays."""
+    """Tiles of logits that the user gave, row-major; their gradient is written where it stays.
+
+    Scaled ones are a copy, and their gradient is made in its place.
+    """
 
     def __init__(
-        self, backend: Backend, tensors: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype
+        self,
+        backend: Backend,
+        rows: DenseRows,
+        tensors: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        shape: Tiling,
+        dtype: torch.dtype,
     ) -> None:
         (logits,) = tensors
         assert logits is not None
-        self._logits, self._dtype = logits, dtype
+        self._logits, self._dtype, self._scale = logits, dtype, rows.scale
+        self._copy = None
+        if rows.scale != 1.0:
+            self._copy = buffer(backend, shape.rows * rows.classes, dtype, logits.device)
         self._gradient = backend.empty(logits.shape, logits.dtype, logits.device) if needed[0] else None
+
+    @staticmethod
+    def row_bytes(rows: DenseRows, dtype: torch.dtype) -> int:
+        """Return what the copy of one row takes."""
+        return rows.classes * dtype.itemsize if rows.scale != 1.0 else 0
 
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows: they are there."""
@@ -337,6 +354,10 @@ class DenseTiles:
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows; all their classes, always."""
         logits = self._logits[start:stop]
+        if self._copy is not None:
+            scaled = view(self._copy, tuple(logits.shape)).copy_(logits)
+            scaled *= self._scale
+            return Tile(scaled, 1, scaled)
         if self._gradient is not None and logits.dtype == self._dtype:
             return Tile(logits, 1, self._gradient[start:stop])
         wide = logits.to(self._dtype)
@@ -344,7 +365,11 @@ class DenseTiles:
 
     def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
         """Keep a tile's gradient."""
-        if self._gradient is not None and tile.gradient.dtype != self._gradient.dtype:
+        if self._gradient is None:
+            return
+        if self._copy is not None:
+            tile.gradient.mul_(self._scale)
+        if self._copy is not None or tile.gradient.dtype != self._gradient.dtype:
             self._gradient[start:stop] = tile.gradient
 
     def finish(self) -> list[Tensor | None]:

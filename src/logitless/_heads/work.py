@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.tiles import Tile, stretch
-from logitless.kernels.interface import Backend, ElementLoss, RowStats, times_zero_safe
+from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
 NO_INDEX = torch.iinfo(torch.int64).min
@@ -198,16 +198,37 @@ class CrossEntropyWork:
         return losses, torch.ones_like(losses) if weight is None else weight
 
 
+def rounded_to(values: Sequence[Tensor], wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Return values in their dtype; integers and booleans stay."""
+    return tuple(value.to(wide) if value.is_floating_point() else value for value in values)
+
+
+def top_classes(logits: Tensor, k: int, stats: RowStats, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities and classes of the k largest of logits (..., classes); 0 and -1 of ignored rows."""
+    values, classes = logits.topk(k, -1)
+    below = values.double() - stats.row_max.double().unsqueeze(-1)
+    log_probs = (below - stats.log_sum.unsqueeze(-1)).to(stats.row_max.dtype)
+    if ignored is not None:
+        log_probs, classes = (
+            log_probs.masked_fill(ignored.unsqueeze(-1), 0),
+            classes.masked_fill(ignored.unsqueeze(-1), -1),
+        )
+    return log_probs, classes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenWork:
     """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without.
 
-    Of whole rows: an entropy's digits are lost in parts.
+    With a `top_k` also the log-probabilities and classes of the k largest. Of whole rows: an entropy's digits are lost
+    in parts.
     """
 
     backend: Backend
     indices: Tensor | None
     ignore_index: int  # NO_INDEX where no row has it
+    wide: torch.dtype  # of the values
+    top_k: int = 0
     class_major: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
@@ -227,7 +248,12 @@ class TokenWork:
             rank=every,
         )
         names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
-        return tuple(getattr(stats, name) for name in names), statistics_kept(stats, entropy=stats.entropy)
+        values = [getattr(stats, name) for name in names]
+        if self.top_k:
+            logits = tile.logits.movedim(tile.class_dim, 1)
+            ignored = None if self.indices is None else self.indices[start:stop] == self.ignore_index
+            values += top_classes(logits, self.top_k, stats, ignored)
+        return rounded_to(values, self.wide), statistics_kept(stats, entropy=stats.entropy)
 
     def gradient(
         self,
@@ -268,14 +294,18 @@ class TokenWork:
 class PairWork:
     """Measures of pairs of rows by the names of `PairRowStats`, with class indices where one is an nll.
 
+    `divergence` is what the measure of that name is.
+
     Of whole rows: their mixture is not known of parts.
     """
 
     backend: Backend
     names: tuple[str, ...]
+    divergence: Divergence | None
     indices: Tensor | None
     ignore_index: int
     class_major: bool  # where no row of the two lies as the user gave it
+    wide: torch.dtype  # of the values
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
 
@@ -292,9 +322,10 @@ class PairWork:
             js="js" in self.names,
             cross_entropy="cross_entropy" in self.names,
             entropy="entropy_p" in self.names or "entropy_q" in self.names,
+            divergence=self.divergence,
             same_top="same_top" in self.names,
         )
-        return tuple(getattr(stats, name) for name in self.names), stats.saved
+        return rounded_to([getattr(stats, name) for name in self.names], self.wide), stats.saved
 
     def gradient(
         self,
@@ -329,6 +360,8 @@ class PairWork:
             entropy_q=given.get("entropy_q"),
             nll_p=given.get("nll_p"),
             nll_q=given.get("nll_q"),
+            divergence=self.divergence,
+            divergence_grad=given.get("divergence"),
         )
 
 

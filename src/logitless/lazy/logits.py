@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -200,7 +200,8 @@ class HeadLogits:
             if not fits or not same or z.softcap is not None or not _is_plain(factor) or factor.device != z.device:
                 return None
             return self.changed(scale=scale * factor.reshape(()))
-        if not isinstance(factor, Real) or not isfinite(factor):
+        # A comparison, not `isfinite`: a graph may hold the number without knowing it.
+        if not isinstance(factor, Real) or not -inf < float(factor) < inf:
             return None
         if z.softcap is None:
             return self.changed(scale=scale * float(factor))

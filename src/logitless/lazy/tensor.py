@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules.transforms import hold_data, transform_reason
@@ -180,10 +181,11 @@ class LazyTensor(Tensor):
         with opened(self.window, parts):
             return type(self).dense_values(parts, self.settings)
 
-    def computed(self, operation: str) -> Tensor:
-        """Return the values without a graph, for an operation that needs them all; say so unless they are few."""
+    def computed(self, operation: str, *, told: bool = False) -> Tensor:
+        """Return the values without a graph, for an operation that needs them all; say so unless told, or few."""
         self.check()
-        warn_of_computing(operation, type(self).__name__, self.form.shape, self.form.dtype)
+        if not told:
+            warn_of_computing(operation, type(self).__name__, self.form.shape, self.form.dtype)
         with torch.no_grad(), opened(self.window, self.raw):
             return type(self).dense_values(self.raw, self.settings)
 
@@ -381,17 +383,23 @@ class LazyTensor(Tensor):
         elif isinstance(first, LazyTensor) and _is_view(func):
             return LazyView.of(first, func, args[1:], kwargs)
         name = func.overloadpacket.__name__.strip("_")
+        # p * log p: its first factor has said what the second would say again.
+        told = func.overloadpacket is aten.mul and any(isinstance(v, Tensor) and v in _PROBABILITIES for v in args)
 
         def dense(value: Any) -> Any:
             if isinstance(value, LazyTensor):
-                return value.computed(name)
+                return value.computed(name, told=told)
             if isinstance(value, LazyGradient):
                 raise TypeError(f"{name}: mixes lazy logits and a gradient of lazy logits, at {callers_line()}")
             return type(value)(map(dense, value)) if type(value) in (list, tuple) else value
 
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        result = func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        if func.overloadpacket in (aten._softmax, aten.exp):
+            _PROBABILITIES[result] = None
+        return result
 
 
+_PROBABILITIES: Any = WeakIdKeyDictionary()  # what was computed of lazy tensors, as long as it lives
 _FIX = "write to z.materialize(), or take lazy_head's handle off the model there (handle.remove())"
 # Views by another name; and views that are of another kind than their base, or have other elements.
 _VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
