@@ -172,7 +172,9 @@ def test_top_classes_of_lazy_logits(temperature: float, monkeypatch: pytest.Monk
 
 def test_without_top_k_there_is_none() -> None:
     stats = ll.token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
-    assert stats.top_log_probs is stats.top_classes is None
+    assert type(stats) is ll.TokenStats
+    nll, lse, spread, argmax, rank = stats
+    assert [part.shape for part in (nll, lse, spread, argmax, rank)] == [torch.Size([2])] * 5
 
 
 def test_errors() -> None:

@@ -114,8 +114,9 @@ def token_stats(
 
     Returns:
         TokenStats, with a `top_k` TopTokenStats, of the target's shape: nll, lse and entropy in nats, float32 (float64
-        for float64 logits) and differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top class. The top
-        log-probabilities (..., top_k) are in nats, the largest first, without a gradient; equal ones in any order.
+        for float64 logits) and differentiable with any upstream gradients; argmax and rank int64, rank 0 being the top
+        class. The top log-probabilities (..., top_k) are in nats, the largest first, without a gradient; equal ones in
+        any order.
 
     Raises:
         IndexError: a target is not a class. ValueError, RuntimeError, TypeError: shapes, dtypes, temperature, top_k.
