@@ -94,10 +94,21 @@ bool has_amx_bfloat16() {
 }  // namespace
 #endif
 
-bool product_supported(int dtype) {
+bool product_serves(int dtype) {
+  const DType type = static_cast<DType>(dtype);
+  if (type == DType::kFloat32) return true;
 #if defined(LL_X86)
-  static const bool bfloat16 = __builtin_cpu_supports("avx512bf16") && !has_amx_bfloat16();
-  if (std::strcmp(isa_name(), "avx512") == 0) return static_cast<DType>(dtype) != DType::kBFloat16 || bfloat16;
+  static const bool bfloat16 = __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa_name(), "avx512") == 0) return type != DType::kBFloat16 || bfloat16;
+#endif
+  return false;
+}
+
+bool product_is_faster(int dtype) {
+#if defined(LL_X86)
+  static const bool amx = has_amx_bfloat16();
+  if (std::strcmp(isa_name(), "avx512") == 0)
+    return product_serves(dtype) && (static_cast<DType>(dtype) != DType::kBFloat16 || !amx);
 #endif
   static_cast<void>(dtype);
   return false;

@@ -83,8 +83,13 @@ struct RowGradArgs {
   const void *a, *b, *c, *e, *f;  // Real
 };
 
+// A divergence beside those that are told apart by an output of their own, with m = weight p + (1 - weight) q:
+// KL(p || m), weight KL(p || m) + (1 - weight) KL(q || m), and sum |p - q| / 2, which has no mixture.
+enum class Divergence : int { kNone = 0, kSkewedKl = 1, kWeightedJs = 2, kTotalVariation = 3 };
+
 // Two rows of logits of the same classes, p = softmax(logits), q = softmax(other). `saved` has kPairSaved doubles a
-// row, which pair_row_grad needs.
+// row, which pair_row_grad needs: the first five of every measure, the rest of kl to entropies, or of one Divergence,
+// of which those that begin with kDivergence are.
 enum PairSaved {
   kMaxP,
   kLogSumP,
@@ -98,7 +103,18 @@ enum PairSaved {
   kCrossEntropy,
   kEntropyP,
   kEntropyQ,
-  kPairSaved
+  kPairSaved,
+
+  // Of the skewed KL: it, and sum p (1 - p / m).
+  kSkewedKlValue = kKl,
+  kSkewedKlShare,
+  // Of the weighted JS: KL(p || m) and KL(q || m), as of the JS.
+  kWeightedKlPM = kKlPM,
+  kWeightedKlQM = kKlQM,
+  // Of the total variation, for p and then for q: what sum_k p_k (sign_j - sign_k) is of a class j where p is larger,
+  // less the same where q is larger, and where they are equal; sign is that of p - q.
+  kVariationP = kKl,
+  kVariationQ = kVariationP + 3
 };
 
 struct PairRowStatsArgs {
@@ -111,7 +127,10 @@ struct PairRowStatsArgs {
   const int64_t* target;  // for nll_p, nll_q; ignored rows have 0 there, the other outputs do not look at the target
   int64_t ignore_index;
   void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;  // Real, one a row
-  uint8_t* same_top;  // whether the largest class is the same, the first of equal ones
+  Divergence divergence;  // kNone, or the one measure that is wanted
+  double weight;          // of p in its mixture
+  void* divergence_out;   // Real, one a row
+  uint8_t* same_top;      // whether the largest class is the same, the first of equal ones
   double* saved;
   int64_t* bad_row;
 };
@@ -128,6 +147,9 @@ struct PairRowGradArgs {
   int64_t ignore_index;
   const double* saved;  // from pair_row_stats, which was asked for every measure that has a gradient here
   const void *kl, *reverse_kl, *js, *cross_entropy, *entropy_p, *entropy_q, *nll_p, *nll_q;
+  Divergence divergence;  // kNone, or the one measure that has a gradient here
+  double weight;
+  const void* divergence_grad;
   void* grad;  // null: not wanted
   Strides grad_strides;
   void* other_grad;  // null: not wanted

@@ -92,6 +92,41 @@ def pair_stats(first: Tensor, second: Tensor) -> dict[str, Value]:
         }
 
 
+def divergences(first: Tensor, second: Tensor, weight: float) -> dict[str, Value]:
+    """KL(p || m), the JS divergence of p's weight, both of m = weight p + (1 - weight) q, and the total variation."""
+    with mp.workprec(BITS):
+        a, b = row(first), row(second)
+        w, c = mp.mpf(weight), 1 - mp.mpf(weight)
+        m = [w * p + c * q for p, q in zip(a.p, b.p, strict=True)]
+        log_p = [mp.log(p / n) if p else mp.mpf(0) for p, n in zip(a.p, m, strict=True)]
+        log_q = [mp.log(q / n) if q else mp.mpf(0) for q, n in zip(b.p, m, strict=True)]
+        share = [1 - p / n if n else mp.mpf(0) for p, n in zip(a.p, m, strict=True)]
+        from_p = mpmath.fsum(p * x for p, x in zip(a.p, log_p, strict=True))
+        from_q = mpmath.fsum(q * x for q, x in zip(b.p, log_q, strict=True))
+        sign = [mp.sign(p - q) for p, q in zip(a.p, b.p, strict=True)]
+
+        def centred(weights: list[Any], values: list[Any]) -> list[Any]:
+            mean = mpmath.fsum(u * v for u, v in zip(weights, values, strict=True))
+            return [u * (v - mean) for u, v in zip(weights, values, strict=True)]
+
+        def value(exact: Any, on_p: list[Any], on_q: list[Any]) -> Value:
+            if abs(exact) < mp.ldexp(1, 20 - BITS):  # the last roundings of these sums, of rows a constant apart
+                exact = mp.mpf(0)
+            return Value(exact, _condition(a, on_p) + _condition(b, on_q))
+
+        skewed = [x + w * r for x, r in zip(log_p, share, strict=True)]
+        apart = mpmath.fsum(abs(p - q) for p, q in zip(a.p, b.p, strict=True)) / 2
+        return {
+            "skewed_kl": value(from_p, centred(a.p, skewed), centred(b.p, [c * r for r in share])),
+            "weighted_js": value(
+                w * from_p + c * from_q,
+                [w * x for x in centred(a.p, log_p)],
+                [c * x for x in centred(b.p, log_q)],
+            ),
+            "tv": value(apart, [x / 2 for x in centred(a.p, sign)], [x / 2 for x in centred(b.p, sign)]),
+        }
+
+
 def ulps(value: float, truth: Any, dtype: torch.dtype) -> float:
     """How far a value is from the truth, in units in the last place of the dtype at the truth."""
     with mp.workprec(BITS):

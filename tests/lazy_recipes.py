@@ -39,6 +39,12 @@ NOT_CALLED = {
     *(f"torch.Tensor.{name}" for name in ("__delattr__", "__array_priority__", "__dir__", "__sizeof__")),
 }
 
+# Torch's own code reads or writes past the end of what it is given here, unless all sizes fit: called by recipe alone.
+ONLY_BY_RECIPE = {
+    *("_cummax_helper", "_cummin_helper", "_native_batch_norm_legit", "native_batch_norm"),
+    *("_pad_packed_sequence", "_transform_bias_rescale_qkv"),
+}
+
 # They change how torch computes from then on, and take no tensor.
 SETTINGS = (
     "torch.set_",
@@ -192,6 +198,21 @@ RECIPES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((numbers(*_ROWS), 0, places(1, 4)), {}),
         ((numbers(*_ROWS), 1, places(3, 2)), {"sparse_grad": False}),
     ],
+    "_cummax_helper": [((numbers(*_ROWS), numbers(*_ROWS), places(*_ROWS), 1), {})],
+    "_cummin_helper": [((numbers(*_ROWS), numbers(*_ROWS), places(*_ROWS), 1), {})],
+    **{
+        name: [
+            ((numbers(3, 4), *(numbers(4) for _ in range(4)), training, 0.1, 1e-5), {}) for training in (True, False)
+        ]
+        for name in ("_native_batch_norm_legit", "native_batch_norm")
+    },
+    "_pad_packed_sequence": [((numbers(5, 4), torch.tensor([2, 2, 1]), False, 0.0, 3), {})],
+    "_transform_bias_rescale_qkv": [((numbers(2, 3, 12), numbers(12), 2), {})],
+    # Over the classes, where torch's samples are over the rows.
+    **{
+        name: [((numbers(*_ROWS), -1), {}), ((numbers(*_ROWS), 1, True), {})]
+        for name in ("argmax", "max", "sum", "mean")
+    },
     "gumbel_softmax": [((numbers(*_ROWS),), {}), ((numbers(*_ROWS),), {"hard": True})],
     "nested_tensor": [(([numbers(*_ROWS), numbers(*_ROWS)],), {})],
     "xavier_uniform_": [((numbers(*_ROWS),), {})],

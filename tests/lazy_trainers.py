@@ -88,6 +88,7 @@ CASES: dict[str, Run] = {
     "bfloat16": {"bf16": True},
     "LoRA on the head, put on afterwards": {"adapter": {}},
     "DoRA on the head, put on afterwards": {"adapter": {"use_dora": True}},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_accumulation_steps": 2},
     "eval in pieces": {"eval_accumulation_steps": 1},
 }
 

@@ -166,6 +166,10 @@ DEFINED: dict[str, dict[str, Callable[[], object]]] = {
         "dense": lambda: ll.token_stats(drawn(ROWS, CLASSES), TARGET),
         "lazy": lambda: ll.token_stats(lazy(), TARGET),
     },
+    "ll.log_probs": {
+        "dense": lambda: ll.log_probs(drawn(ROWS, CLASSES), TARGET),
+        "lazy": lambda: ll.log_probs(lazy(), TARGET),
+    },
     "ll.pair_stats": {
         "dense": lambda: ll.pair_stats(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
         "lazy": lambda: ll.pair_stats(lazy(), lazy()),
@@ -179,12 +183,16 @@ DEFINED: dict[str, dict[str, Callable[[], object]]] = {
         "dense": lambda: ll.js(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
         "lazy": lambda: ll.js(lazy(), lazy()),
     },
+    "ll.tv": {
+        "dense": lambda: ll.tv(drawn(ROWS, CLASSES), drawn(ROWS, CLASSES)),
+        "lazy": lambda: ll.tv(lazy(), lazy()),
+    },
 }
 ARITHMETIC = list(table(PAGE.split("## From a name to its arithmetic")[1].split("\n\n### ")[0]))
 
 
 def test_every_loss_and_measure_is_in_the_table() -> None:
-    measures = ("token_stats", "pair_stats", "entropy", "kl", "js")
+    measures = ("token_stats", "log_probs", "pair_stats", "entropy", "kl", "js", "tv")
     assert all(hasattr(ll, name) for name in measures)
     public = [f"F.{name}" for name in F.__all__] + [f"ll.{name}" for name in measures]
     assert sorted(row[0] for row in ARITHMETIC) == sorted(public) == sorted(DEFINED)

@@ -109,6 +109,9 @@ CALLS: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], tuple[str, ...]]] 
     "token_stats": (lambda d: sum(ll.token_stats(d["z"], d["target"])[:3]), ("row_stats", "row_grad")),
     "kl": (lambda d: ll.kl(d["z"], d["y"]), ("pair_row_stats", "pair_row_grad")),
     "js": (lambda d: ll.js(d["z"], d["y"], reduction="mean"), ("pair_row_stats", "pair_row_grad")),
+    "js of another weight": (lambda d: ll.js(d["z"], d["y"], beta=0.9), ("pair_row_stats", "pair_row_grad")),
+    "skewed kl": (lambda d: ll.kl(d["z"], d["y"], skew=0.1), ("pair_row_stats", "pair_row_grad")),
+    "tv": (lambda d: ll.tv(d["z"], d["y"], reduction="mean"), ("pair_row_stats", "pair_row_grad")),
     "pair_stats": (
         lambda d: sum(v for v in ll.pair_stats(d["z"], d["y"], d["target"]) if v.is_floating_point()),
         ("pair_row_stats", "pair_row_grad"),
@@ -147,6 +150,17 @@ CALLS: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], tuple[str, ...]]] 
     "lazy token_stats": (lambda d: sum(ll.token_stats(lazy(d), d["target"])[:3]), ("row_stats", "row_grad")),
     "lazy kl": (lambda d: ll.kl(lazy(d), d["y"], reduction="sum"), ("pair_row_stats", "pair_row_grad")),
     "lazy js, a row": (lambda d: ll.js(d["y"], lazy(d)), ("pair_row_stats", "pair_row_grad")),
+    "log_probs": (lambda d: ll.log_probs(d["z"], d["target"]), ("row_stats", "row_grad")),
+    "log_probs at a temperature": (
+        lambda d: ll.log_probs(d["z"], d["target"], temperature=0.7),
+        ("row_stats", "row_grad"),
+    ),
+    "lazy log_probs": (lambda d: ll.log_probs(lazy(d), d["target"]), ("row_stats", "row_grad")),
+    "js at a temperature": (
+        lambda d: ll.js(d["z"], d["y"], beta=0.9, temperature=0.7),
+        ("pair_row_stats", "pair_row_grad"),
+    ),
+    "lazy tv": (lambda d: ll.tv(lazy(d), d["y"], reduction="sum"), ("pair_row_stats", "pair_row_grad")),
     "lazy binary": (
         lambda d: LF.binary_cross_entropy_with_logits(lazy(d), d["soft"], pos_weight=d["weight"]),
         ("elements_sum", "elements_grad"),

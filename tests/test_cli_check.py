@@ -53,7 +53,7 @@ def test_everything_passes_and_is_written(tmp_path, capsys, monkeypatch) -> None
     assert report["made_by"]["torch"] == torch.__version__
     assert report["passed"] is True
     assert all(row["passed"] for row in report["identities"] + report["accuracy"])
-    assert len(report["identities"]) == 13
+    assert len(report["identities"]) == 15
     assert {row["measure"] for row in report["accuracy"]} >= {
         "kl",
         "js",
@@ -80,7 +80,7 @@ def test_everything_passes_and_is_written(tmp_path, capsys, monkeypatch) -> None
 
 @pytest.mark.usefixtures("few_rows")
 def test_the_verb_exits_1_and_still_writes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ll, "kl", lambda p, q, kl=ll.kl: kl(p, q) + 1e-3)
+    monkeypatch.setattr(ll, "kl", lambda p, q, kl=ll.kl, **o: kl(p, q, **o) + 1e-3)
     path = tmp_path / "check.json"
     found = CliRunner().invoke(app, ["check", "--json", str(path)])
     assert found.exit_code == 1
@@ -115,6 +115,7 @@ def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
         (ll, "entropy"),
         (ll, "kl"),
         (ll, "js"),
+        (ll, "tv"),
         (LF, "cross_entropy"),
         (LF, "nll_loss"),
         (LF, "kl_div"),
@@ -137,14 +138,14 @@ MUTANTS: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
     "KL as a cross-entropy less an entropy": (
         ll,
         "kl",
-        lambda p, q: (
+        lambda p, q, **_: (
             (wide(p).softmax(-1) * (wide(p).log_softmax(-1) - wide(q).log_softmax(-1)).nan_to_num()).sum(-1).to(p.dtype)
         ),
     ),
     "KL clamped at 0": (
         ll,
         "kl",
-        lambda p, q: (
+        lambda p, q, **_: (
             torch.nn.functional.kl_div(
                 wide(q).log_softmax(-1), wide(p).log_softmax(-1), reduction="none", log_target=True
             )
@@ -154,9 +155,9 @@ MUTANTS: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
             .to(p.dtype)
         ),
     ),
-    "KL the wrong way round": (ll, "kl", lambda p, q, kl=ll.kl: kl(q, p)),
-    "KL in bits": (ll, "kl", lambda p, q, kl=ll.kl: kl(p, q) / math.log(2)),
-    "JS without its half": (ll, "js", lambda p, q, js=ll.js: 2 * js(p, q)),
+    "KL the wrong way round": (ll, "kl", lambda p, q, kl=ll.kl, **o: kl(q, p, **o)),
+    "KL in bits": (ll, "kl", lambda p, q, kl=ll.kl, **o: kl(p, q, **o) / math.log(2)),
+    "JS without its half": (ll, "js", lambda p, q, js=ll.js, **o: 2 * js(p, q, **o)),
     "entropy in float32 by torch's formula": (
         ll,
         "entropy",

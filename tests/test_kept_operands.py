@@ -11,6 +11,7 @@ from torch import Tensor
 
 import logitless as ll
 import logitless.functional as LF
+from logitless._heads import sweep
 from logitless._rules.keeping import put_together, taken_apart
 
 ROWS, CLASSES, WIDTH = 70, 131, 9
@@ -241,3 +242,39 @@ def test_a_call_is_taken_apart_and_put_together() -> None:
     assert torch.equal(made[1][0], second + 5)
     assert torch.equal(made[2](torch.ones(3)), torch.full((3,), 6.0))
     assert hollow[2] is not function
+
+
+def no_keeping(*_: Any) -> None:
+    raise AssertionError("something was kept")
+
+
+@pytest.mark.parametrize("name", ["lazy", "lazy, weights", "lazy, rows", "lazy token_stats", "lazy student"])
+def test_nothing_is_kept_where_no_gradient_can_follow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = CALLS[name][0](leaves_of(drawn())).detach()
+    monkeypatch.setattr(sweep, "taken_apart", no_keeping)
+    with torch.no_grad():
+        assert torch.equal(CALLS[name][0](leaves_of(drawn())), expected)
+    found = CALLS[name][0](drawn())
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+    with pytest.raises(AssertionError, match="something was kept"):
+        CALLS[name][0](leaves_of(drawn()))
+
+
+def test_a_fused_loss_makes_no_lazy_tensor() -> None:
+    d = leaves_of(drawn())
+    loss = LF.linear_cross_entropy(d["hidden"], d["head"], d["target"])
+    nodes, names = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    assert names == {"_ReducedBackward", "IndexBackward0", "torch::autograd::AccumulateGrad"}
+
+
+def test_a_fused_loss_refuses_a_weight_whose_memory_was_freed() -> None:
+    d = drawn()
+    d["head"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the weight's memory was freed"):
+        LF.linear_cross_entropy(d["hidden"], d["head"], d["target"])

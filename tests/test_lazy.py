@@ -682,3 +682,17 @@ def test_arrays_of_them_cannot_be_written_to() -> None:
         array[0] = 1
     with pytest.raises(TypeError, match="no memory to share by dlpack"):
         torch.from_dlpack(lazy.detach())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_of_a_head_without_classes(reduction: str) -> None:
+    """As torch: the mean of no row that counts is NaN, all else 0."""
+    hidden, weight, target = torch.randn(3, 4), torch.randn(0, 4).requires_grad_(), torch.full((3,), -100)
+    hidden.requires_grad_()
+    for logits in (hidden @ weight.T, ll.linear(hidden, weight)):
+        loss = F.cross_entropy(logits, target, reduction=reduction)
+        assert bool(loss.isnan().all()) if reduction == "mean" else bool((loss == 0).all())
+        grads = torch.autograd.grad(loss.sum(), [hidden, weight])
+        assert [tuple(grad.shape) for grad in grads] == [(3, 4), (0, 4)]
+        with pytest.raises(IndexError):
+            F.cross_entropy(logits, target * 0, reduction=reduction)

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import logitless as ll
 from logitless._heads.products import widens
 from logitless.kernels import cpu, interface
+from logitless.lazy.logits import HeadLogits
 from test_lazy import NoTensorOf
 
 pytestmark = [
@@ -592,6 +593,55 @@ def test_a_model_that_writes_to_its_logits() -> None:
     torch.testing.assert_close(got.materialize(), expected)
 
 
+def test_chameleon_writes_a_constant_to_classes_and_stays_lazy() -> None:
+    codes = {"embed_dim": 8, "num_embeddings": 4, "latent_channels": 8, "resolution": 8, "base_channels": 32}
+    tokens = {"<image>": 5, **{f"IMGIMG{letter * 2}Z": 10 + place for place, letter in enumerate("ABCD")}}
+    config = transformers.ChameleonConfig(
+        **SIZES,
+        vocabulary_map=tokens,
+        vq_config={**codes, "channel_multiplier": [1], "num_res_blocks": 1, "attn_type": "none"},
+    )
+    torch.manual_seed(1)
+    model = transformers.ChameleonForConditionalGeneration(config).eval()
+    ids = batch()["input_ids"].clamp(min=20)
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    theirs = trained(model, **inputs)
+    with ll.lazy_head(model):
+        ours = trained(model, guard=BATCH * TIME * VOCABULARY, **inputs)
+        assert type(ours[0].logits) is ll.LazyLogits
+        assert_same_step(ours, theirs)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        torch.testing.assert_close(logits.materialize(), theirs[0].logits.detach())
+        assert bool((logits.argmax(-1) != 10).all())
+
+
+def test_xlstm_in_eval_names_its_line_and_runs_with_the_handle_off() -> None:
+    """It writes a softcap to one piece of its logits after another, which no head's logits can hold."""
+    config = transformers.xLSTMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_heads=2,
+        chunk_size=4,
+        max_inference_chunksize=8,
+    )
+    torch.manual_seed(1)
+    model, inputs = transformers.xLSTMForCausalLM(config).eval(), batch()
+    with torch.no_grad():
+        expected = model(**inputs)
+        handle = ll.lazy_head(model)
+        with pytest.raises(TypeError, match=r"modeling_xlstm\.py:\d+: .*handle\.remove\(\)"):
+            model(**inputs)
+        handle.remove()
+        assert torch.equal(model(**inputs).loss, expected.loss)
+        with ll.lazy_head(model):
+            config.max_inference_chunksize = TIME  # in one piece
+            logits = model(**inputs).logits
+        assert type(logits) is ll.LazyLogits
+        torch.testing.assert_close(logits.materialize(), expected.logits)
+
+
 def test_hooks_on_the_head_still_run() -> None:
     model, seen = made(), []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(type(output)))
@@ -626,6 +676,34 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
     with ll.lazy_head(model):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_same_step(trained(compiled, **inputs), (theirs[0], _prefixed(theirs[1])))
+
+
+REPLACE: dict[str, Callable[[Any], Any]] = {
+    "resized": lambda model: model.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False),
+    "set": lambda model: model.set_output_embeddings(nn.Linear(32, VOCABULARY)),
+    "adapted": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=[HEAD]), model),
+    "of a copy": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first call", "after a compiled call"])
+@pytest.mark.parametrize("how", REPLACE)
+def test_a_compiled_model_follows_its_head(how: str, first: bool) -> None:
+    model, inputs = made(), batch()
+    handle = ll.lazy_head(model)
+    if how == "of a copy":
+        model = copy.deepcopy(model)
+        handle = ll.lazy_head(model)
+        model.set_output_embeddings(nn.Linear(32, VOCABULARY))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    if not first:
+        compiled(**inputs)
+    REPLACE[how](model)
+    ours = trained(compiled, **inputs)
+    assert isinstance(ours[0].logits, HeadLogits)
+    handle.remove()
+    theirs = trained(model, **inputs)
+    assert_same_step(ours, (theirs[0], _prefixed(theirs[1])))
 
 
 def _prefixed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,21 +81,22 @@ def test_row_operators_pass_opcheck(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("asked", ["kl", "everything"])
+@pytest.mark.parametrize("asked", ["kl", "everything", "skewed_kl", "weighted_js", "total_variation"])
 @pytest.mark.parametrize("dtype", LOGITS_DTYPES)
 def test_pair_operators_pass_opcheck(dtype: torch.dtype, asked: str) -> None:
     first, second, every = rows_of(dtype=dtype), rows_of(dtype=dtype), asked == "everything"
     target = classes_of() if every else None
-    args = (first.requires_grad_(), second.requires_grad_(), target, -1, -100, "f", True, *(every,) * 4)
+    alone = None if every or asked == "kl" else asked
+    flags = (alone is None, *(every,) * 4, alone, 0.1)
+    args = (first.requires_grad_(), second.requires_grad_(), target, -1, -100, "f", *flags)
     torch.library.opcheck(torch.ops.logitless.pair_row_stats, args)
     first, second = first.detach(), second.detach()
     saved = torch.ops.logitless.pair_row_stats(first, second, *args[2:])[-1]
     upstream = torch.randn(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for needed in ((True, True), (False, True)):
-        measures = [upstream if every or i == 0 else None for i in range(8)]
-        torch.library.opcheck(
-            torch.ops.logitless.pair_row_grad, (first, second, saved, target, *measures, -1, -100, *needed)
-        )
+        measures = [upstream if alone is None and (every or i == 0) else None for i in range(8)]
+        told = (*measures, None if alone is None else upstream, alone, 0.1, -1, -100, *needed)
+        torch.library.opcheck(torch.ops.logitless.pair_row_grad, (first, second, saved, target, *told))
 
 
 def test_an_operator_refuses_a_gradient_that_it_does_not_have() -> None:

@@ -16,7 +16,7 @@ from oracles import leaves
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 from logitless._operators.head_measures import Measures, Source
 from logitless.kernels import interface
-from logitless.kernels.interface import ClassTarget
+from logitless.kernels.interface import ClassTarget, Divergence
 from logitless.losses.head_measures import rows_of
 from logitless.losses.measures import PairStats, TokenStats
 
@@ -82,6 +82,9 @@ MEASURES: dict[str, tuple[Callable[[int], Callable[..., Tensor]], int, bool]] = 
     "entropy": (one_head(ll.entropy), 1, False),
     "kl": (two_heads(ll.kl), 2, False),
     "js": (two_heads(ll.js), 2, False),
+    "js of another weight": (two_heads(lambda p, q: ll.js(p, q, beta=0.9)), 2, False),
+    "skewed kl": (two_heads(lambda p, q: ll.kl(p, q, skew=0.1)), 2, False),
+    "tv": (two_heads(ll.tv), 2, False),
     "pair_stats": (pair_stats, 2, False),
     "pair_stats without a target": (two_heads(lambda p, q: mixed(ll.pair_stats(p, q))), 2, False),
     "dense teacher": (lambda rows: lambda *args: ll.kl(args[4], lazy(*args[:4])), 1, True),
@@ -105,7 +108,7 @@ def source(logits: Tensor | ll.LazyLogits) -> Source:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["token_stats", "entropy", "kl", "pair_stats", "dense"])
+@pytest.mark.parametrize("name", ["token_stats", "entropy", "kl", "skewed kl", "pair_stats", "dense"])
 def test_operators_pass_opcheck(name: str, dtype: torch.dtype) -> None:
     p, q = (lazy(*head_of(7, dtype)) for _ in range(2))
     target = ClassTarget(1, CLASSES, -100, classes_of(7, ignored=name == "token_stats"))
@@ -113,6 +116,9 @@ def test_operators_pass_opcheck(name: str, dtype: torch.dtype) -> None:
         "token_stats": lambda: Measures.of("f", TokenStats._fields, source(p), target=target),
         "entropy": lambda: Measures.of("f", ["entropy"], source(p)),
         "kl": lambda: Measures.of("f", ["kl"], source(p), source(q)),
+        "skewed kl": lambda: Measures.of(
+            "f", ["divergence"], source(p), source(q), divergence=Divergence("skewed_kl", 0.1)
+        ),
         "pair_stats": lambda: Measures.of("f", PairStats._fields, source(p), source(q), target),
         "dense": lambda: Measures.of("f", ["js"], source(torch.randn(7, CLASSES).to(dtype)), source(q)),
     }[name]()

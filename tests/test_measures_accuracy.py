@@ -23,7 +23,12 @@ SMALLEST = {torch.float32: 2.0**-100, torch.float64: 2.0**-990}
 
 
 def allowed(name: str, value: exact_rows.Value, dtype: torch.dtype) -> float:
-    """4 ulp, or what moving each logit by half its last place does: never above 6 in float32, but for an lse."""
+    """4 ulp, or what moving each logit by half its last place does: never above 6 in float32, but for an lse.
+
+    Of a total variation 6: the terms of one, q - p, are differences.
+    """
+    if name == "tv":
+        return 6 + 4 * float(value.condition / abs(value.exact)) * (dtype == torch.float64)
     moved = float(value.condition / abs(value.exact)) / 2 if value.exact else 0.0
     if dtype == torch.float32 and name != "lse":
         return max(4, min(moved, 6))
@@ -33,7 +38,8 @@ def allowed(name: str, value: exact_rows.Value, dtype: torch.dtype) -> float:
 def assert_right(name: str, got: Tensor, value: exact_rows.Value, dtype: torch.dtype, what: Any) -> None:
     assert got.dtype == dtype
     if not value.exact:
-        assert 0 <= float(got) < 1e-100, (name, what)  # rows a constant apart; equal rows give exactly 0, see below
+        # Rows a constant apart; equal rows give exactly 0, see below.
+        assert 0 <= float(got) < max(SMALLEST[dtype], 1e-100), (name, what)
         return
     if 0 < abs(value.exact) < SMALLEST[dtype]:
         assert 0 <= float(got) < 2 * SMALLEST[dtype], (name, what)
@@ -54,9 +60,22 @@ def check_rows(p: Tensor, q: Tensor, target: int, what: Any = None) -> None:
     assert_right("entropy", alone["entropy"], truth["entropy"], dtype, what)
     for name in ("kl", "js"):
         assert_right(name, alone[name], pair_truth[name], dtype, what)
+    for weight in (0.1, 0.9):
+        mixed = exact_rows.divergences(p, q, weight)
+        found = {"skewed_kl": ll.kl(p, q, skew=weight), "weighted_js": ll.js(p, q, beta=weight), "tv": ll.tv(p, q)}
+        for name, value in mixed.items():
+            assert_right(name, found[name], value, dtype, (what, weight))
+            assert bool((found[name] >= 0).all())
     for value in (pair.kl, pair.reverse_kl, pair.js, alone["kl"], alone["js"], ll.kl(q, p)):
         assert bool((value >= 0).all())
-    for equal in (ll.kl(p, p), ll.js(p, p), ll.pair_stats(q, q).reverse_kl):
+    for equal in (
+        ll.kl(p, p),
+        ll.js(p, p),
+        ll.kl(p, p, skew=0.3),
+        ll.js(p, p, beta=0.3),
+        ll.tv(p, p),
+        ll.pair_stats(q, q).reverse_kl,
+    ):
         assert float(equal) == 0
 
 

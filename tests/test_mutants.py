@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,9 +11,11 @@ from torch import Tensor
 
 import checks
 import logitless._rules.reduction as reduce_module
+import test_divergences
 from logitless._heads import fold as tiles
 from logitless._heads import rows as head_rows
 from logitless.kernels import definitions as reference
+from logitless.kernels.interface import Divergence
 from logitless.losses import binary, classification, divergence, measures, similarity
 from oracles import RejectedError
 
@@ -164,6 +167,15 @@ def js_without_half(original: Any, pair: Any) -> Tensor:
     return original(pair) * 2
 
 
+def of_the_other_weight(original: Any, p: Tensor, q: Tensor, asked: Divergence) -> Tensor:
+    return original(p, q, replace(asked, weight=1 - asked.weight))
+
+
+def peers(name: str, dtype: torch.dtype) -> Callable[[], None]:
+    """The check of a divergence against its peer's convention."""
+    return lambda: test_divergences.test_peers_conventions(name, dtype, 65)
+
+
 def writes_to_its_input(original: Any, logits: Tensor, *rest: Any) -> Any:
     out = original(logits, *rest)
     logits.data.add_(0.5)  # behind autograd's back, and the loss does not change by a shift
@@ -254,13 +266,26 @@ MUTANTS: dict[str, Mutant] = {
             (
                 measures,
                 "_divergence",
-                lambda name, p, q, reduction, real=measures._divergence: real(name, q, p, reduction),
+                lambda name, p, q, *rest, real=measures._divergence: real(name, q, p, *rest),
             )
         ],
         on("kl"),
     ),
     "KL to base 2": Mutant(wrapped(reference, "_divergence_terms", times(1 / math.log(2))), on("pair_stats")),
     "JS without the half": Mutant(wrapped(reference, "_jensen_shannon", js_without_half), on("js")),
+    "JS of the other weight": Mutant(
+        wrapped(reference, "divergence", of_the_other_weight), peers("liger_jsd 0.1", torch.float64)
+    ),
+    "skewed towards the student": Mutant(
+        wrapped(reference, "divergence", of_the_other_weight), peers("skewed kl 0.9", torch.float64)
+    ),
+    "variation without the half": Mutant(
+        wrapped(reference, "_total_variation", lambda original, pair: 2 * original(pair)), peers("tv", torch.float64)
+    ),
+    "variation of one sign": Mutant(
+        wrapped(reference, "_total_variation", lambda original, pair: (pair.q - pair.p).clamp(min=0).sum(-1) * 1.5),
+        peers("tv", torch.float64),
+    ),
     "entropy's sign flipped": Mutant(wrapped(reference, "entropy", times(-1.0)), on("entropy")),
     "KL can be negative": Mutant(
         wrapped(reference, "_divergence_terms", lambda original, p, q, r: -p * r), on("identities")

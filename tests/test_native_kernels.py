@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 from logitless import _native
 from logitless.kernels import cpu
-from logitless.kernels.interface import PairRowStats
+from logitless.kernels.interface import Divergence, PairRowStats
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -584,6 +584,137 @@ def test_pair_gradients(isa: str, dtype: torch.dtype, classes: int, class_dim: i
             slack += Wide(torch.finfo(real).tiny) * np.minimum(size, 1e3) + 2.0**-24 * (dtype == torch.float16)
             assert bool((abs(wide(made.movedim(class_dim, 1)) - exact) <= 4 * slack).all()), use
     assert cpu.pair_row_grad(p, q, stats.saved, kl=upstream["kl"], need_first=False)[0] is None
+
+
+# Of a divergence with p's weight w, m / p = t and r = 1 - 1 / t: its value, and what p's and q's logits get.
+def divergence_truth(divergence: Divergence, t: Any) -> tuple[Any, Any, Any]:
+    w, c = Wide(divergence.weight), 1 - Wide(divergence.weight)
+    if divergence.family == "total_variation":
+
+        def differences(d: Any) -> Any:
+            return np.where(abs(d) < 1, t.p * np.expm1(np.clip(d, -1, 1)), t.q - t.p)
+
+        # The differences must add up to 0: what they add up to is the error of the rows' log-sums.
+        d = t.d - np.log1p(differences(t.d).sum(-1, keepdims=True))
+        apart, sign = differences(d), -np.sign(t.d)
+        # Of what has another sign: s_j - sum_k p_k s_k
+        up, down = (sign > 0), (sign < 0)
+
+        def centred(p: Any) -> Any:
+            above, below = (p * up).sum(-1, keepdims=True), (p * down).sum(-1, keepdims=True)
+            tie = (p * (sign == 0)).sum(-1, keepdims=True)
+            return p * np.where(up, 2 * below + tie, np.where(down, -2 * above - tie, below - above)) / 2
+
+        return abs(apart).sum(-1) / 2, centred(t.p), -centred(t.q)
+    minus = -abs(t.d)
+    weight = np.where(t.d > 0, c, w)
+    with np.errstate(all="ignore"):
+        larger = np.where(
+            minus > -0.5, np.log1p((1 - weight) * np.expm1(minus)), np.log(weight + (1 - weight) * np.exp(minus))
+        )
+        smaller = larger - minus
+    log_m_p, log_m_q = np.where(t.d > 0, smaller, larger), np.where(t.d > 0, larger, smaller)
+
+    def phi(x: Any) -> Any:  # exp(x) - 1 - x
+        series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
+        with np.errstate(all="ignore"):
+            return np.where(abs(x) < 1e-3, series, np.expm1(x) - x)
+
+    def terms(p: Any, log_m: Any) -> Any:  # a class that p excludes has m, the limit of p phi
+        with np.errstate(all="ignore"):
+            return np.where(p > 0, p * phi(log_m), w * t.p + c * t.q).sum(-1)
+
+    from_p, from_q = terms(t.p, log_m_p), terms(t.q, log_m_q)
+    log_m_p, log_m_q = np.clip(log_m_p, -1e30, 1e30), np.clip(log_m_q, -1e30, 1e30)
+    if divergence.family == "weighted_js":
+        grad_p, grad_q = t.p * (-log_m_p - from_p[:, None]), t.q * (-log_m_q - from_q[:, None])
+        return w * from_p + c * from_q, w * grad_p, c * grad_q
+    share = -np.expm1(-log_m_p)
+    mean = (t.p * share).sum(-1, keepdims=True)
+    return from_p, t.p * (-log_m_p - from_p[:, None] + w * (share - mean)), t.q * (c * share + w * mean)
+
+
+DIVERGENCES = [
+    *(Divergence(family, weight) for family in ("skewed_kl", "weighted_js") for weight in (0.1, 0.5, 0.9)),
+    Divergence("total_variation"),
+]
+
+
+@in_rows_and_lanes
+@pytest.mark.parametrize("classes", [1, 7, 65, 1000, 20011])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergences(isa: str, dtype: torch.dtype, classes: int, class_dim: int) -> None:
+    p, q = pair_rows(dtype, classes)
+    laid = [z.movedim(1, class_dim).contiguous() for z in (p, q)]
+    t, real = pair_truth(p, q), real_of(dtype)
+    eps = torch.finfo(real).eps / 2
+    size = np.where(np.isinf(wide(p)), 0, abs(wide(p))) + np.where(np.isinf(wide(q)), 0, abs(wide(q)))
+    moved = (np.where(np.isinf(t.d), 0, np.minimum(abs(t.d), 1)) * np.maximum(t.p, t.q) * (size + 1)).sum(-1) + eps
+    for divergence in DIVERGENCES:
+        got = cpu.pair_row_stats(*laid, class_dim=class_dim, kl=False, divergence=divergence, same_top=False)
+        value, *slopes = divergence_truth(divergence, t)
+        assert got.kl is None
+        assert got.divergence is not None
+        assert bool((got.divergence >= 0).all())
+        assert got.divergence[0] == 0
+        assert ulps(got.divergence, value, moved) <= 6, divergence
+        upstream = torch.randn(9, dtype=real)
+        grads = cpu.pair_row_grad(
+            *laid, got.saved, class_dim=class_dim, divergence=divergence, divergence_grad=upstream
+        )
+        # What p's and q's factors are made of: a logarithm of m / p, and 1 / weight in what the skewed KL adds.
+        most = 2 + np.log1p(1 / divergence.weight) + (divergence.family == "skewed_kl") / divergence.weight
+        for made, slope, own in zip(grads, slopes, (t.p, t.q), strict=True):
+            assert made is not None
+            g = abs(wide(upstream))[:, None]
+            exact = wide(upstream)[:, None] * slope
+            slack = 2 * eps * (g * own * (most + np.minimum(size, 40.0)) + 2 * abs(exact))
+            slack += abs(exact) * Wide(torch.finfo(dtype).eps) * (dtype != real)
+            slack += Wide(torch.finfo(real).tiny) * 1e3 + 2.0**-24 * (dtype == torch.float16)
+            error = abs(wide(made.movedim(class_dim, 1)) - exact)
+            assert bool((error <= 4 * slack).all()), (divergence, float((error / slack).max()))
+    one = cpu.pair_row_grad(p, q, got.saved, divergence=divergence, divergence_grad=upstream, need_second=False)
+    assert one[1] is None
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=lambda d: d.family)
+def test_divergences_in_any_layout_and_number_of_threads(isa: str, divergence: Divergence) -> None:
+    for _, p, class_dim in layouts(300):
+        q = p + torch.randn_like(p)
+        asked: dict[str, Any] = {"kl": False, "divergence": divergence}
+        got = cpu.pair_row_stats(p, q.contiguous(), class_dim=class_dim, **asked)
+        flat = [x.movedim(class_dim, -1).reshape(-1, 300).contiguous() for x in (p, q)]
+        expected = cpu.pair_row_stats(*flat, **asked)
+        assert got.divergence is not None
+        assert expected.divergence is not None
+        torch.testing.assert_close(got.divergence.flatten(), expected.divergence, rtol=1e-6, atol=0)
+        g = torch.randn(got.divergence.shape)
+        grads = cpu.pair_row_grad(
+            p, q.contiguous(), got.saved, class_dim=class_dim, divergence=divergence, divergence_grad=g
+        )
+        flat_grads = cpu.pair_row_grad(*flat, expected.saved, divergence=divergence, divergence_grad=g.flatten())
+        for made, flat_made in zip(grads, flat_grads, strict=True):
+            assert made is not None
+            assert flat_made is not None
+            torch.testing.assert_close(made.movedim(class_dim, -1).reshape(-1, 300), flat_made, rtol=1e-5, atol=1e-7)
+    p, q = torch.randn(270, 20011) * 3, torch.randn(270, 20011) * 3
+    p[5] = q[5] + 1e-4 * torch.randn(20011)  # which takes more than one pass
+    p[7, :3], q[260:262] = -INF, 3e4
+    up = torch.randn(270)
+    expected = cpu.pair_row_stats(p, q, **asked)
+    a, b, results = p.T.contiguous(), q.T.contiguous(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got = cpu.pair_row_stats(a, b, class_dim=0, **asked)
+        over = a.clone(), b.clone()
+        cpu.pair_row_grad(*over, got.saved, class_dim=0, divergence=divergence, divergence_grad=up, out=over)
+        results.append([got.divergence, got.saved, *over])
+        torch.testing.assert_close(got.divergence, expected.divergence, rtol=2e-6, atol=1e-12)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True) if x is not None and y is not None)
+    grads = cpu.pair_row_grad(p, q, expected.saved, divergence=divergence, divergence_grad=up)
+    for made, lane_made in zip(grads, over, strict=True):
+        assert made is not None
+        torch.testing.assert_close(lane_made.T, made, rtol=1e-5, atol=1e-7)
 
 
 def test_pair_layouts(isa: str) -> None:

@@ -66,14 +66,14 @@ def test_the_same_signature(name: str) -> None:
 
 
 def test_a_wrong_call_says_what_is_wrong() -> None:
-    with pytest.raises(TypeError, match="product_supported: expected 1 positional arguments, got 2"):
-        _native.product_supported(0, 1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="product_supported: dtype: expected int, got 'x'"):
-        _native.product_supported("x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="product_serves: expected 1 positional arguments, got 2"):
+        _native.product_serves(0, 1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="product_serves: dtype: expected int, got 'x'"):
+        _native.product_serves("x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pool_block: shape: expected tuple, got 3"):
         _native.pool_block(0, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="product_supported: dtype: expected int, got 4294967296"):
-        _native.product_supported(2**32)
+    with pytest.raises(TypeError, match="product_serves: dtype: expected int, got 4294967296"):
+        _native.product_serves(2**32)
     with pytest.raises(ValueError, match="no such dtype"):
         _native.pool_block(9, (3,))
     with pytest.raises(RuntimeError, match="expected one of avx512, avx2, portable"):

@@ -653,6 +653,53 @@ def test_K13_divergence_of_related_rows_in_float64() -> None:
     assert worst[1] > 1000 * torch.finfo(torch.float64).eps
 
 
+def test_K14_a_mixture_excludes_nothing_of_p() -> None:
+    p, q = tensor([[0.0, 1.0, -INF]]).requires_grad_(), tensor([[0.0, -INF, 1.0]]).requires_grad_()
+    for value in (ll.kl(p, q, skew=0.1), ll.js(p, q, beta=0.1), ll.js(p, q, beta=0.9)):
+        assert 0 < value.item() < -math.log(0.1)
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, [p, q]))
+    apart = tensor([[0.0, -INF]]), tensor([[-INF, 0.0]])
+    assert ll.kl(*apart, skew=0.1).item() == pytest.approx(-math.log(0.1), rel=1e-6)
+
+
+def test_K15_js_at_the_ends_of_beta() -> None:
+    p, q = torch.randn(5, 9), torch.randn(5, 9)
+    assert torch.equal(ll.js(p, q, beta=0), ll.kl(p, q))
+    assert torch.equal(ll.js(p, q, beta=1), ll.kl(q, p))
+    p, q = p.double(), q.double()
+    torch.testing.assert_close(ll.js(p, q, beta=1e-9) / 1e-9, ll.kl(p, q), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ll.js(p, q, beta=1 - 1e-9) / 1e-9, ll.kl(q, p), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_K16_total_variation_of_equals(theirs: bool) -> None:
+    p, q = tensor([[0.0, 1.0, 2.0]]).requires_grad_(), tensor([[0.0, 1.0, 2.0]])
+    value = (p.softmax(1) - q.softmax(1)).abs().sum(1) / 2 if theirs else ll.tv(p, q)
+    assert value == 0
+    assert not bool(torch.autograd.grad(value, p)[0].any())
+
+
+def test_K17_small_total_variation() -> None:
+    p = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+    q = p + 1e-6 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(1))
+    exact = (p.double().softmax(1) - q.double().softmax(1)).abs().sum(1) / 2
+    theirs = (p.softmax(1) - q.softmax(1)).abs().sum(1) / 2
+    assert float((theirs / exact - 1).abs().max()) > 1e-3
+    assert float((ll.tv(p, q) / exact - 1).abs().max()) < 2 * torch.finfo(torch.float32).eps
+
+
+def test_K18_a_temperature_keeps_the_difference() -> None:
+    q = (torch.randn(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 20).float()
+    p = q + 1e-5 * torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    with mp.workprec(256):
+        rows = zip((p.double() / 0.7).tolist(), (q.double() / 0.7).tolist(), strict=True)
+        exact = torch.tensor([float(exact_divergence(*row)) for row in rows], dtype=torch.float64)
+    first, second = (p / 0.7).double(), (q / 0.7).double()  # even with all the rest in float64
+    theirs = F.kl_div(second.log_softmax(1), first.log_softmax(1), reduction="none", log_target=True).sum(1)
+    assert float((theirs / exact - 1).abs().max()) > 0.01
+    assert float((ll.kl(p, q, temperature=0.7) / exact - 1).abs().max()) < 4 * torch.finfo(torch.float32).eps
+
+
 def exact_divergence(z: list[float], y: list[float]) -> Any:
     log_p, log_q = ([mp.mpf(value) - mp.log(mpmath.fsum(map(mp.exp, row))) for value in row] for row in (z, y))
     return mpmath.fsum(mp.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
@@ -994,3 +1041,17 @@ def test_E4_ignored_row_of_token_stats(bad) -> None:
     assert leaf.grad[0].tolist() == [0, 0]
     assert leaf.grad[1].isfinite().all()
     assert all_nan(gradient(lambda z: F.cross_entropy(z, tensor([-100, 0])), logits)[:2])
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+def test_E5_ignored_row_of_log_probs(bad: float) -> None:
+    z = torch.randn(2, 3)
+    z[1, 0] = bad
+    z.requires_grad_()
+    target = torch.tensor([0, -100])
+    theirs = z.log_softmax(1).gather(1, target.clamp(min=0)[:, None]).squeeze(1).masked_fill(target < 0, 0)
+    if bad != -INF:
+        assert bool(torch.autograd.grad(theirs.sum(), z)[0][1].isnan().any())
+    value = ll.log_probs(z, target)
+    assert value[1] == 0
+    assert not bool(torch.autograd.grad(value.sum(), z)[0][1].any())

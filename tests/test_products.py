@@ -1,5 +1,8 @@
 """The compiled matrix product against float64, and where it serves."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product as combinations
 
@@ -11,6 +14,7 @@ pytest.importorskip("logitless._native", reason="built without the extension (LO
 from logitless import _native
 from logitless._heads import products
 from logitless.kernels import cpu
+from logitless.kernels.native import DTYPES
 
 ORDERS = tuple(combinations((False, True), repeat=2))
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -78,7 +82,7 @@ def test_float32(isa: str, shape: tuple[int, int, int], first_transposed: bool, 
     assert_is_product(by_column, first, second)
 
 
-@pytest.mark.skipif(BFLOAT16 not in cpu.PRODUCT_DTYPES, reason="this processor has no product of bfloat16")
+@pytest.mark.skipif(not _native.product_serves(DTYPES[BFLOAT16]), reason="this processor multiplies no bfloat16")
 @pytest.mark.parametrize(("first_transposed", "second_transposed"), ORDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16(shape: tuple[int, int, int], first_transposed: bool, second_transposed: bool) -> None:
@@ -140,8 +144,8 @@ def test_without_depth_a_product_is_0() -> None:
     assert bool((out == 2).all())
 
 
-@pytest.mark.skipif(FLOAT32 not in cpu.PRODUCT_DTYPES, reason="this processor has no product of float32")
 def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", cpu.PRODUCT_DTYPES | {FLOAT32})
     served = []
     monkeypatch.setattr(cpu, "product", lambda *factors, **_: served.append(factors))
     first, second, out = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(2, 4)
@@ -204,3 +208,28 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
         cpu.product(torch.ones(2, 2), torch.ones(2, 2, dtype=BFLOAT16), out.T)
     with pytest.raises(ValueError, match="consecutive"):
         cpu.product(torch.ones(2, 2, dtype=BFLOAT16), torch.ones(2, 2), out)
+
+
+SERVED = """
+import torch, logitless as ll
+from logitless.kernels import cpu
+h, w, t = torch.randn(9, 40), torch.randn(700, 40), torch.arange(9)
+whole = ll.token_stats(ll.linear(h, w), t).nll
+parts = [ll.token_stats(ll.linear(h[i:], w), t[i:]).nll for i in range(9)]
+print(sorted(map(str, cpu.PRODUCT_DTYPES)), all(torch.equal(part, whole[i:]) for i, part in enumerate(parts)))
+"""
+
+
+@pytest.mark.parametrize("isa", _native.native_info()["supported"])
+def test_the_product_is_chosen_by_name(isa: str) -> None:
+    def run(product: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "LOGITLESS_ISA": isa, "LOGITLESS_PRODUCT": product}
+        return subprocess.run(
+            [sys.executable, "-c", SERVED], env=environment, capture_output=True, text=True, check=False
+        )
+
+    native = run("native").stdout
+    assert "torch.float32" in native
+    assert native.rstrip().endswith("True")
+    assert run("torch").stdout.startswith("[]")
+    assert "LOGITLESS_PRODUCT: expected native or torch, got 'mkl'" in run("mkl").stderr

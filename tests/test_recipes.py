@@ -1,6 +1,7 @@
 """The recipes of docs/recipes.md run, build no logits, and are the formulas they say on logits that are built."""
 
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless as ll
+from logitless._heads import products
 from logitless.kernels import interface
 from test_lazy import NoTensorOf
 
@@ -50,7 +52,7 @@ def tokens(page: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def test_the_page_shows_what_it_promises(page: dict[str, Any]) -> None:
     headings = re.findall(r"^## (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(headings) == 8
+    assert len(headings) == 11
     assert type(page["model"](input_ids=page["ids"]).logits) is ll.LazyLogits
     assert page["best"].shape == page["ids"].shape
 
@@ -89,6 +91,11 @@ def test_grpo(page: dict[str, Any], dense: Tensor) -> None:
     logits = page["model"](input_ids=page["ids"]).logits
     got = page["grpo_loss"](logits, page["labels"], old, advantages, bonus=0.5)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    reference = picked + 0.2 * torch.randn_like(picked)
+    penalty = (reference - picked).exp() - (reference - picked) - 1
+    expected = -((gain - 0.3 * penalty + 0.5 * entropy) * kept).sum() / kept.sum()
+    got = page["grpo_loss"](logits, page["labels"], old, advantages, reference * kept, bonus=0.5, penalty=0.3)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_distillation(page: dict[str, Any], dense: Tensor) -> None:
@@ -117,3 +124,70 @@ def test_training_step(page: dict[str, Any]) -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
     got = tagger.training_step((inputs, labels), 0)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_gkd(page: dict[str, Any], beta: float, temperature: float) -> None:
+    answers, learnt = page["answers"], page["learnt"]
+    with torch.no_grad():
+        logits = [page[name](input_ids=answers).logits for name in ("teacher", "model")]
+    kept = learnt[:, 1:] != -100
+    p, q = ((z.materialize().double()[:, :-1][kept] / temperature).softmax(-1) for z in logits)
+    m = beta * p + (1 - beta) * q
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1).mean()
+
+    expected = kl(p, q) if beta == 0 else kl(q, p) if beta == 1 else beta * kl(p, m) + (1 - beta) * kl(q, m)
+    got = page["gkd_loss"](*logits, learnt, beta, temperature)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_what_each_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's products, counted by their sizes; own head, and the other model's."""
+    rows, classes, width, other = 64, 700, 24, 17
+    done = {width: 0, other: 0}
+    multiply = products.multiply
+
+    def counted(backend: Any, first: Tensor, second: Tensor, out: Tensor, **options: Any) -> None:
+        sizes = sorted((*first.shape, second.shape[1]))
+        assert sizes[1:] == [rows, classes]
+        done[sizes[0]] += 1
+        multiply(backend, first, second, out, **options)
+
+    for module in (products, sys.modules["logitless._heads.tiles"]):
+        monkeypatch.setattr(module, "multiply", counted)
+    hidden, weight = torch.randn(rows, width).requires_grad_(), torch.randn(classes, width).requires_grad_()
+    target = torch.randint(classes, (rows,))
+    student, teacher = ll.linear(hidden, weight), ll.linear(torch.randn(rows, other), torch.randn(classes, other))
+
+    def z_loss() -> Tensor:
+        stats = ll.token_stats(student, target)
+        return stats.nll.sum() + stats.lse.square().sum() + stats.entropy.sum()
+
+    def evaluation() -> Tensor:
+        with torch.no_grad():
+            return ll.token_stats(student, target).nll
+
+    def reference() -> Tensor:
+        return ll.token_stats(teacher, target).nll
+
+    lines = [
+        lambda: F.cross_entropy(student, target),
+        evaluation,
+        z_loss,
+        reference,
+        lambda: ll.js(teacher, student, beta=0.3).mean(),
+        lambda: ll.js(teacher, student, beta=0.3, reduction="mean"),
+    ]
+    found = []
+    for call in lines:
+        done.update({width: 0, other: 0})
+        loss = call()
+        if loss.requires_grad:
+            loss.backward()
+        found.append((done[width], done[other]))
+    table = PAGE.read_text(encoding="utf-8").split("| | products of")[1].split("\n\n")[0].splitlines()[2:]
+    told = [tuple(int(cell or 0) for cell in map(str.strip, line.strip("|").split("|")[1:])) for line in table]
+    assert found == told

@@ -63,7 +63,7 @@ def test_value_and_the_students_gradient(tail: sparse.Tail, lazy: bool, measure:
     dense = None if lazy else F.linear(hidden, weight)
     with NoTensorOf(ROWS * CLASSES if lazy else ROWS * CLASSES + 1):
         q = ll.linear(hidden, weight) if dense is None else dense
-        got = getattr(sparse, measure)(teacher, q)
+        got = (ll.kl if measure == "kl" else sparse.cross_entropy)(teacher, q)
         ours = torch.autograd.grad(got, [hidden, weight], upstream)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
     for mine, wanted in zip(ours, theirs, strict=True):
@@ -211,3 +211,77 @@ def test_it_is_a_target_of_cross_entropy() -> None:
     with pytest.raises(ValueError, match="label_smoothing do not apply"):
         loss(q, teacher, label_smoothing=0.1)
     assert loss(q[:0], teacher[:0], empty="zero").item() == 0
+
+
+# --- the other divergences
+
+
+def divergence_of(p: Tensor, q: Tensor, name: str) -> Tensor:
+    """Of buckets' masses, by the textbook."""
+    kind, _, weight = name.partition(" ")
+    if kind == "tv":
+        return (p - q).abs().sum(-1) / 2
+    if kind == "reverse":
+        return (q * (q / p).log()).sum(-1)
+    share = float(weight)
+    mixture = share * p + (1 - share) * q
+    from_p = (p * (p / mixture).log()).sum(-1)
+    return from_p if kind == "skew" else share * from_p + (1 - share) * (q * (q / mixture).log()).sum(-1)
+
+
+def ours(teacher: ll.SparseLogits, student: Tensor | ll.LazyLogits, name: str, temperature: float = 1.0) -> Tensor:
+    kind, _, weight = name.partition(" ")
+    if kind == "tv":
+        return ll.tv(teacher, student, temperature=temperature)
+    if kind == "reverse":
+        return ll.kl(student, teacher, temperature=temperature)
+    if kind == "skew":
+        return ll.kl(teacher, student, skew=float(weight), temperature=temperature)
+    if kind == "turned":
+        return ll.js(student, teacher, beta=1 - float(weight), temperature=temperature)
+    return ll.js(teacher, student, beta=float(weight), temperature=temperature)
+
+
+@pytest.mark.parametrize("name", ["reverse", "js 0.1", "js 0.5", "turned 0.9", "skew 0.1", "tv"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["dense", "lazy"])
+@pytest.mark.parametrize("tail", ["lump", "renormalize"])
+def test_divergences_of_a_sparse_teacher(tail: sparse.Tail, lazy: bool, name: str) -> None:
+    p = teacher_logits()
+    hidden, weight = student()
+    teacher = ll.SparseLogits.top_k(p, K, tail=tail)
+    of_buckets = [buckets(z.log_softmax(-1), teacher.indices, tail) for z in (p, F.linear(hidden, weight))]
+    expected = divergence_of(of_buckets[0], of_buckets[1], name.replace("turned", "js"))
+    got = ours(teacher, ll.linear(hidden, weight) if lazy else F.linear(hidden, weight), name)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    upstream = 3 * torch.randn(ROWS, dtype=torch.float64)
+    grads = torch.autograd.grad(got, [hidden, weight], upstream)
+    for one, other in zip(grads, torch.autograd.grad(expected, [hidden, weight], upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_js_at_the_ends_of_beta_and_reductions() -> None:
+    teacher, z = ll.SparseLogits.top_k(teacher_logits(), K), teacher_logits(1.0)
+    assert torch.equal(ll.js(teacher, z, beta=0), ll.kl(teacher, z))
+    assert torch.equal(ll.js(teacher, z, beta=1), ll.kl(z, teacher))
+    torch.testing.assert_close(ll.tv(teacher, z, reduction="mean"), ll.tv(teacher, z).mean())
+
+
+def test_temperature_needs_the_tail() -> None:
+    p, q = teacher_logits(), teacher_logits(1.0)
+    teacher = ll.SparseLogits.top_k(p, K, tail="renormalize")
+    kept = [z.gather(-1, teacher.indices) / 2 for z in (p, q)]
+    for name in ("reverse", "js 0.1", "skew 0.5", "tv"):
+        expected = divergence_of(kept[0].softmax(-1), kept[1].softmax(-1), name)
+        torch.testing.assert_close(ours(teacher, q, name, 2.0), expected, rtol=1e-9, atol=1e-12)
+    full = ll.SparseLogits.top_k(p, CLASSES)
+    expected = divergence_of((p / 2).softmax(-1), (q / 2).softmax(-1), "js 0.1")
+    torch.testing.assert_close(ours(full, q, "js 0.1", 2.0), expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"kl: a temperature of SparseLogits with tail='lump' would need"):
+        ll.kl(ll.SparseLogits.top_k(p, K), q, temperature=2.0)
+
+
+def test_a_student_has_all_its_logits() -> None:
+    teacher = ll.SparseLogits.top_k(teacher_logits(), K)
+    for call in (lambda: ll.kl(teacher, teacher), lambda: ll.js(teacher, teacher, beta=1)):
+        with pytest.raises(TypeError, match="the student, must have all its logits"):
+            call()

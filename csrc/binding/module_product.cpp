@@ -12,7 +12,7 @@ LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std
           std::int64_t columns, Address a, std::int64_t a_row_stride, std::int64_t a_depth_stride, Address b,
           std::int64_t b_depth_stride, std::int64_t b_column_stride, Address c, std::int64_t c_row_stride,
           bool accumulate) {
-  if (b_dtype != static_cast<int>(DType::kFloat32) && !product_supported(b_dtype))
+  if (!product_serves(b_dtype))
     throw std::invalid_argument("product: the instruction set in use has none of this dtype");
   const bool half_b = b_dtype == static_cast<int>(DType::kBFloat16) || b_dtype == static_cast<int>(DType::kFloat16);
   if (a_dtype != b_dtype && !(half_b && a_dtype == static_cast<int>(DType::kFloat32)))
@@ -45,5 +45,6 @@ LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std
 
 void bind_product(PyObject* module) {
   LL_DEFINE(module, product);
-  Exposed<&product_supported>::add_to(module, "product_supported", "int dtype");
+  Exposed<&product_serves>::add_to(module, "product_serves", "int dtype");
+  Exposed<&product_is_faster>::add_to(module, "product_is_faster", "int dtype");
 }

@@ -7,12 +7,17 @@
 //   d/dz_q = q (reverse (d - RKL) + js/2 (log(q/m) - KL(q||m)) + hq (-log q - H(q)) + nll_q)
 //            + (kl + ce) (q - p)
 //   and -nll_p, -nll_q at the target.
+// Of a Divergence alone, with its upstream gradient g, m = w p + (1 - w) q and r = 1 - p / m:
+//   skewed KL F    d/dz_p = g p (log(p/m) - F + w (r - R)),  d/dz_q = g q ((1 - w) r + w R),  R = sum p r
+//   weighted JS    d/dz_p = g w p (log(p/m) - KL(p||m)),  d/dz_q = g (1 - w) q (log(q/m) - KL(q||m))
+//   variation      d/dz_p = g/2 p (s - sum p s),  d/dz_q = -g/2 q (s - sum q s),  s the sign of p - q, 0 of equal ones
 //
 // Layout: as in pair_stats.cpp, with two gradients of any strides, either of which may be absent or take the place of
 // its logits.
 //
 // Precision policy: d as in pair_math.h, q - p = p (exp(d) - 1) where the two are close, everything formed before the
-// one rounding to the storage type. The target's entries are computed in double.
+// one rounding to the storage type. The target's entries are computed in double. Of the variation, s - sum p s is one
+// of three numbers a row, each a sum of what has another sign, in which nothing cancels.
 //
 // Steps: 1. The coefficients of each row, in double (coefficients), and as the loop wants them (LoopCoefficients). 2.
 // Every class of both rows (values). 3. The target's two entries are overwritten (put_target).
@@ -21,7 +26,7 @@
 #include <cstdlib>
 
 #include "pairs/pair_lanes.h"
-#include "pairs/pair_math.h"
+#include "pairs/pair_mixture.h"
 
 namespace logitless::LL_ISA {
 namespace {
@@ -62,11 +67,73 @@ template <class Real, class S = Real> struct LoopCoefficients {
   }
 };
 
-template <class T> struct Job {
+// What p (or q) of a class is multiplied by for a divergence against a mixture: high + low, and these times log(m/p)
+// (log(m/q); of the skewed KL log(m/p) - r) and r.
+template <class Real, class S = Real> struct MixtureCoefficients {
+  S p_high, p_low, p_log, p_share;
+  S q_high, q_low, q_log, q_share;
+
+  MixtureCoefficients() = default;
+
+  // s: the saved numbers of the row.
+  static MixtureCoefficients of_skewed_kl(double g, double weight, const double* s) {
+    const double of_share = g * weight * s[kSkewedKlShare];
+    return {-g * s[kSkewedKlValue] - of_share, -g, -g * (1 - weight), of_share, 0, g * (1 - weight)};
+  }
+  static MixtureCoefficients of_weighted_js(double g, double weight, const double* s) {
+    const double of_p = g * weight, of_q = g * (1 - weight);
+    return {-of_p * s[kWeightedKlPM], -of_p, 0, -of_q * s[kWeightedKlQM], -of_q, 0};
+  }
+
+ private:
+  MixtureCoefficients(double p_one, double p_log, double p_share, double q_one, double q_log, double q_share)
+      : p_log(static_cast<Real>(p_log)),
+        p_share(static_cast<Real>(p_share)),
+        q_log(static_cast<Real>(q_log)),
+        q_share(static_cast<Real>(q_share)) {
+    LoopCoefficients<Real>::split(p_one, p_high, p_low);
+    LoopCoefficients<Real>::split(q_one, q_high, q_low);
+  }
+};
+
+// The same for the variation: one number where p is larger, where q is, and where they are equal.
+template <class Real, class S = Real> struct VariationCoefficients {
+  S p_above, p_below, p_tie;
+  S q_above, q_below, q_tie;
+
+  VariationCoefficients() = default;
+
+  VariationCoefficients(double g, const double* s)
+      : p_above(static_cast<Real>(g / 2 * s[kVariationP])),
+        p_below(static_cast<Real>(g / 2 * s[kVariationP + 1])),
+        p_tie(static_cast<Real>(g / 2 * s[kVariationP + 2])),
+        q_above(static_cast<Real>(-g / 2 * s[kVariationQ])),
+        q_below(static_cast<Real>(-g / 2 * s[kVariationQ + 1])),
+        q_tie(static_cast<Real>(-g / 2 * s[kVariationQ + 2])) {}
+};
+
+// What has an upstream gradient: measures without the JS divergence or with it, or one Divergence.
+enum class Upstream { kPlain, kMixed, kSkewedKl, kWeightedJs, kTotalVariation };
+
+template <Upstream U> struct CoefficientsOf {
+  template <class Real, class S> using Type = MixtureCoefficients<Real, S>;
+};
+template <> struct CoefficientsOf<Upstream::kPlain> {
+  template <class Real, class S> using Type = LoopCoefficients<Real, S>;
+};
+template <> struct CoefficientsOf<Upstream::kMixed> {
+  template <class Real, class S> using Type = LoopCoefficients<Real, S>;
+};
+template <> struct CoefficientsOf<Upstream::kTotalVariation> {
+  template <class Real, class S> using Type = VariationCoefficients<Real, S>;
+};
+
+template <class T, Upstream U> struct Job {
   using Real = Compute<T>;
   using V = Vec<Real>;
   static constexpr int L = kLanes<Real>;
   const PairRowGradArgs& args;
+  const MixtureWeights<Real> weights = MixtureWeights<Real>::from(args.weight);
 
   // ---- step 1
   // -----------------------------------------------------------------------------------------------------------
@@ -101,7 +168,7 @@ template <class T> struct Job {
 
   // What a vector of classes needs: of one row (S is Real), or of a row a lane.
   template <class S> struct Numbers {
-    LoopCoefficients<Real, S> c;
+    typename CoefficientsOf<U>::template Type<Real, S> c;
     RowScale<Real, S> scale_p, scale_q;
     LogRatio<Real, S> log_ratio;
   };
@@ -141,36 +208,79 @@ template <class T> struct Job {
     row.zq = static_cast<const T*>(args.other) + outer * sq.outer + inner * sq.inner;
     row.gp = args.grad ? static_cast<T*>(args.grad) + outer * sgp.outer + inner * sgp.inner : nullptr;
     row.gq = args.other_grad ? static_cast<T*>(args.other_grad) + outer * sgq.outer + inner * sgq.inner : nullptr;
+    row.target = -1;
+    row.numbers.scale_p = RowScale<Real>::from(s[kMaxP], s[kLogSumP]);
+    row.numbers.scale_q = RowScale<Real>::from(s[kMaxQ], s[kLogSumQ]);
+    row.numbers.log_ratio = LogRatio<Real>(s[kMaxP], s[kMaxQ], s[kLogSumGap]);
+    const double g = upstream(args.divergence_grad, r);
+    if constexpr (U == Upstream::kSkewedKl)
+      row.numbers.c = MixtureCoefficients<Real>::of_skewed_kl(g, args.weight, s);
+    else if constexpr (U == Upstream::kWeightedJs)
+      row.numbers.c = MixtureCoefficients<Real>::of_weighted_js(g, args.weight, s);
+    else if constexpr (U == Upstream::kTotalVariation)
+      row.numbers.c = VariationCoefficients<Real>(g, s);
+    else
+      row.numbers.c = with_target(row, r, s);
+    return row;
+  }
+
+  // The coefficients of a row of several measures, and what the target's two entries are.
+  LoopCoefficients<Real> with_target(RowGrad& row, int64_t r, const double* s) const {
+    const Tile& t = args.tile;
     const int64_t target = args.target && (args.nll_p || args.nll_q) ? args.target[r] : -1;
     row.target = target != args.ignore_index && target >= 0 && target < t.classes ? target : -1;
     Coefficients c = coefficients(r);
     if (row.target >= 0) {
       const double zp = static_cast<double>(widen(row.zp[target * t.class_stride]));
-      const double zq = static_cast<double>(widen(row.zq[target * sq.classes]));
+      const double zq = static_cast<double>(widen(row.zq[target * args.other_strides.classes]));
       at_target(c, s, zp, zq, upstream(args.nll_p, r), upstream(args.nll_q, r), row.at_target);
       c.p_one += upstream(args.nll_p, r);
       c.q_one += upstream(args.nll_q, r);
     }
-    row.numbers = {LoopCoefficients<Real>(c, s[kLogSumP], s[kLogSumQ]), RowScale<Real>::from(s[kMaxP], s[kLogSumP]),
-                   RowScale<Real>::from(s[kMaxQ], s[kLogSumQ]), LogRatio<Real>(s[kMaxP], s[kMaxQ], s[kLogSumGap])};
-    return row;
+    return LoopCoefficients<Real>(c, s[kLogSumP], s[kLogSumQ]);
   }
 
   // ---- step 2
   // -----------------------------------------------------------------------------------------------------------
 
-  // Of a vector of classes. kMixed: the JS divergence has an upstream gradient.
-  template <bool kMixed, class S> static LL_INLINE void values(const Numbers<S>& n, V zp, V zq, V& out_p, V& out_q) {
-    const LoopCoefficients<Real, S>& c = n.c;
+  // Of a vector of classes.
+  template <class S> LL_INLINE void values(const Numbers<S>& n, V zp, V zq, V& out_p, V& out_q) const {
     const V p = n.scale_p.probability(zp), q = n.scale_q.probability(zq);
     const V d = clamp<Real>(n.log_ratio(zp, zq), kBig<Real>);
+    if constexpr (U == Upstream::kPlain || U == Upstream::kMixed)
+      return several(n, p, q, d, zp, zq, out_p, out_q);
+    else
+      return divergence(n.c, p, q, d, out_p, out_q);
+  }
+
+  template <class C> LL_INLINE void divergence(const C& c, V p, V q, V d, V& out_p, V& out_q) const {
+    if constexpr (U == Upstream::kTotalVariation) {
+      out_p = p * (d < 0 ? V{} + c.p_above : (d > 0 ? V{} + c.p_below : V{} + c.p_tie));
+      out_q = q * (d < 0 ? V{} + c.q_above : (d > 0 ? V{} + c.q_below : V{} + c.q_tie));
+    } else {
+      const WeightedMixture<Real> m(d, weights);
+      if constexpr (U == Upstream::kSkewedKl) {
+        // -log(m/p) + w r would cancel where w is near 1.
+        const V share = m.share(weights);
+        out_p = c.p_high + c.p_log * m.log_less_share(share) + c.p_share * share;
+        out_q = c.q_high + c.q_share * share;
+      } else {
+        out_p = c.p_high + c.p_log * m.log_m_p();
+        out_q = c.q_high + c.q_log * m.log_m_q();
+      }
+      out_p = p * (out_p + c.p_low);
+      out_q = q * (out_q + c.q_low);
+    }
+  }
+
+  template <class S> static LL_INLINE void several(const Numbers<S>& n, V p, V q, V d, V zp, V zq, V& out_p, V& out_q) {
+    const LoopCoefficients<Real, S>& c = n.c;
     const V gap_p = maximum<Real>(splat<Real>(-kBig<Real>), zp - n.scale_p.top);
     const V gap_q = maximum<Real>(splat<Real>(-kBig<Real>), zq - n.scale_q.top);
-    const V near = p * (KlTerms<Real>(d).phi() + d);
-    const V difference = (d < Real(0.5)) & (d > Real(-0.5)) ? near : q - p;
+    const V difference = difference_of<Real>(p, q, d);
     out_p = c.p_high + c.p_d * d + c.p_gap_q * gap_q + c.p_gap_p * gap_p;
     out_q = c.q_high + c.q_d * d + c.q_gap_q * gap_q;
-    if constexpr (kMixed) {
+    if constexpr (U == Upstream::kMixed) {
       const Mixture<Real> m(d);
       out_p += c.p_mixture * m.log_m_p;
       out_q += c.q_mixture * m.log_q_m;
@@ -180,24 +290,24 @@ template <class T> struct Job {
   }
 
   // The same of `valid` classes (or rows) from the pointers on; either output may be null.
-  template <bool kMixed, class From, class S>
-  static LL_INLINE void values_at(const Numbers<S>& numbers, const From* zp, const From* zq, T* gp, T* gq,
-                                  int64_t valid) {
+  template <class From, class S>
+  LL_INLINE void values_at(const Numbers<S>& numbers, const From* zp, const From* zq, T* gp, T* gq,
+                           int64_t valid) const {
     const bool whole = valid >= L;
     const V a = whole ? load(zp) : load_partial(zp, valid, Real(0));
     const V b = whole ? load(zq) : load_partial(zq, valid, Real(0));
     V out_p, out_q;
-    values<kMixed>(numbers, a, b, out_p, out_q);
+    values(numbers, a, b, out_p, out_q);
     if (gp) whole ? store(gp, out_p) : store_partial(gp, out_p, valid);
     if (gq) whole ? store(gq, out_q) : store_partial(gq, out_q, valid);
   }
 
   // n consecutive classes.
-  template <class From, bool kMixed>
-  static __attribute__((noinline)) void classes(const Numbers<Real>& numbers, const From* zp, const From* zq, T* gp,
-                                                T* gq, int64_t n) {
+  template <class From>
+  __attribute__((noinline)) void classes(const Numbers<Real>& numbers, const From* zp, const From* zq, T* gp, T* gq,
+                                         int64_t n) const {
     for (int64_t i = 0; i < n; i += L)
-      values_at<kMixed>(numbers, zp + i, zq + i, gp ? gp + i : nullptr, gq ? gq + i : nullptr, n - i);
+      values_at(numbers, zp + i, zq + i, gp ? gp + i : nullptr, gq ? gq + i : nullptr, n - i);
   }
 
   // ---- step 3
@@ -218,12 +328,10 @@ template <class T> struct Job {
     const bool contiguous = t.class_stride == 1 && args.other_strides.classes == 1 &&
                             (!row.gp || args.grad_strides.classes == 1) &&
                             (!row.gq || args.other_grad_strides.classes == 1);
-    if (!contiguous)
-      gathered(row);
-    else if (args.js)
-      classes<T, true>(row.numbers, row.zp, row.zq, row.gp, row.gq, t.classes);
+    if (contiguous)
+      classes<T>(row.numbers, row.zp, row.zq, row.gp, row.gq, t.classes);
     else
-      classes<T, false>(row.numbers, row.zp, row.zq, row.gp, row.gq, t.classes);
+      gathered(row);
     put_target(row);
   }
 
@@ -238,7 +346,7 @@ template <class T> struct Job {
         zp[j] = widen(row.zp[(i + j) * t.class_stride]);
         zq[j] = widen(row.zq[(i + j) * args.other_strides.classes]);
       }
-      classes<Real, true>(row.numbers, zp, zq, out_p, out_q, n);
+      classes<Real>(row.numbers, zp, zq, out_p, out_q, n);
       for (int64_t j = 0; row.gp && j < n; ++j) row.gp[(i + j) * args.grad_strides.classes] = out_p[j];
       for (int64_t j = 0; row.gq && j < n; ++j) row.gq[(i + j) * args.other_grad_strides.classes] = out_q[j];
     }
@@ -250,7 +358,6 @@ template <class T> struct Job {
   static constexpr int64_t kWidth = 16 * L;  // rows in lanes that are taken together
 
   // Classes [begin, end) of the `width` rows from `row` on, whose numbers `numbers` has in lanes.
-  template <bool kMixed>
   __attribute__((noinline)) void lane_classes(const RowGrad& row, const Numbers<V>* numbers, int64_t width,
                                               int64_t begin, int64_t end) const {
     constexpr int64_t kStep = 4;  // classes of one vector of rows, whose numbers stay in registers
@@ -265,7 +372,7 @@ template <class T> struct Job {
           __builtin_prefetch(zq + kLaneAhead * args.other_strides.classes);
           T* const gp = row.gp ? row.gp + j * args.grad_strides.classes + i : nullptr;
           T* const gq = row.gq ? row.gq + j * args.other_grad_strides.classes + i : nullptr;
-          values_at<kMixed>(n, zp, zq, gp, gq, width - i);
+          values_at(n, zp, zq, gp, gq, width - i);
         }
       }
     }
@@ -290,10 +397,7 @@ template <class T> struct Job {
       }
       const LaneTiles tiles{args.tile.classes, width, kWidth, parts};
       tiles.for_each(each, [&](int64_t first, int64_t count, int64_t, int64_t begin, int64_t end) {
-        if (args.js)
-          lane_classes<true>(rows[first], numbers + first / L, count, begin, end);
-        else
-          lane_classes<false>(rows[first], numbers + first / L, count, begin, end);
+        lane_classes(rows[first], numbers + first / L, count, begin, end);
       });
       for (int64_t i = 0; i < width; ++i) put_target(rows[i]);
     }
@@ -318,14 +422,25 @@ template <class T> struct Job {
   }
 };
 
+template <class T> void pick(const PairRowGradArgs& a) {
+  switch (a.divergence) {
+    case Divergence::kSkewedKl: return Job<T, Upstream::kSkewedKl>{a}.run();
+    case Divergence::kWeightedJs: return Job<T, Upstream::kWeightedJs>{a}.run();
+    case Divergence::kTotalVariation: return Job<T, Upstream::kTotalVariation>{a}.run();
+    case Divergence::kNone: break;
+  }
+  if (a.js) return Job<T, Upstream::kMixed>{a}.run();
+  Job<T, Upstream::kPlain>{a}.run();
+}
+
 }  // namespace
 
 void pair_row_grad(const PairRowGradArgs& a) {
   switch (a.dtype) {
-    case DType::kFloat32: return Job<float>{a}.run();
-    case DType::kBFloat16: return Job<BFloat16>{a}.run();
-    case DType::kFloat16: return Job<Float16>{a}.run();
-    case DType::kFloat64: return Job<double>{a}.run();
+    case DType::kFloat32: return pick<float>(a);
+    case DType::kBFloat16: return pick<BFloat16>(a);
+    case DType::kFloat16: return pick<Float16>(a);
+    case DType::kFloat64: return pick<double>(a);
   }
 }
 

@@ -64,6 +64,14 @@ inline constexpr double kLog1pDouble[] = {0.035290837453442913,
                                           -0.49999999999999999,
                                           1.0};
 
+// (atanh(s) - s) / s^3 in z = s^2, for 0 <= z <= 1/9
+inline constexpr double kAtanhTailFloat[] = {0.11643587574026832, 0.10847037721675736, 0.14296561575914343,
+                                             0.19999845822733533, 0.33333333681668178};
+inline constexpr double kAtanhTailDouble[] = {0.076660895620601046, 0.031373996789600398, 0.049785238987022358,
+                                              0.052391268261056549, 0.058840937899642677, 0.066665830956758896,
+                                              0.076923103220898014, 0.090909090386021696, 0.11111111111723652,
+                                              0.14285714285710586,  0.20000000000000009,  0.33333333333333333};
+
 #define LL_POLYNOMIAL(name, table)                                                       \
   LL_INLINE Vec<float> name(Vec<float> x) { return polynomial<float>(x, table##Float); } \
   LL_INLINE Vec<double> name(Vec<double> x) { return polynomial<double>(x, table##Double); }
@@ -71,6 +79,7 @@ LL_POLYNOMIAL(phi_over_square, kPhi)
 LL_POLYNOMIAL(log_cosh_over_square, kLogCosh)
 LL_POLYNOMIAL(shannon_over_square, kShannon)
 LL_POLYNOMIAL(log1p_over_x, kLog1p)
+LL_POLYNOMIAL(atanh_tail, kAtanhTail)
 #undef LL_POLYNOMIAL
 
 }  // namespace logitless::LL_ISA

@@ -2,7 +2,7 @@
 // classes, which needs both lse, finds them in the cache.
 //
 // Formula: KL, reverse KL and JS as sums of the terms of pair_math.h; with p and q, cross-entropy is -sum p log q;
-// entropies and nll are those of each row alone (row_state.h).
+// entropies and nll are those of each row alone (row_state.h). A Divergence comes alone, by pair_divergence.h.
 //
 // Layout: two tensors of the same classes and any strides. Rows of consecutive classes are read one after the other;
 // rows in lanes class by class.
@@ -21,6 +21,7 @@
 //   4. Write what is wanted, and what the gradient needs.
 #include <math.h>
 
+#include "pairs/pair_divergence.h"
 #include "pairs/pair_lanes.h"
 #include "pairs/pair_math.h"
 #include "rows/row_fold.h"
@@ -88,16 +89,12 @@ template <class Real> struct MixtureSums<Real, true> {
 // PassSums lane by lane.
 template <class Real, int Mode>
 struct PairSums : BackwardSums<Real, (Mode & kBackward) != 0>, MixtureSums<Real, (Mode & kMixture) != 0> {
+  static constexpr bool kOfOneDivergence = false;
   PairSum<Real> kl, p_gap;
 
-  // A vector of classes, of which only the `valid` lanes count.
-  template <class S>
-  LL_INLINE void add(const RowScale<Real, S>& scale_p, const RowScale<Real, S>& scale_q,
-                     const LogRatio<Real, S>& log_ratio, Vec<Real> zp, Vec<Real> zq, IntVec<Real> valid) {
+  // A vector of classes; where p and q are 0 nothing is added. surprise_q is max_q - z_q.
+  LL_INLINE void add_class(Vec<Real> p, Vec<Real> q, Vec<Real> d, Vec<Real> surprise_q) {
     using V = Vec<Real>;
-    const V p = valid ? scale_p.probability(zp) : V{}, q = valid ? scale_q.probability(zq) : V{};
-    V d = log_ratio(zp, zq);
-    d = valid ? d : V{};
     const V finite_d = clamp<Real>(d, kBig<Real>);
     const KlTerms<Real> terms(d);
     kl.add(terms.forward(p, q, d));
@@ -105,7 +102,7 @@ struct PairSums : BackwardSums<Real, (Mode & kBackward) != 0>, MixtureSums<Real,
     if constexpr ((Mode & kBackward) != 0) {
       this->reverse.add(terms.reverse(p, q, d));
       this->q_gap.add(q * finite_d);
-      this->p_surprise.add(p == 0 ? V{} : p * (scale_q.top - zq));
+      this->p_surprise.add(p == 0 ? V{} : p * surprise_q);
     }
     if constexpr ((Mode & kMixture) != 0) {
       const Mixture<Real> m(finite_d);
@@ -139,20 +136,39 @@ struct PairSums : BackwardSums<Real, (Mode & kBackward) != 0>, MixtureSums<Real,
   }
 };
 
+// What a pass needs of the two rows (S is Real), or of two rows a lane, and of the mixture that is asked for.
+template <class Real, class S = Real> struct PassNumbers {
+  RowScale<Real, S> scale_p, scale_q;
+  LogRatio<Real, S> log_ratio;
+};
+
+// A vector of classes to the sums of a pass, of which only the `valid` lanes count.
+template <class Sums, class Real, class S>
+LL_INLINE void add_to(Sums& sums, const PassNumbers<Real, S>& n, const MixtureWeights<Real>& weights, Vec<Real> zp,
+                      Vec<Real> zq, IntVec<Real> valid) {
+  using V = Vec<Real>;
+  const V p = valid ? n.scale_p.probability(zp) : V{}, q = valid ? n.scale_q.probability(zq) : V{};
+  V d = n.log_ratio(zp, zq);
+  d = valid ? d : V{};
+  if constexpr (Sums::kOfOneDivergence)
+    sums.add_class(p, q, clamp<Real>(d, kBig<Real>), weights);
+  else
+    sums.add_class(p, q, d, n.scale_q.top - zq);
+}
+
 // n consecutive classes of both rows. A function of its own, so that the loop's sums stay in registers.
-template <class T, int Mode>
-__attribute__((noinline)) void add_classes(PairSums<Compute<T>, Mode>& sums, const RowScale<Compute<T>>& scale_p,
-                                           const RowScale<Compute<T>>& scale_q, const LogRatio<Compute<T>>& log_ratio,
-                                           const T* zp, const T* zq, int64_t n) {
+template <class T, class Sums>
+__attribute__((noinline)) void add_classes(Sums& sums, const PassNumbers<Compute<T>>& numbers,
+                                           const MixtureWeights<Compute<T>>& weights, const T* zp, const T* zq,
+                                           int64_t n) {
   using Real = Compute<T>;
   constexpr int L = kLanes<Real>;
-  PairSums<Real, Mode> local = sums;
+  Sums local = sums;
   int64_t i = 0;
-  for (; i + L <= n; i += L) local.add(scale_p, scale_q, log_ratio, load(zp + i), load(zq + i), ~IntVec<Real>{});
+  for (; i + L <= n; i += L) add_to(local, numbers, weights, load(zp + i), load(zq + i), ~IntVec<Real>{});
   if (i < n) {
     const IntVec<Real> valid = lane_index<Real>() < static_cast<IntOf<Real>>(n - i);
-    local.add(scale_p, scale_q, log_ratio, load_partial(zp + i, n - i, Real(0)), load_partial(zq + i, n - i, Real(0)),
-              valid);
+    add_to(local, numbers, weights, load_partial(zp + i, n - i, Real(0)), load_partial(zq + i, n - i, Real(0)), valid);
   }
   sums = local;
 }
@@ -184,6 +200,9 @@ template <class T> struct Row {
   double nll(int64_t target) const { return (max - static_cast<double>(widen(z[target * stride]))) + log_sum; }
 };
 
+// Of the square of the common error in d, beside the measure: above it another pass is wanted.
+template <class Real> inline constexpr double kTolerance = sizeof(Real) == 4 ? 0x1p-28 : 0x1p-58;
+
 // What passes over two rows tell of them. log_sum_gap: the difference of the rows' log_sum, as corrected so far.
 template <class Real, int Mode> struct Measures {
   double log_sum_gap, kl, reverse, cross, js, kl_p_m, kl_q_m;
@@ -197,7 +216,6 @@ template <class Real, int Mode> struct Measures {
 
   // 3, of a pass made with `log_sum_gap`; true where that was off by so much that another pass is wanted.
   bool take(const PassSums& sums, double q_log_sum) {
-    constexpr double kTolerance = sizeof(Real) == 4 ? 0x1p-28 : 0x1p-58;
     const double residual = sums.kl + sums.p_gap, error = ::log1p(residual);
     kl = corrected(sums.kl, residual);
     if constexpr ((Mode & kBackward) != 0) {
@@ -214,20 +232,38 @@ template <class Real, int Mode> struct Measures {
     // To first order; of the other measures only the second order is left.
     kl_p_m += sums.overlap * error;
     kl_q_m -= sums.overlap * error;
-    return error * error > kTolerance * kl;
+    return error * error > kTolerance<Real> * kl;
   }
+};
+
+// What is asked for of a pass: its sums, and what they tell. Several measures of a Mode, or one Divergence.
+template <int M> struct Several {
+  static constexpr int kMode = M;
+  template <class Real> using Sums = PairSums<Real, M>;
+  using Totals = PassSums;
+  template <class Real> using Found = Measures<Real, M>;
+};
+template <Divergence D> struct One {
+  static constexpr int kMode = 0;
+  template <class Real> using Sums = DivergenceSums<Real, D>;
+  using Totals = DivergenceTotals<D>;
+  template <class Real> using Found = DivergenceFound<Real, D>;
 };
 
 // ---- all steps
 // ----------------------------------------------------------------------------------------------------------
 
-template <class T, int Mode> struct Job {
+template <class T, class Asked> struct Job {
   using Real = Compute<T>;
   using V = Vec<Real>;
-  using Pair = Measures<Real, Mode>;
+  using Sums = typename Asked::template Sums<Real>;
+  using Totals = typename Asked::Totals;
+  using Pair = typename Asked::template Found<Real>;
   static constexpr int L = kLanes<Real>;
-  static constexpr int kFold = Mode == (kForward | kBackward | kMixture) ? kToken : 0;  // the Flags of step 1
+  static constexpr bool kOfOneDivergence = Sums::kOfOneDivergence;
+  static constexpr int kFold = Asked::kMode == (kForward | kBackward | kMixture) ? kToken : 0;  // the Flags of step 1
   const PairRowStatsArgs& args;
+  const MixtureWeights<Real> weights = MixtureWeights<Real>::from(args.weight);
 
   Row<T> first_row(int64_t outer, int64_t inner) const {
     const Tile& t = args.tile;
@@ -240,12 +276,22 @@ template <class T, int Mode> struct Job {
     return {z, s.classes, args.tile.classes, 0, 0, 0, 0};
   }
 
+  static PassNumbers<Real> numbers_of(const Row<T>& p, const Row<T>& q, double log_sum_gap) {
+    return {RowScale<Real>::from(p.max, p.log_sum), RowScale<Real>::from(q.max, q.log_sum),
+            LogRatio<Real>(p.max, q.max, log_sum_gap)};
+  }
+  // 3.
+  bool take(Pair& pair, const Totals& sums, const Row<T>& q) const {
+    if constexpr (kOfOneDivergence)
+      return pair.take(sums, args.weight, kTolerance<Real>);
+    else
+      return pair.take(sums, q.log_sum);
+  }
+
   // 2.
-  void pass(PairSums<Real, Mode>& sums, const Row<T>& p, const Row<T>& q, double log_sum_gap) const {
-    const auto scale_p = RowScale<Real>::from(p.max, p.log_sum), scale_q = RowScale<Real>::from(q.max, q.log_sum);
-    const LogRatio<Real> log_ratio(p.max, q.max, log_sum_gap);
-    if (p.stride == 1 && q.stride == 1)
-      return add_classes<T, Mode>(sums, scale_p, scale_q, log_ratio, p.z, q.z, p.classes);
+  void pass(Sums& sums, const Row<T>& p, const Row<T>& q, double log_sum_gap) const {
+    const PassNumbers<Real> numbers = numbers_of(p, q, log_sum_gap);
+    if (p.stride == 1 && q.stride == 1) return add_classes<T>(sums, numbers, weights, p.z, q.z, p.classes);
     alignas(LL_BYTES) Real zp[kGather], zq[kGather];
     for (int64_t i = 0; i < p.classes; i += kGather) {
       const int64_t n = smaller(p.classes - i, kGather);
@@ -253,7 +299,7 @@ template <class T, int Mode> struct Job {
         zp[j] = widen(p.z[(i + j) * p.stride]);
         zq[j] = widen(q.z[(i + j) * q.stride]);
       }
-      add_classes<Real, Mode>(sums, scale_p, scale_q, log_ratio, zp, zq, n);
+      add_classes<Real>(sums, numbers, weights, zp, zq, n);
     }
   }
 
@@ -263,13 +309,21 @@ template <class T, int Mode> struct Job {
   }
   void finish(int64_t r, const Row<T>& p, const Row<T>& q, const Pair& m) const {
     const double nan_or_0 = (p.log_sum - p.log_sum) + (q.log_sum - q.log_sum);
-    const double kl = m.kl + nan_or_0, reverse = m.reverse + nan_or_0, cross = m.cross + nan_or_0;
-    put(args.kl, r, kl);
-    put(args.reverse_kl, r, reverse);
-    put(args.js, r, m.js + nan_or_0);
-    put(args.cross_entropy, r, cross);
-    put(args.entropy_p, r, p.entropy);
-    put(args.entropy_q, r, q.entropy);
+    double saved[kPairSaved] = {p.max, p.log_sum, q.max, q.log_sum, m.log_sum_gap};
+    if constexpr (kOfOneDivergence) {
+      put(args.divergence_out, r, m.value(args.weight) + nan_or_0);
+      m.save(saved);
+    } else {
+      const double kl = m.kl + nan_or_0, reverse = m.reverse + nan_or_0, cross = m.cross + nan_or_0;
+      put(args.kl, r, kl);
+      put(args.reverse_kl, r, reverse);
+      put(args.js, r, m.js + nan_or_0);
+      put(args.cross_entropy, r, cross);
+      put(args.entropy_p, r, p.entropy);
+      put(args.entropy_q, r, q.entropy);
+      const double values[] = {kl, reverse, m.kl_p_m, m.kl_q_m, cross, p.entropy, q.entropy};
+      memcpy(saved + kKl, values, sizeof values);
+    }
     if (args.same_top) args.same_top[r] = p.argmax == q.argmax;
     if (args.target) {
       const int64_t target = args.target[r];
@@ -279,11 +333,7 @@ template <class T, int Mode> struct Job {
       put(args.nll_p, r, ignored || bad ? none : p.nll(target));
       put(args.nll_q, r, ignored || bad ? none : q.nll(target));
     }
-    if (args.saved) {
-      const double values[kPairSaved] = {p.max,   p.log_sum, q.max,    q.log_sum, m.log_sum_gap, kl,
-                                         reverse, m.kl_p_m,  m.kl_q_m, cross,     p.entropy,     q.entropy};
-      memcpy(args.saved + r * kPairSaved, values, sizeof values);
-    }
+    if (args.saved) memcpy(args.saved + r * kPairSaved, saved, sizeof saved);
   }
 
   void row(int64_t r) const {
@@ -293,11 +343,12 @@ template <class T, int Mode> struct Job {
     p.template take<kFold>(fold_part<T, kFold>(RowView<T>{p.z, p.stride}, 0, p.classes), args.same_top);
     q.template take<kFold>(fold_part<T, kFold>(RowView<T>{q.z, q.stride}, 0, q.classes), args.same_top);
     // 2 and 3.
-    Pair m{q.log_sum - p.log_sum, 0, 0, 0, 0, 0, 0};
+    Pair m{};
+    m.log_sum_gap = q.log_sum - p.log_sum;
     for (int i = 0; i < kMostPasses; ++i) {
-      PairSums<Real, Mode> sums;
+      Sums sums;
       pass(sums, p, q, m.log_sum_gap);
-      if (!m.take(sums.totals(AllLanes<Real>{}), q.log_sum)) break;
+      if (!take(m, sums.totals(AllLanes<Real>{}), q)) break;
     }
     // 4.
     finish(r, p, q, m);
@@ -309,11 +360,6 @@ template <class T, int Mode> struct Job {
   static constexpr int kTileVectors = 16;
   static constexpr int64_t kWidth = kTileVectors * L;
 
-  // What a vector of rows in lanes needs for a pass over their classes.
-  struct LaneNumbers {
-    RowScale<Real, V> scale_p, scale_q;
-    LogRatio<Real, V> log_ratio;
-  };
   struct LanePair {
     Row<T> p, q;
     Pair measures;
@@ -322,11 +368,11 @@ template <class T, int Mode> struct Job {
   // The sums of one part of the classes of a row.
   struct LanePart {
     RowSums p, q;
-    PassSums sums;
+    Totals sums;
   };
 
   // 2, of classes [begin, end) of `width` rows.
-  __attribute__((noinline)) void add_lanes(PairSums<Real, Mode>* sums, const LaneNumbers* numbers, const Row<T>& p,
+  __attribute__((noinline)) void add_lanes(Sums* sums, const PassNumbers<Real, V>* numbers, const Row<T>& p,
                                            const Row<T>& q, int64_t width, int64_t begin, int64_t end) const {
     constexpr int64_t kStep = 4;  // classes of one vector of rows, whose numbers and sums stay in registers
     for (int64_t c = begin; c < end; c += kStep) {
@@ -336,13 +382,13 @@ template <class T, int Mode> struct Job {
         const auto get = [&](const T* from) __attribute__((always_inline)) {
           return valid >= L ? load(from) : load_partial(from, valid, Real(0));
         };
-        const LaneNumbers n = numbers[i / L];
-        PairSums<Real, Mode> local = sums[i / L];
+        const PassNumbers<Real, V> n = numbers[i / L];
+        Sums local = sums[i / L];
         for (int64_t j = c; j < stop; ++j) {
           __builtin_prefetch(p.z + (j + kLaneAhead) * p.stride + i);
           __builtin_prefetch(q.z + (j + kLaneAhead) * q.stride + i);
           const V zp = get(p.z + j * p.stride + i), zq = get(q.z + j * q.stride + i);
-          local.add(n.scale_p, n.scale_q, n.log_ratio, zp, zq, ~IntVec<Real>{});
+          add_to(local, n, weights, zp, zq, ~IntVec<Real>{});
         }
         sums[i / L] = local;
       }
@@ -352,19 +398,16 @@ template <class T, int Mode> struct Job {
   // 2, of classes [begin, end) of those of `count` rows that want a pass.
   void lane_pass(const LanePair* rows, LanePart* sums_of, int64_t stride, int64_t count, int64_t begin,
                  int64_t end) const {
-    LaneNumbers numbers[kTileVectors] = {};
+    PassNumbers<Real, V> numbers[kTileVectors] = {};
     bool any = false;
     for (int64_t i = 0; i < count; ++i) {
       const LanePair& row = rows[i];
       if (!row.again) continue;
       any = true;
-      LaneNumbers& lanes = numbers[i / L];
-      put_lane(lanes.scale_p, i % L, RowScale<Real>::from(row.p.max, row.p.log_sum));
-      put_lane(lanes.scale_q, i % L, RowScale<Real>::from(row.q.max, row.q.log_sum));
-      put_lane(lanes.log_ratio, i % L, LogRatio<Real>(row.p.max, row.q.max, row.measures.log_sum_gap));
+      put_lane(numbers[i / L], i % L, numbers_of(row.p, row.q, row.measures.log_sum_gap));
     }
     if (!any) return;
-    PairSums<Real, Mode> sums[kTileVectors];
+    Sums sums[kTileVectors];
     add_lanes(sums, numbers, rows[0].p, rows[0].q, count, begin, end);
     for (int64_t i = 0; i < count; ++i)
       if (rows[i].again) sums_of[i * stride].sums = sums[i / L].totals(OneLane<Real>{static_cast<int>(i % L)});
@@ -410,9 +453,9 @@ template <class T, int Mode> struct Job {
       again = false;
       for (int64_t i = 0; i < tiles.width; ++i) {
         if (!rows[i].again) continue;
-        PassSums total = part_of[i * parts].sums;
+        Totals total = part_of[i * parts].sums;
         for (int64_t k = 1; k < parts; ++k) total.add(part_of[i * parts + k].sums);
-        rows[i].again = rows[i].measures.take(total, rows[i].q.log_sum);
+        rows[i].again = take(rows[i].measures, total, rows[i].q);
         again = again || rows[i].again;
       }
     }
@@ -461,10 +504,16 @@ template <class T, int Mode> struct Job {
 };
 
 template <class T> void pick(const PairRowStatsArgs& a) {
+  switch (a.divergence) {
+    case Divergence::kSkewedKl: return Job<T, One<Divergence::kSkewedKl>>{a}.run();
+    case Divergence::kWeightedJs: return Job<T, One<Divergence::kWeightedJs>>{a}.run();
+    case Divergence::kTotalVariation: return Job<T, One<Divergence::kTotalVariation>>{a}.run();
+    case Divergence::kNone: break;
+  }
   if (a.reverse_kl || a.cross_entropy || a.entropy_p || a.entropy_q)
-    return Job<T, kForward | kBackward | kMixture>{a}.run();
-  if (a.js) return Job<T, kForward | kMixture>{a}.run();
-  Job<T, kForward>{a}.run();
+    return Job<T, Several<kForward | kBackward | kMixture>>{a}.run();
+  if (a.js) return Job<T, Several<kForward | kMixture>>{a}.run();
+  Job<T, Several<kForward>>{a}.run();
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ struct ProductArgs {
   bool accumulate;  // needs c in float32 or float64
 };
 
-// Whether the instruction set in use has a product of this dtype that serves a head: one that is faster than torch's
-// own, or whose sums do not depend on the shape of the call where torch's do.
-bool product_supported(int dtype);
+// Whether the instruction set in use has a product of this dtype.
+bool product_serves(int dtype);
+// Whether that is faster than torch's own, or its sums do not depend on the shape of the call where torch's do.
+bool product_is_faster(int dtype);
 
 }  // namespace logitless

@@ -6,7 +6,18 @@ from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
-from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
+from logitless.losses.measures import (
+    PairStats,
+    TokenStats,
+    TopTokenStats,
+    entropy,
+    js,
+    kl,
+    log_probs,
+    pair_stats,
+    token_stats,
+    tv,
+)
 
 __all__ = [
     "BackendStatus",
@@ -16,6 +27,7 @@ __all__ = [
     "PairStats",
     "SparseLogits",
     "TokenStats",
+    "TopTokenStats",
     "backends",
     "entropy",
     "explain",
@@ -24,7 +36,9 @@ __all__ = [
     "kl",
     "lazy_head",
     "linear",
+    "log_probs",
     "nn",
     "pair_stats",
     "token_stats",
+    "tv",
 ]

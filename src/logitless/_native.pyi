@@ -112,6 +112,9 @@ def pair_row_stats(
     nll_p: int,
     nll_q: int,
     same_top: int,
+    divergence: int,
+    weight: float,
+    divergence_out: int,
     saved: int,
     /,
 ) -> int: ...
@@ -140,6 +143,9 @@ def pair_row_grad(
     entropy_q: int,
     nll_p: int,
     nll_q: int,
+    divergence: int,
+    weight: float,
+    divergence_grad: int,
     grad: int,
     grad_outer_stride: int,
     grad_class_stride: int,
@@ -189,7 +195,8 @@ def cross_entropy_grad(
     /,
 ) -> None: ...
 def backend_is_forced() -> bool: ...
-def product_supported(dtype: int, /) -> bool: ...
+def product_is_faster(dtype: int, /) -> bool: ...
+def product_serves(dtype: int, /) -> bool: ...
 def product(
     a_dtype: int,
     b_dtype: int,

@@ -11,19 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logitless._heads.work import top_classes
 from logitless._operators import pairs as pair_operators
 from logitless._operators import rows as row_operators
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.targets import index_error
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 
 # The same measure in plain operations: what is differentiated where a gradient must be differentiated again.
 Definition = Callable[..., Sequence[Tensor]]
 
 
-def token_stats(backend: Backend, logits: Tensor, target: ClassTarget, definition: Definition) -> tuple[Tensor, ...]:
-    """Return nll, lse, entropy, argmax and rank of each row of logits whose classes come last."""
+def token_stats(
+    backend: Backend, logits: Tensor, target: ClassTarget, definition: Definition, top_k: int
+) -> tuple[Tensor, ...]:
+    """Return nll, lse, entropy, argmax and rank of each row of logits whose classes come last.
+
+    With a `top_k` also the log-probabilities and classes of the k largest.
+    """
     if torch.compiler.is_compiling():
         rows = row_operators.row_stats(
             logits,
@@ -36,15 +42,23 @@ def token_stats(backend: Backend, logits: Tensor, target: ClassTarget, definitio
             argmax=True,
             rank=True,
         )
-        return tuple(getattr(rows, name) for name in ("nll", "lse", "entropy", "argmax", "rank"))
-    stats: tuple[Tensor, ...] = _TokenStats.apply(logits, backend, target, definition)  # type: ignore[no-untyped-call] # torch types it not
+        values = [getattr(rows, name) for name in ("nll", "lse", "entropy", "argmax", "rank")]
+        if top_k:
+            values += top_classes(logits.detach(), top_k, rows, _ignored(target))
+        return tuple(values)
+    stats: tuple[Tensor, ...] = _TokenStats.apply(logits, backend, target, definition, top_k)  # type: ignore[no-untyped-call] # torch types it not
     return stats
+
+
+def _ignored(target: ClassTarget) -> Tensor:
+    assert target.indices is not None
+    return target.indices == target.ignore_index
 
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, backend: Backend, target: ClassTarget, definition: Definition
+        ctx: Any, logits: Tensor, backend: Backend, target: ClassTarget, definition: Definition, top_k: int
     ) -> tuple[Tensor | None, ...]:
         stats = backend.row_stats(
             logits,
@@ -62,19 +76,22 @@ class _TokenStats(torch.autograd.Function):
             ctx.kept, others = taken_apart(needed, [logits, stats.entropy])
             ctx.save_for_backward(logits, stats.entropy, *others)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats.argmax, stats.rank)
-        return stats.nll, stats.lse, stats.entropy, stats.argmax, stats.rank
+        top: tuple[Tensor, ...] = ()
+        if top_k:
+            top = top_classes(logits, top_k, stats, _ignored(target))
+        ctx.mark_non_differentiable(stats.argmax, stats.rank, *top)
+        return stats.nll, stats.lse, stats.entropy, stats.argmax, stats.rank, *top
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         nll, lse, spread = grad_outputs[:3]
         asked = [grad for grad in (nll, lse, spread) if grad is not None]
         if not asked:
-            return None, None, None, None
+            return (None,) * 5
         logits, entropy, *_ = ctx.saved_tensors
         backend, target, definition, row_max, log_sum = put_together(ctx.kept, ctx.saved_tensors)
         if needs_plain_backward(*asked):
-            return plain_backward(definition, [logits], [True], grad_outputs)[0], None, None, None
+            return plain_backward(definition, [logits], [True], grad_outputs)[0], *(None,) * 4
         # dH/dz_j = -p_j ((z_j - lse) + H)
         parts = [*(g for g in (nll, lse) if g is not None), *(() if spread is None else (-spread * entropy,))]
         grad = backend.row_grad(
@@ -90,7 +107,7 @@ class _TokenStats(torch.autograd.Function):
             c_scale=0.0 if nll is None else -1.0,
             c=nll,
         )
-        return grad, None, None, None
+        return grad, *(None,) * 4
 
 
 def entropy(backend: Backend, logits: Tensor, definition: Definition) -> Tensor:
@@ -129,6 +146,7 @@ class PairCall(NamedTuple):
     name: str
     outputs: tuple[str, ...]
     target: ClassTarget | None
+    divergence: Divergence | None  # what the output of that name is
     definition: Definition
 
 
@@ -149,6 +167,7 @@ def _kernel_arguments(call: PairCall) -> dict[str, Any]:
         "ignore_index": -100 if target is None else target.ignore_index,
         **{name: name in outputs for name in ("kl", "reverse_kl", "js", "cross_entropy")},
         "entropy": "entropy_p" in outputs,
+        "divergence": call.divergence,
     }
 
 
@@ -175,6 +194,8 @@ class _PairStats(torch.autograd.Function):
         p, q, *_ = ctx.saved_tensors
         call, saved = put_together(ctx.kept, ctx.saved_tensors)
         upstream: dict[str, Any] = {n: g for n, g in zip(call.outputs, grad_outputs, strict=True) if g is not None}
+        if "divergence" in upstream:
+            upstream["divergence_grad"] = upstream.pop("divergence")
         need_p, need_q = ctx.needs_input_grad[:2]
         if needs_plain_backward(*upstream.values()):
             of_p, of_q = plain_backward(call.definition, [p, q], [need_p, need_q], grad_outputs)
@@ -186,6 +207,7 @@ class _PairStats(torch.autograd.Function):
             saved,
             None if target is None else target.indices,
             ignore_index=-100 if target is None else target.ignore_index,
+            divergence=call.divergence,
             need_first=need_p,
             need_second=need_q,
             **upstream,

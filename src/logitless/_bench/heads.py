@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ def head_cases(
     budgets = tuple(_head(max_bytes=megabytes * 10**6) for megabytes in (150, 320))
     yield _case(gemma, float32, (*budgets, _products(), dense), (BOTH,))
     yield _case(long, float32, (_head(max_bytes=100 * 10**6), _products()), (BOTH,))
-    yield _distillation_case(smollm2, teacher_features)
+    yield from _distillation_cases(smollm2, teacher_features)
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, providers: Sequence[Provider], modes: Sequence[str]) -> Case:
@@ -51,8 +53,8 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, providers: Sequence[P
     return Case("heads", what, shape, dtype, make, providers, _dense, (0, 1), modes, memory=True)
 
 
-def _distillation_case(shape: tuple[int, int, int], teacher_features: int) -> Case:
-    """Return the divergence of a student's head from a frozen teacher's of another width."""
+def _distillation_cases(shape: tuple[int, int, int], teacher_features: int) -> Iterator[Case]:
+    """Yield divergences of a student's head from a frozen teacher's of another width."""
     _, features, classes = shape
 
     def make(rows: int) -> Inputs:
@@ -60,17 +62,47 @@ def _distillation_case(shape: tuple[int, int, int], teacher_features: int) -> Ca
         teacher_weight = _weight(teacher_features, classes)
         return hidden, weight, _hidden(rows, teacher_weight, target), teacher_weight
 
-    def lazy(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-        return measures.kl(linear(teacher_hidden, teacher_weight), linear(hidden, weight), reduction="mean")
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return torch_functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="batchmean", log_target=True)
 
-    def dense(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-        log_q = torch_functional.linear(hidden, weight).log_softmax(1)
-        log_p = torch_functional.linear(teacher_hidden, teacher_weight).log_softmax(1)
-        return torch_functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    def tv(p: Tensor, q: Tensor) -> Tensor:
+        return (p.softmax(1) - q.softmax(1)).abs().sum(1).mean() / 2
 
-    providers = (ours(lazy), _products(teacher=True), eager(dense))
-    what = f"kl, teacher of {teacher_features} features"
-    return Case("heads", what, shape, torch.float32, make, providers, dense, (0, 1), (BOTH,), memory=True)
+    def js(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+        log_m = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
+        to_m = [torch_functional.kl_div(log_m, log, reduction="batchmean", log_target=True) for log in (log_p, log_q)]
+        return 0.1 * to_m[0] + 0.9 * to_m[1]
+
+    table: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+        ("kl", measures.kl, kl),
+        ("js, beta=0.1", partial(measures.js, beta=0.1), js),
+        ("tv", measures.tv, tv),
+    )
+    for name, mine, theirs in table:
+
+        def lazy(
+            hidden: Tensor,
+            weight: Tensor,
+            teacher_hidden: Tensor,
+            teacher_weight: Tensor,
+            mine: Callable[..., Tensor] = mine,
+        ) -> Tensor:
+            return mine(linear(teacher_hidden, teacher_weight), linear(hidden, weight), reduction="mean")
+
+        def dense(
+            hidden: Tensor,
+            weight: Tensor,
+            teacher_hidden: Tensor,
+            teacher_weight: Tensor,
+            theirs: Callable[..., Tensor] = theirs,
+        ) -> Tensor:
+            teacher = torch_functional.linear(teacher_hidden, teacher_weight)
+            return theirs(teacher, torch_functional.linear(hidden, weight))
+
+        providers = (ours(lazy), _products(teacher=True), eager(dense))
+        what = f"{name}, teacher of {teacher_features} features"
+        yield Case("heads", what, shape, torch.float32, make, providers, dense, (0, 1), (BOTH,), memory=True)
 
 
 def _head(max_bytes: int | None = None) -> Provider:

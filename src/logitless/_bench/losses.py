@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from logitless._bench.passes import limits
 from logitless._bench.protocol import Case
 from logitless._bench.providers import BOTH, Inputs, Loss, compiled, eager, optax, ours
 from logitless.losses import measures
+
+_WEIGHT = 0.1  # of the teacher in a mixture
 
 LARGE = ((4096, 32000), (1024, 151936), (262144, 100), (8192, 1000))
 SMALL = ((8, 10), (256, 100), (1024, 100))
@@ -113,6 +116,7 @@ def loss_cases(shape: tuple[int, int], vectors: tuple[int, int]) -> Iterator[Cas
         loss = of(torch_functional)
         providers = (ours(of(functional)), eager(loss))
         yield Case("losses", what, size, dtype, make, providers, loss, leaves, (BOTH,), memory=True)
+    yield from _divergence_cases(shape)
     yield Case(
         "losses",
         "entropy",
@@ -124,6 +128,55 @@ def loss_cases(shape: tuple[int, int], vectors: tuple[int, int]) -> Iterator[Cas
         modes=(BOTH,),
         memory=True,
     )
+
+
+def _divergence_cases(shape: tuple[int, int]) -> Iterator[Case]:
+    """Yield divergences of two rows, both with a gradient, and token_stats, beside what one would write with torch."""
+    classes, dtype = shape[1], torch.float32
+
+    def two(rows: int) -> Inputs:
+        return _logits(rows, classes, dtype), _logits(rows, classes, dtype)
+
+    def js(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+        log_m = torch.logaddexp(log_p + math.log(_WEIGHT), log_q + math.log1p(-_WEIGHT))
+        to_m = [torch_functional.kl_div(log_m, log, reduction="batchmean", log_target=True) for log in (log_p, log_q)]
+        return _WEIGHT * to_m[0] + (1 - _WEIGHT) * to_m[1]
+
+    def skewed_kl(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+        log_m = torch.logaddexp(log_p + math.log(_WEIGHT), log_q + math.log1p(-_WEIGHT))
+        return torch_functional.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+
+    def tv(p: Tensor, q: Tensor) -> Tensor:
+        return (p.softmax(1) - q.softmax(1)).abs().sum(1).mean() / 2
+
+    def tokens(logits: Tensor, target: Tensor) -> Tensor:
+        log_p = logits.log_softmax(1)
+        nll = torch_functional.nll_loss(log_p, target, reduction="none")
+        entropy = -(log_p.exp() * log_p).sum(1)
+        with torch.no_grad():
+            rank = (logits > logits.gather(1, target[:, None])).sum(1)
+        return _mixed(nll, logits.logsumexp(1), entropy, logits.argmax(1), rank)
+
+    def token_stats(logits: Tensor, target: Tensor) -> Tensor:
+        return _mixed(*measures.token_stats(logits, target)[:5])
+
+    table: list[tuple[str, Callable[[int], Inputs], Loss, Loss, Sequence[int]]] = [
+        (f"js, beta={_WEIGHT}", two, lambda p, q: measures.js(p, q, beta=_WEIGHT, reduction="mean"), js, (0, 1)),
+        (f"kl, skew={_WEIGHT}", two, lambda p, q: measures.kl(p, q, skew=_WEIGHT, reduction="mean"), skewed_kl, (0, 1)),
+        ("tv", two, lambda p, q: measures.tv(p, q, reduction="mean"), tv, (0, 1)),
+        ("token_stats", indexed_logits(classes, dtype), token_stats, tokens, (0,)),
+    ]
+    for what, make, mine, theirs, leaves in table:
+        yield Case(
+            "losses", what, shape, dtype, make, (ours(mine), eager(theirs)), theirs, leaves, (BOTH,), memory=True
+        )
+
+
+def _mixed(nll: Tensor, lse: Tensor, entropy: Tensor, argmax: Tensor, rank: Tensor) -> Tensor:
+    """Return a loss of all that token_stats gives; the integers take part without a gradient."""
+    return (nll + 1e-3 * lse.square() - 0.1 * entropy).mean() + 0.0 * (argmax + rank).sum()
 
 
 def indexed_logits(classes: int, dtype: torch.dtype) -> Callable[[int], Inputs]:

@@ -144,7 +144,7 @@ def loss_reduction(
     """Return how the losses of the rows become a scalar."""
     divisor: Tensor | float = 1.0
     if reduction == "mean":
-        divisor = class_denominator(_weights_alone(rows, asked), rows.target, asked.normalizer)
+        divisor = _divisor(rows, asked)
 
     def value(loss: Tensor) -> Tensor:
         return reduce_rows(loss, reduction, denominator=divisor, dtype=result, empty=empty)
@@ -152,6 +152,15 @@ def loss_reduction(
     above = upstream_divisor(divisor, empty)
     left_out = rows.target.ignored if rows.kept is None else None
     return Reduction(backend.scalar(above) if isinstance(above, Tensor) else float(above), value, left_out)
+
+
+def _divisor(rows: LossRows, asked: HeadLoss) -> Tensor | float:
+    """Return what a mean divides by."""
+    target, rule = rows.target, asked.normalizer
+    counted = target.indices is not None and target.ignored is None and asked.weight is None
+    if counted and (rule is None or isinstance(rule, str)):
+        return float(rows.source.rows)  # each row that is left counts as 1, by either rule
+    return class_denominator(_weights_alone(rows, asked), target, rule)
 
 
 def _weights_alone(rows: LossRows, asked: HeadLoss) -> definitions.ClassRows:

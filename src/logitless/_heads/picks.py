@@ -18,13 +18,14 @@ from torch import Tensor
 
 from logitless._heads.products import shapes_do_not_matter
 from logitless._heads.rows import HeadRows
-from logitless._heads.sweep import HeadCall, head_call, per_row, row_gradients, row_values
+from logitless._heads.sweep import HeadCall, head_call, needs_graph, per_row, row_gradients, row_values, tile_dtype
 from logitless._heads.tiles import HeadTiles, Tile, Tiling, sum_dtype
 from logitless._heads.window import opened
 from logitless._heads.work import statistics_kept
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
+from logitless._rules.targets import first_outside
 from logitless._rules.transforms import hold_data, transform_reason
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, RowStats
@@ -45,7 +46,7 @@ def materialize(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
         return _defined(rows, dtype, rows.tensors)
     out = backend.empty(torch.Size((rows.rows, rows.classes)), dtype, _device(rows))
     call = _call(backend, rows, dtype, _WrittenWork(out), lambda z: (z,), (True,))
-    if not any(tensor is not None and tensor.requires_grad for tensor in rows.tensors) or not torch.is_grad_enabled():
+    if not needs_graph(rows.tensors):
         _write(call, out, rows.tensors)
         return out
     kept, others = taken_apart(replace(call, work=_WrittenWork(None)), call.tensors)
@@ -209,7 +210,7 @@ def _call(
     outputs: Sequence[bool],
 ) -> HeadCall:
     """Plan a pass over the rows. Its tiles do not depend on whether gradients are made, nor on the work."""
-    call = head_call(
+    return head_call(
         backend,
         [rows],
         work,
@@ -219,18 +220,14 @@ def _call(
         max_bytes=None,
         gradient=True,
     )
-    return replace(
-        call, gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in rows.tensors)
-    )
 
 
 def _check_index(backend: Backend, index: Tensor, classes: int, dim: int) -> None:
     """Raise where an index names no class and it can be read."""
     if not backend.READS_VALUES:
         return
-    outside = (index < 0) | (index >= classes)
-    if bool(outside.any()):
-        first = int(index[outside][0])
+    first = first_outside(index, classes)
+    if first is not None:
         raise RuntimeError(f"index {first} is out of bounds for dimension {dim} with size {classes}")  # torch's words
 
 
@@ -484,25 +481,29 @@ class _Block(NamedTuple):
 
 
 def _gathered_by_blocks(backend: Backend, rows: HeadRows, dtype: torch.dtype, index: Tensor) -> Tensor:
-    call = _call(backend, rows, dtype, _GatherWork(dtype, index), lambda z: (z,), (True,))
-    blocks = _Blocks(backend, rows, dtype, call.dtype, index)
+    blocks = _Blocks(backend, rows, dtype, tile_dtype(backend, [rows], _compute(dtype)), index)
+    if not needs_graph(rows.tensors):
+        return _picked(blocks, rows.tensors)
     kept, others = taken_apart(blocks, rows.tensors)
     picked: Tensor = _Gathered.apply(blocks, kept, others, *rows.tensors)  # type: ignore[no-untyped-call] # torch types it not
+    return picked
+
+
+def _picked(blocks: _Blocks, tensors: Sequence[Tensor | None]) -> Tensor:
+    picked = torch.empty(blocks.picks.shape, dtype=blocks.dtype, device=blocks.picks.device)
+    with opened(blocks.rows.window, tensors), no_autocast(picked):
+        for block in blocks.each(tensors, [False] * len(tensors)):
+            logits = block.tile(logits=True).logits
+            picked[block.start : block.stop] = logits.gather(1, block.place)
     return picked
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: _Blocks, kept: Any, others: Sequence[Tensor], *tensors: Tensor | None) -> Tensor:
-        picked = torch.empty(blocks.picks.shape, dtype=blocks.dtype, device=blocks.picks.device)
-        with opened(blocks.rows.window, tensors), no_autocast(picked):
-            for block in blocks.each(tensors, [False] * len(tensors)):
-                logits = block.tile(logits=True).logits
-                picked[block.start : block.stop] = logits.gather(1, block.place)
-        if any(ctx.needs_input_grad):
-            ctx.kept = kept
-            ctx.save_for_backward(*tensors, *others)
-        return picked
+        ctx.kept = kept
+        ctx.save_for_backward(*tensors, *others)
+        return _picked(blocks, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -58,11 +59,17 @@ class LogitRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseRows:
-    """Rows of a tensor the user gave, shape [rows, classes]."""
+    """Rows of a tensor the user gave, shape [rows, classes], times a number."""
 
     rows: int
     classes: int
     tensors: tuple[Tensor | None, ...]
+    scale: float = 1.0
+
+    @property
+    def scales_exactly(self) -> bool:
+        """Whether no logit is rounded by the scale, in whatever dtype: of a power of two."""
+        return math.frexp(self.scale)[0] == 0.5
 
     def raw(self, tensors: Sequence[Tensor | None], start: int, stop: int) -> Tensor:
         """Return a view."""
@@ -71,8 +78,8 @@ class DenseRows:
         return logits[start:stop]
 
     def activate(self, raw: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the rows as they are."""
-        return raw
+        """Return the rows, scaled in float64."""
+        return raw if self.scale == 1.0 else raw.double() * self.scale
 
     def accumulate(
         self,
@@ -87,10 +94,10 @@ class DenseRows:
             grads[0][start:stop] = grad_raw
 
 
-def dense_rows(logits: Tensor) -> DenseRows:
-    """Return the rows of a dense tensor (..., classes)."""
+def dense_rows(logits: Tensor, scale: float = 1.0) -> DenseRows:
+    """Return the rows of a dense tensor (..., classes), times a number."""
     flat = logits.reshape(count_of(logits.shape[:-1]), logits.shape[-1])  # of no classes -1 says nothing
-    return DenseRows(flat.shape[0], flat.shape[1], (flat,))
+    return DenseRows(flat.shape[0], flat.shape[1], (flat,), scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,4 +164,4 @@ class HeadRows:
 
 def at_positions(values: Tensor, kept: Tensor | None, rows: int, fill: int = 0) -> Tensor:
     """Return the values of the kept rows at their positions among all rows, and `fill` elsewhere."""
-    return values if kept is None else values.new_full((rows,), fill).index_copy(0, kept, values)
+    return values if kept is None else values.new_full((rows, *values.shape[1:]), fill).index_copy(0, kept, values)

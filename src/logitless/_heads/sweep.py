@@ -12,6 +12,7 @@ would make it infinite. Where no row is left the gradient is exactly 0, whatever
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import widens
-from logitless._heads.rows import HeadRows, LogitRows
+from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
@@ -144,6 +145,7 @@ def head_call(
     if needed is None:
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
     row_bytes = sum(HeadTiles.row_bytes(backend, s, dtype, needed) for s in sources if isinstance(s, HeadRows))
+    row_bytes += sum(DenseTiles.row_bytes(s, dtype) for s in sources if isinstance(s, DenseRows))
     row_bytes += sources[0].classes * work.extra_bytes
     tiles = tiling(
         backend.tile_rules(),
@@ -152,14 +154,29 @@ def head_call(
         row_bytes,
         max_bytes=max_bytes,
         gradient=needed,
-        cut_classes=isinstance(work, CutWork),
+        cut_classes=_cuts_classes(type(work)),
         class_major=work.class_major and backend.tile_rules().class_major,
     )
     return HeadCall(backend, tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
 
 
+@functools.cache
+def _cuts_classes(kind: type[RowWork]) -> bool:
+    """Say whether a kind of work is `CutWork`; to ask a protocol at each call would take as long as a small tile."""
+    return hasattr(kind, "combine")
+
+
 def tile_dtype(backend: Backend, sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
-    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do."""
+    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do.
+
+    Logits that were given and would be rounded by their scale are scaled in float64, which keeps their differences; a
+    head's were rounded when they were made.
+    """
+    if all(isinstance(s, DenseRows) for s in sources):
+        if not all(s.scales_exactly for s in sources if isinstance(s, DenseRows)):
+            return torch.float64
+        if not all(s.scale == 1.0 for s in sources if isinstance(s, DenseRows)):
+            return least
     kinds = {t.dtype for s in sources for t in s.tensors[:1] if t is not None}
     plain = all(
         not isinstance(s, HeadRows) or (s.tensors[3] is None and s.scale == 1.0 and s.softcap is None) for s in sources
@@ -187,9 +204,21 @@ def forecast(call: HeadCall) -> Forecast:
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:
     """Return the work's outputs, one value a row each, differentiable with any upstream gradients."""
-    kept, others = taken_apart(call, call.tensors)
-    outputs: tuple[Tensor, ...] = _PerRow.apply(call, kept, others, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
+    tensors = call.tensors
+    if not needs_graph(tensors):
+        return row_values(call, tensors)[0]
+    kept, others = taken_apart(call, tensors)
+    outputs: tuple[Tensor, ...] = _apply_per_row(call, kept, others, *tensors)
     return outputs
+
+
+def needs_graph(tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether a backward pass may follow: without one nothing is kept, and autograd need not hear of the call."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _PerRow(torch.autograd.Function):
@@ -199,10 +228,9 @@ class _PerRow(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, saved = row_values(call, tensors)
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad):
-            ctx.states, states = taken_apart(saved)
-            ctx.kept, ctx.parts = kept, (len(tensors), len(tensors) + len(others))
-            ctx.save_for_backward(*tensors, *others, *states)
+        ctx.states, states = taken_apart(saved)
+        ctx.kept, ctx.parts = kept, (len(tensors), len(tensors) + len(others))
+        ctx.save_for_backward(*tensors, *others, *states)
         ctx.mark_non_differentiable(*(o for o, d in zip(outputs, call.differentiable, strict=True) if not d))
         return outputs
 
@@ -222,11 +250,16 @@ class _PerRow(torch.autograd.Function):
         return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
 
 
+# Function.apply without its Python wrapper, which looks for function transforms: those never come here.
+_apply_per_row: Any = super(torch.autograd.Function, _PerRow).apply
+
+
 def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Saved]]:
     """Return the work's outputs, without a graph, and what the gradient needs of each tile."""
     with no_autocast(_first(tensors)):
         outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
-    return outputs, saved
+    # Of one tile too in memory of their own: what the gradient needs may be among them, and the caller may write to it.
+    return tuple(torch.cat(values) for values in zip(*outputs, strict=True)), saved
 
 
 def row_gradients(
@@ -237,6 +270,11 @@ def row_gradients(
     saved: Sequence[Saved],
 ) -> list[Tensor | None]:
     """Return the gradients of the tensors that need one, each tile made again."""
+    if call.classes == 0:
+        return [
+            torch.zeros_like(tensor) if need and tensor is not None else None
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
     with no_autocast(_first(tensors)):
         _, _, grads = _sweep(call, tensors, needed, upstream, saved)
     return _scaled(grads, tensors, 1.0, kept=False)
@@ -295,9 +333,13 @@ def reduced(call: HeadCall, reduction: Reduction) -> Tensor:
     """
     if any(_waits(source) for source in call.sources):
         return reduction.value(per_row(call)[0])
-    asked = call, reduction, factors(call, reduction)
-    kept, others = taken_apart(asked, call.tensors)
-    loss: Tensor = _Reduced.apply(asked, kept, others, *call.tensors)  # type: ignore[no-untyped-call] # torch types it not
+    tensors, parts = call.tensors, factors(call, reduction)
+    if not needs_graph(tensors):
+        return value_and_gradients(call, reduction, parts, tensors, [False] * len(tensors))[0]
+    # What the backward pass reads: how the loss is defined, for a gradient to be differentiated again, and the factors.
+    needed = call.definition, reduction.value, parts.late, reduction.left_out
+    kept, others = taken_apart(needed, tensors)
+    loss: Tensor = _apply_reduced(call, reduction, parts, kept, others, *tensors)
     return loss
 
 
@@ -307,42 +349,48 @@ def _waits(source: LogitRows) -> bool:
     return any(tensor is not None and tensor.dtype in HALF and tensor.requires_grad for tensor in source.tensors)
 
 
+_ARGUMENTS = 5  # of `_Reduced` before the tensors
+
+
 class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        asked: tuple[HeadCall, Reduction, Factors],
+        call: HeadCall,
+        reduction: Reduction,
+        factors: Factors,
         kept: Any,
         others: Sequence[Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[3:]
-        loss, grads = value_and_gradients(*asked, tensors, needed)
-        if any(needed):
-            ctx.backend, ctx.kept, ctx.parts = asked[0].backend, kept, (len(tensors), len(tensors) + len(others))
-            ctx.save_for_backward(*tensors, *others, *grads)
+        loss, grads = value_and_gradients(call, reduction, factors, tensors, ctx.needs_input_grad[_ARGUMENTS:])
+        ctx.backend, ctx.kept, ctx.parts = call.backend, kept, (len(tensors), len(tensors) + len(others))
+        ctx.save_for_backward(*tensors, *others, *grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        everything, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        everything, needed = ctx.saved_tensors, ctx.needs_input_grad[_ARGUMENTS:]
         inputs, others = ctx.parts
         tensors, grads = everything[:inputs], everything[others:]
+        if needs_plain_backward(grad_output):
+            define, value, _, _ = put_together(ctx.kept, everything[:others])
+
+            def definition(*given: Tensor | None) -> Sequence[Tensor]:
+                return (value(define(*given)[0]),)
+
+            with no_autocast(_first(tensors)):
+                return (*[None] * _ARGUMENTS, *plain_backward(definition, tensors, needed, [grad_output]))
+        late, left_out = put_together(ctx.kept[2:], everything[:others])
         with no_autocast(_first(tensors)):
-            if needs_plain_backward(grad_output):
-                call, reduction, _ = put_together(ctx.kept, everything[:others])
+            factor = late_factor(late, ctx.backend.scalar(grad_output))
+            made = _scaled(grads, tensors, factor, kept=graph_is_kept())
+            if left_out is not None and made[0] is not None:  # 0 times an upstream gradient that is not finite
+                made[0].masked_fill_(left_out.unsqueeze(1), 0)
+        return (*[None] * _ARGUMENTS, *made)
 
-                def definition(*given: Tensor | None) -> Sequence[Tensor]:
-                    return (reduction.value(call.definition(*given)[0]),)
 
-                return (None, None, None, *plain_backward(definition, tensors, needed, [grad_output]))
-        _, reduction, parts = ctx.kept
-        late, left_out = put_together((parts.late, reduction.left_out), everything[:others])
-        factor = late_factor(late, ctx.backend.scalar(grad_output))
-        made = _scaled(grads, tensors, factor, kept=graph_is_kept())
-        if left_out is not None and made[0] is not None:  # 0 times an upstream gradient that is not finite
-            made[0].masked_fill_(left_out.unsqueeze(1), 0)
-        return (None, None, None, *made)
+_apply_reduced: Any = super(torch.autograd.Function, _Reduced).apply
 
 
 def value_and_gradients(
@@ -361,7 +409,8 @@ def value_and_gradients(
         upstream = [factors.early, *[None] * (len(call.differentiable) - 1)]
     with no_autocast(_first(tensors)):
         outputs, _, grads = _sweep(call, tensors, needed, upstream)
-    return reduction.value(outputs[0]), grads
+    first = [values[0] for values in outputs]
+    return reduction.value(first[0] if len(first) == 1 else torch.cat(first)), grads
 
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -395,8 +444,11 @@ def _sweep(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None = None,
     saved: Sequence[Saved] | None = None,
-) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
-    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics."""
+) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
+    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics.
+
+    Returned are the outputs of each tile, what its gradient needs, and the gradients.
+    """
     windows = [source.window for source in call.sources if isinstance(source, HeadRows) and source.window is not None]
     if not windows:
         return _swept(call, tensors, needed, upstream, saved)
@@ -412,7 +464,7 @@ def _swept(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None,
     saved: Sequence[Saved] | None,
-) -> tuple[tuple[Tensor, ...], list[Saved], list[Tensor | None]]:
+) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
     makers: list[HeadTiles | DenseTiles] = []
     wanted = []
     class_major = call.work.class_major and call.backend.tile_rules().class_major
@@ -422,11 +474,14 @@ def _swept(
         if isinstance(source, HeadRows):
             makers.append(HeadTiles(call.backend, source, part, flags, call.tiles, call.dtype, class_major))
         else:
-            makers.append(DenseTiles(call.backend, part, flags, call.dtype))
-    outputs, states = [], []
+            assert isinstance(source, DenseRows)
+            makers.append(DenseTiles(call.backend, source, part, flags, call.tiles, call.dtype))
+    outputs: list[tuple[Tensor, ...]] = []
+    states = []
     whole = call.tiles.classes >= call.classes
     ranges = [
-        (first, min(first + call.tiles.classes, call.classes)) for first in range(0, call.classes, call.tiles.classes)
+        (first, min(first + call.tiles.classes, call.classes))
+        for first in range(0, max(call.classes, 1), max(call.tiles.classes, 1))
     ]
     for turn, (start, stop) in enumerate(call.ranges()):
         known = None if saved is None else saved[turn]
@@ -451,9 +506,8 @@ def _swept(
                 tile = maker.logits(start, stop, first, last)
                 _back(call, makers, [tile], known, upstream, wanted, start, stop, first, last)
         states.append(known)
-    joined = tuple(torch.cat(values) for values in zip(*outputs, strict=True)) if saved is None else ()
     grads = [grad for maker in makers for grad in maker.finish()]
-    return joined, states, grads
+    return outputs, states, grads
 
 
 def _back(

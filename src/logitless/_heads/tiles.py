@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import multiply, needs_spare, widened_bytes, widens
-from logitless._heads.rows import HeadRows
+from logitless._heads.rows import DenseRows, HeadRows
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend, TileRules
 
@@ -176,8 +176,8 @@ class HeadTiles:
 
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the logits of some rows and classes."""
-        hidden, weight = self._hidden[start:stop], self._weight[first:last]
-        bias = None if self._bias is None else self._bias[first:last]
+        hidden, weight = stretch(self._hidden, start, stop), stretch(self._weight, first, last)
+        bias = None if self._bias is None else stretch(self._bias, first, last)
         scaled = not _is_one(self._scale)
         folded = self._dtype == hidden.dtype and scaled
         if folded:
@@ -278,10 +278,10 @@ class _Gradients:
         first: int,
         last: int,
     ) -> None:
-        part = hidden[start:stop]
+        part = stretch(hidden, start, stop)
         if self._hidden is not None:
-            to_hidden = self._hidden[start:stop].T
-            multiply(self._backend, weight[first:last].T, gradient, to_hidden, accumulate=True, spare=self._spare)
+            to_hidden, classes = stretch(self._hidden, start, stop).T, stretch(weight, first, last)
+            multiply(self._backend, classes.T, gradient, to_hidden, accumulate=True, spare=self._spare)
         if self._weight is not None:
             self._add_weight(gradient, part, first, last)
         if (self._bias is not None or self._needed[3]) and bias is not None:
@@ -298,7 +298,7 @@ class _Gradients:
         fresh = last > self._written
         self._written = max(self._written, last)
         spare = None if total.dtype == gradient.dtype else self._spare
-        multiply(self._backend, gradient, part, total[first:last], accumulate=not fresh, spare=spare)
+        multiply(self._backend, gradient, part, stretch(total, first, last), accumulate=not fresh, spare=spare)
 
     def finish(self, scale: Tensor | float) -> list[Tensor | None]:
         hidden, weight = self._hidden, self._weight
@@ -310,7 +310,7 @@ class _Gradients:
                 torch.add, ((given.double() * to_given.double()).sum() for given, to_given in pairs)
             )
             scalar = inner if self._bias_inner is None else self._bias_inner + inner
-        if weight is not None:
+        if weight is not None and self._written < weight.shape[0]:
             weight[self._written :] = 0
         for grad in (hidden, weight):
             if grad is not None and not _is_one(scale):
@@ -320,15 +320,32 @@ class _Gradients:
 
 
 class DenseTiles:
-    """Tiles of logits that the user gave, row-major; their gradient is written where it stays."""
+    """Tiles of logits that the user gave, row-major; their gradient is written where it stays.
+
+    Scaled ones are a copy, and their gradient is made in its place.
+    """
 
     def __init__(
-        self, backend: Backend, tensors: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype
+        self,
+        backend: Backend,
+        rows: DenseRows,
+        tensors: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        shape: Tiling,
+        dtype: torch.dtype,
     ) -> None:
         (logits,) = tensors
         assert logits is not None
-        self._logits, self._dtype = logits, dtype
+        self._logits, self._dtype, self._scale = logits, dtype, rows.scale
+        self._copy = None
+        if rows.scale != 1.0:
+            self._copy = buffer(backend, shape.rows * rows.classes, dtype, logits.device)
         self._gradient = backend.empty(logits.shape, logits.dtype, logits.device) if needed[0] else None
+
+    @staticmethod
+    def row_bytes(rows: DenseRows, dtype: torch.dtype) -> int:
+        """Return what the copy of one row takes."""
+        return rows.classes * dtype.itemsize if rows.scale != 1.0 else 0
 
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows: they are there."""
@@ -337,6 +354,10 @@ class DenseTiles:
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows; all their classes, always."""
         logits = self._logits[start:stop]
+        if self._copy is not None:
+            scaled = view(self._copy, tuple(logits.shape)).copy_(logits)
+            scaled *= self._scale
+            return Tile(scaled, 1, scaled)
         if self._gradient is not None and logits.dtype == self._dtype:
             return Tile(logits, 1, self._gradient[start:stop])
         wide = logits.to(self._dtype)
@@ -344,7 +365,11 @@ class DenseTiles:
 
     def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
         """Keep a tile's gradient."""
-        if self._gradient is not None and tile.gradient.dtype != self._gradient.dtype:
+        if self._gradient is None:
+            return
+        if self._copy is not None:
+            tile.gradient.mul_(self._scale)
+        if self._copy is not None or tile.gradient.dtype != self._gradient.dtype:
             self._gradient[start:stop] = tile.gradient
 
     def finish(self) -> list[Tensor | None]:
@@ -364,7 +389,12 @@ def _is_one(scale: Tensor | float) -> bool:
 
 def view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the first numbers of a buffer in a shape."""
-    return flat[: math.prod(shape)].view(shape)
+    return stretch(flat, 0, math.prod(shape)).view(shape)
+
+
+def stretch(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Return `tensor[start:stop]`: the tensor itself where that is all, as a view takes as long as a small product."""
+    return tensor if start == 0 and stop == tensor.shape[0] else tensor[start:stop]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

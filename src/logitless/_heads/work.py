@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._heads.tiles import Tile
-from logitless.kernels.interface import Backend, ElementLoss, RowStats, times_zero_safe
+from logitless._heads.tiles import Tile, stretch
+from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
 NO_INDEX = torch.iinfo(torch.int64).min
@@ -23,9 +23,6 @@ def each_row(upstream: Tensor | float, like: Tensor) -> Tensor:
     return torch.full_like(like, upstream)
 
 
-_NOTHING = RowStats(*(None,) * len(RowStats._fields))  # type: ignore[arg-type] # of what was not asked for
-
-
 def statistics_kept(
     stats: RowStats,
     *,
@@ -34,9 +31,7 @@ def statistics_kept(
     dense_mass: Tensor | None = None,
 ) -> RowStats:
     """Return what a gradient needs of a tile's statistics, and no output that the caller may write to."""
-    return _NOTHING._replace(
-        row_max=stats.row_max, log_sum=stats.log_sum, entropy=entropy, dense_sum=dense_sum, dense_mass=dense_mass
-    )
+    return RowStats(stats.row_max, stats.log_sum, None, None, entropy, None, None, None, dense_sum, dense_mass, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ class CrossEntropyWork:
     def part(self, tile: Tile, start: int, stop: int, first: int, last: int) -> RowStats:
         """Return the statistics of some classes; the nll is of rows whose target is among them, else 0."""
         whole = last - first == self.classes
-        indices = None if self.indices is None else self.indices[start:stop]
+        indices = None if self.indices is None else stretch(self.indices, start, stop)
         stats = self.backend.row_stats(
             tile.logits,
             indices if whole else None,
@@ -163,7 +158,9 @@ class CrossEntropyWork:
             return
         given = upstream[0]
         last = first + tile.logits.shape[tile.class_dim]
-        indices = None if self.indices is None else self.indices[start:stop] - first
+        indices = None if self.indices is None else stretch(self.indices, start, stop)
+        if indices is not None and first:
+            indices = indices - first
         row_weight = None if self.row_weight is None else self.row_weight[start:stop]
         weight = None if self.class_weight is None else self.class_weight[first:last]
         spread, kept = self.smoothing / self.classes, 1 - self.smoothing
@@ -206,16 +203,37 @@ class CrossEntropyWork:
         return losses, torch.ones_like(losses) if weight is None else weight
 
 
+def rounded_to(values: Sequence[Tensor], wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Return values in their dtype; integers and booleans stay."""
+    return tuple(value.to(wide) if value.is_floating_point() else value for value in values)
+
+
+def top_classes(logits: Tensor, k: int, stats: RowStats, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities and classes of the k largest of logits (..., classes); 0 and -1 of ignored rows."""
+    values, classes = logits.topk(k, -1)
+    below = values.double() - stats.row_max.double().unsqueeze(-1)
+    log_probs = (below - stats.log_sum.unsqueeze(-1)).to(stats.row_max.dtype)
+    if ignored is not None:
+        log_probs, classes = (
+            log_probs.masked_fill(ignored.unsqueeze(-1), 0),
+            classes.masked_fill(ignored.unsqueeze(-1), -1),
+        )
+    return log_probs, classes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenWork:
     """nll, lse, entropy, argmax and rank of rows with class indices; the entropy alone without.
 
-    Of whole rows: an entropy's digits are lost in parts.
+    With a `top_k` also the log-probabilities and classes of the k largest. Of whole rows: an entropy's digits are lost
+    in parts.
     """
 
     backend: Backend
     indices: Tensor | None
     ignore_index: int  # NO_INDEX where no row has it
+    wide: torch.dtype  # of the values
+    top_k: int = 0
     class_major: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
@@ -235,7 +253,12 @@ class TokenWork:
             rank=every,
         )
         names = ("nll", "lse", "entropy", "argmax", "rank") if every else ("entropy",)
-        return tuple(getattr(stats, name) for name in names), statistics_kept(stats, entropy=stats.entropy)
+        values = [getattr(stats, name) for name in names]
+        if self.top_k:
+            logits = tile.logits.movedim(tile.class_dim, 1)
+            ignored = None if self.indices is None else self.indices[start:stop] == self.ignore_index
+            values += top_classes(logits, self.top_k, stats, ignored)
+        return rounded_to(values, self.wide), statistics_kept(stats, entropy=stats.entropy)
 
     def gradient(
         self,
@@ -276,14 +299,18 @@ class TokenWork:
 class PairWork:
     """Measures of pairs of rows by the names of `PairRowStats`, with class indices where one is an nll.
 
+    `divergence` is what the measure of that name is.
+
     Of whole rows: their mixture is not known of parts.
     """
 
     backend: Backend
     names: tuple[str, ...]
+    divergence: Divergence | None
     indices: Tensor | None
     ignore_index: int
     class_major: bool  # where no row of the two lies as the user gave it
+    wide: torch.dtype  # of the values
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
 
@@ -300,9 +327,10 @@ class PairWork:
             js="js" in self.names,
             cross_entropy="cross_entropy" in self.names,
             entropy="entropy_p" in self.names or "entropy_q" in self.names,
+            divergence=self.divergence,
             same_top="same_top" in self.names,
         )
-        return tuple(getattr(stats, name) for name in self.names), stats.saved
+        return rounded_to([getattr(stats, name) for name in self.names], self.wide), stats.saved
 
     def gradient(
         self,
@@ -337,6 +365,8 @@ class PairWork:
             entropy_q=given.get("entropy_q"),
             nll_p=given.get("nll_p"),
             nll_q=given.get("nll_q"),
+            divergence=self.divergence,
+            divergence_grad=given.get("divergence"),
         )
 
 

@@ -16,14 +16,17 @@ from logitless._heads.measure_plan import entropy_call, pair_call, placed, token
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.sweep import HeadCall, row_gradients, row_values
 from logitless._operators.heads import check_head, check_needed, plain_gradients, save_inputs, saved_inputs
+from logitless._operators.pairs import divergence_asked, divergence_told
 from logitless._operators.rows import Outputs, backend_of, check_shapes, fake_backend_of, one_at_a_time
 from logitless._rules.precision import HALF
 from logitless._rules.targets import checked_values
-from logitless.kernels.interface import Backend, ClassTarget, RowStats
+from logitless.kernels.interface import Backend, ClassTarget, Divergence, RowStats
 
 _PARTS = 8  # of two heads: what gradients flow to
 _MOST = 9  # outputs
-_DTYPES = {"argmax": torch.int64, "rank": torch.int64, "same_top": torch.bool}
+_DTYPES = {"argmax": torch.int64, "rank": torch.int64, "same_top": torch.bool, "top_classes": torch.int64}
+_TOP = ("top_log_probs", "top_classes")  # of k classes a row
+_STILL = (*_DTYPES, "top_log_probs")  # without a gradient
 _TOKEN_SAVED = ("row_max", "log_sum", "entropy")  # of a row's statistics: what its gradient needs
 
 
@@ -55,6 +58,9 @@ class Measures(NamedTuple):
     ignore_index: int
     names: str
     caller: str
+    divergence: str | None  # what the measure of that name is
+    weight: float
+    top_k: int
 
     @classmethod
     def of(
@@ -64,11 +70,13 @@ class Measures(NamedTuple):
         p: Source,
         q: Source | None = None,
         target: ClassTarget | None = None,
+        divergence: Divergence | None = None,
+        top_k: int = 0,
     ) -> Measures:
         """Return what a call on these logits tells; the target is not checked yet."""
         (p_parts, p_settings), (q_parts, q_settings) = _taken_apart(p), _taken_apart(q)
         indices, ignore_index = (None, -100) if target is None else (target.indices, target.ignore_index)
-        told = (indices, ignore_index, ",".join(names), caller)
+        told = (indices, ignore_index, ",".join(names), caller, *divergence_told(divergence), top_k)
         return cls._make((*p_parts, *q_parts, *p_settings, *q_settings, *told))
 
     @property
@@ -122,12 +130,13 @@ class Measures(NamedTuple):
             target = ClassTarget(1, classes, self.ignore_index, self.target)
             checked = checked_values(self.caller, target, reads=backend.READS_VALUES)
             if q is None:
-                assert isinstance(p, HeadRows)
-                return token_call(backend, p, checked, _compute(self.p_dtype), gradient)
+                assert p is not None
+                return token_call(backend, p, checked, _compute(self.p_dtype), self.top_k, gradient)
         assert p is not None
         if q is None:
             return entropy_call(backend, p, _compute(self.p_dtype), gradient), None
-        return pair_call(backend, [p, q], names, target, self.compute, gradient), None
+        divergence = divergence_asked(self.divergence, self.weight)
+        return pair_call(backend, [p, q], names, target, divergence, self.compute, gradient), None
 
 
 _PART_SCHEMA = ", ".join(
@@ -137,7 +146,8 @@ _PART_SCHEMA = ", ".join(
 )
 _SCHEMA = (
     f"{_PART_SCHEMA}, float p_scale, float? p_softcap, ScalarType p_dtype, float q_scale, float? q_softcap, "
-    "ScalarType q_dtype, Tensor? target, int ignore_index, str names, str caller"
+    "ScalarType q_dtype, Tensor? target, int ignore_index, str names, str caller, "
+    "str? divergence, float weight, int top_k"
 )
 _NEEDED_SCHEMA = ", ".join(f"bool need_{part}" for part in Measures._fields[:_PARTS])
 _FIELDS = len(Measures._fields)
@@ -159,7 +169,8 @@ def _taken_apart(source: Source | None) -> tuple[tuple[Any, ...], tuple[Any, ...
     rows = source.rows
     if isinstance(rows, HeadRows):
         return rows.tensors, (rows.scale, rows.softcap, source.dtype)
-    return (*rows.tensors, None, None, None), (1.0, None, source.dtype)
+    assert isinstance(rows, DenseRows)
+    return (*rows.tensors, None, None, None), (rows.scale, None, source.dtype)
 
 
 def _put_together(parts: Sequence[Tensor | None], scale: float, softcap: float | None) -> LogitRows | None:
@@ -167,7 +178,7 @@ def _put_together(parts: Sequence[Tensor | None], scale: float, softcap: float |
     if logits is None:
         return None
     if weight is None:
-        return DenseRows(logits.shape[0], logits.shape[1], (logits,))
+        return DenseRows(logits.shape[0], logits.shape[1], (logits,), scale)
     return HeadRows(logits.shape[0], weight.shape[0], (logits, weight, bias, factor), scale, softcap)
 
 
@@ -197,7 +208,10 @@ def _measures(*args: Any, backend: str | None = None) -> Outputs:
 def _(*args: Any, backend: str | None = None) -> Outputs:
     measures = Measures._make(args[:_FIELDS])
     like, rows, names = measures.p_logits, measures.p_logits.shape[0], measures.names.split(",")
-    values = [like.new_empty([rows], dtype=_DTYPES.get(name, measures.compute)) for name in names]
+    values = [
+        like.new_empty([rows, measures.top_k] if name in _TOP else [rows], dtype=_DTYPES.get(name, measures.compute))
+        for name in names
+    ]
     nothing = [like.new_empty([0], dtype=torch.float32) for _ in range(_MOST - len(names))]
     shape = (
         [len(_TOKEN_SAVED), rows] if measures.q_logits is None else [rows, fake_backend_of(backend, like).PAIR_SAVED]
@@ -274,7 +288,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
     measures, gradient = Measures._make(inputs[:_FIELDS]), inputs[_FIELDS]
     check_needed("head_measures", ctx.needs_input_grad, [gradient] * _PARTS)
     names = measures.names.split(",")
-    still = [value for at, value in enumerate(output) if at >= len(names) or names[at] in _DTYPES]
+    still = [value for at, value in enumerate(output) if at >= len(names) or names[at] in _STILL]
     ctx.mark_non_differentiable(*still)
     ctx.set_materialize_grads(False)
     ctx.needed = list(ctx.needs_input_grad[:_PARTS])

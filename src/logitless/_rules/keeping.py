@@ -11,18 +11,23 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from operator import attrgetter
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+# What holds no tensor; a backend is a module.
+_PLAIN = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, ModuleType))
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     number: int
+
+
+_place = functools.cache(_Place)  # few numbers, of all calls
 
 
 def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, list[Tensor]]:
@@ -40,20 +45,38 @@ def taken_apart(value: Any, known: Sequence[Tensor | None] = ()) -> tuple[Any, l
         if number is None:
             number = numbers[id(leaf)] = len(known) + len(more)
             more.append(leaf)
-        return _Place(number)
+        return _place(number)
 
     return _Walk(place).of(value), more
 
 
 def put_together(value: Any, tensors: Sequence[Tensor | None]) -> Any:
     """Return what was taken apart with these tensors in its places: the known ones, then the others."""
-    return _Walk(lambda leaf: tensors[leaf.number] if type(leaf) is _Place else leaf).of(value)
+    return _Refilled(lambda leaf: tensors[leaf.number] if type(leaf) is _Place else leaf).of(value)
 
 
 @functools.cache
 def _fields(kind: type) -> tuple[str, ...]:
     """Return the names of a dataclass's fields; none of another class."""
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+
+
+@functools.cache
+def _reader(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Return what reads all fields of a dataclass; None for another class, and for one without fields."""
+    names = _fields(kind)
+    if len(names) == 1:
+        return lambda value: (getattr(value, names[0]),)
+    return attrgetter(*names) if names else None
+
+
+def _of_fields(kind: type, items: Sequence[Any]) -> Any:
+    """Return a dataclass of these fields; nothing that it does when it is made is done to places."""
+    made: Any = object.__new__(kind)
+    write = object.__setattr__
+    for name, item in zip(_fields(kind), items, strict=True):
+        write(made, name, item)
+    return made
 
 
 class _Walk:
@@ -69,21 +92,26 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN:
             return value
-        if isinstance(value, Tensor) or kind is _Place:
+        if kind is Tensor or kind is _Place or isinstance(value, Tensor):
             return self._leaf(value)
-        if id(value) not in self._done:
+        done = self._done.get(id(value))
+        if done is None:
             self._done[id(value)] = value, value  # a function may close over itself
-            self._done[id(value)] = value, self._inside(kind, value)
-        return self._done[id(value)][1]
+            done = self._done[id(value)] = value, self._inside(kind, value)
+        return done[1]
 
     def _inside(self, kind: type, value: Any) -> Any:
+        if kind is FunctionType:
+            return self._function(value)
+        read = _reader(kind)
+        if read is not None:
+            items, changed = self._each(read(value))
+            return _of_fields(kind, items) if changed else value
         if isinstance(value, (tuple, list)):
             items, changed = self._each(value)
             if not changed:
                 return value
             return kind._make(items) if hasattr(kind, "_make") else kind(items)
-        if kind is FunctionType:
-            return self._function(value)
         if kind is MethodType:
             owner = self.of(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
@@ -92,20 +120,15 @@ class _Walk:
                 (value.func, value.args, tuple(value.keywords.items())),
             )
             return partial(function, *args, **dict(options)) if changed else value
-        names = _fields(kind)
-        if not names:
-            return value
-        items, changed = self._each([getattr(value, name) for name in names])
-        if not changed:
-            return value
-        made: Any = object.__new__(kind)
-        for name, item in zip(names, items, strict=True):
-            object.__setattr__(made, name, item)
-        return made
+        return value
 
     def _each(self, values: Sequence[Any]) -> tuple[list[Any], bool]:
-        items = [self.of(value) for value in values]
-        return items, any(item is not value for item, value in zip(items, values, strict=True))
+        items, changed = [], False
+        for value in values:
+            item = value if type(value) in _PLAIN else self.of(value)  # most are: a call less for each
+            changed = changed or item is not value
+            items.append(item)
+        return items, changed
 
     def _function(self, function: FunctionType) -> FunctionType:
         cells = function.__closure__
@@ -118,6 +141,16 @@ class _Walk:
         made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closed)
         made.__kwdefaults__ = function.__kwdefaults__
         return made
+
+
+class _Refilled(_Walk):
+    """Puts a function together when it is called: a definition is called by few backward passes."""
+
+    def _function(self, function: FunctionType) -> Any:
+        if function.__closure__ is None:
+            return function
+        refill = super()._function
+        return lambda *args, **options: refill(function)(*args, **options)
 
 
 def graph_is_kept() -> bool:

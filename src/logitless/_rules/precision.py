@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,11 +47,13 @@ def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
 
     Under autocast torch's losses answer in float32, and so do these.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    floating = [tensor.dtype for tensor in present if tensor.dtype.is_floating_point]
-    result = functools.reduce(torch.promote_types, floating) if floating else torch.get_default_dtype()
+    promoted = None
+    for tensor in tensors:
+        if tensor is not None and (dtype := tensor.dtype).is_floating_point:
+            promoted = dtype if promoted is None else torch.promote_types(promoted, dtype)
+    result = torch.get_default_dtype() if promoted is None else promoted
     compute = torch.float32 if result in HALF else result
-    if autocast and result in HALF and under_autocast(present[0].device):
+    if autocast and result in HALF and under_autocast(next(t for t in tensors if t is not None).device):
         result = torch.float32
     return Precision(compute, result)
 
@@ -60,7 +61,11 @@ def precision_of(*tensors: HasDtype | None, autocast: bool = True) -> Precision:
 def no_autocast(tensor: HasDtype) -> AbstractContextManager[object]:
     """Return a context in which operations keep the dtypes they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+        return nullcontext()  # a context that turns off what is off takes as long as a small loss
+    return torch.autocast(kind, enabled=False)
 
 
 def check_real(name: str, **tensors: HasDtype | None) -> None:

@@ -131,9 +131,14 @@ def checked_values(name: str, target: ClassTarget, *, reads: bool = True) -> Cla
     indices = target.indices
     if indices is None or target.ignored is not None:
         return target
+    readable = reads and values_are_readable(indices)
+    if readable and indices.numel():  # usually each is a class: their ends say so at once
+        least, most = ends(indices)
+        if least >= 0 and most < target.classes and not least <= target.ignore_index <= most:
+            return target
     ignored = indices == target.ignore_index
     impossible = ((indices < 0) | (indices >= target.classes)) & ~ignored
-    if reads and values_are_readable(indices):
+    if readable:
         if bool(impossible.any()):
             raise index_error(name, target)
         if not bool(ignored.any()):
@@ -141,6 +146,22 @@ def checked_values(name: str, target: ClassTarget, *, reads: bool = True) -> Cla
         return replace(target, indices=indices.masked_fill(ignored, 0), ignored=ignored)
     safe = indices.masked_fill(ignored | impossible, 0)
     return replace(target, indices=safe, ignored=ignored, impossible=impossible)
+
+
+def ends(indices: Tensor) -> tuple[int, int]:
+    """Return the least and the largest of indices that can be read; there is one."""
+    least, most = torch.aminmax(indices)
+    return int(least), int(most)
+
+
+def first_outside(indices: Tensor, classes: int) -> int | None:
+    """Return the first of indices that can be read which is no class, or None where each is one."""
+    if not indices.numel():
+        return None
+    least, most = ends(indices)
+    if least >= 0 and most < classes:
+        return None
+    return int(indices[(indices < 0) | (indices >= classes)][0])
 
 
 def index_error(name: str, target: ClassTarget) -> IndexError:

@@ -19,6 +19,7 @@ import logitless.functional as LF
 from logitless._verify import truth as _truth
 
 _EPS = torch.finfo(torch.float64).eps
+_WEIGHTS = (0.1, 0.75)  # of p in a mixture
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,39 @@ def _kl_of_equals_is_zero() -> Iterator[Residual]:
     for p, _, _ in _rows():
         yield Residual(abs(ll.kl(p, p).item()), 0.0)
         yield Residual(abs(ll.js(p, p).item()), 0.0)
+        for weight in _WEIGHTS:
+            yield Residual(abs(ll.kl(p, p, skew=weight).item()), 0.0)
+            yield Residual(abs(ll.js(p, p, beta=weight).item()), 0.0)
+        yield Residual(abs(ll.tv(p, p).item()), 0.0)
 
 
 def _js_is_symmetric() -> Iterator[Residual]:
     for p, q, _ in _rows():
         forward, backward = ll.js(p, q).item(), ll.js(q, p).item()
-        moved = ((p.softmax(-1) - q.softmax(-1)).abs() * _finite(_surprise(p) + _surprise(q))).sum().item()
-        yield Residual(_difference(forward, backward), 4 * _EPS * (forward + moved) * (4 + math.log2(p.shape[-1])))
+        yield Residual(_difference(forward, backward), _moved_allowance(p, q, forward))
+
+
+def _moved_allowance(p: Tensor, q: Tensor, value: float) -> float:
+    moved = ((p.softmax(-1) - q.softmax(-1)).abs() * _finite(_surprise(p) + _surprise(q))).sum().item()
+    return 4 * _EPS * (value + moved) * (4 + math.log2(p.shape[-1]))
+
+
+def _weighted_js_is_of_skewed_kls() -> Iterator[Residual]:
+    for p, q, _ in _rows():
+        for weight in _WEIGHTS:
+            left = ll.js(p, q, beta=weight).item()
+            right = weight * ll.kl(p, q, skew=weight).item() + (1 - weight) * ll.kl(q, p, skew=1 - weight).item()
+            yield Residual(_difference(left, right), _moved_allowance(p, q, left))
+
+
+def _variation_is_bounded() -> Iterator[Residual]:
+    for p, q, _ in _rows():
+        forward, backward = ll.tv(p, q).item(), ll.tv(q, p).item()
+        yield Residual(_difference(forward, backward), _moved_allowance(p, q, forward))
+        yield Residual(max(0.0, forward - 1, -forward), 4 * _EPS)
+        # Pinsker's inequality, of either divergence.
+        least = min(ll.kl(p, q).item(), ll.kl(q, p).item())
+        yield Residual(max(0.0, 2 * forward**2 - least), 16 * _EPS * forward**2)
 
 
 def _finite(tensor: Tensor) -> Tensor:
@@ -234,9 +261,11 @@ _IDENTITIES: tuple[tuple[str, Callable[[], Iterator[Residual]]], ...] = (
     ("CE(p, q) = H(p) + KL(p || q)", _cross_entropy_is_entropy_plus_kl),
     ("cross_entropy on probabilities = H + kl_div", _probability_target_is_entropy_plus_kl),
     ("KL(p || q) >= 0", _kl_is_not_negative),
-    ("KL(p || p) = JS(p, p) = 0 exactly", _kl_of_equals_is_zero),
+    ("KL(p || p) = JS(p, p) = TV(p, p) = 0 exactly", _kl_of_equals_is_zero),
     ("JS(p, q) = JS(q, p)", _js_is_symmetric),
     ("0 <= JS <= log 2, and JS <= (KL + reverse KL) / 4", _js_is_at_most_log_2),
+    ("JS of weight w = w KL(p || m) + (1 - w) KL(q || m)", _weighted_js_is_of_skewed_kls),
+    ("TV(p, q) = TV(q, p) <= 1, and 2 TV^2 <= KL", _variation_is_bounded),
     ("lazy logits = dense logits", _lazy_logits_agree),
     ("BCE with logits = sigmoid, then BCE", _bce_with_logits_is_sigmoid_bce),
     ("BCE = two-class NLL", _bce_is_two_class_nll),

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitless.kernels.interface import ClassTarget, times_zero_safe
+from logitless.kernels.interface import ClassTarget, Divergence, times_zero_safe
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -256,8 +256,11 @@ def entropy(logits: Tensor, dim: int) -> Tensor:
     return log_sum.squeeze(dim) + times_zero_safe(probabilities, gap).sum(dim)
 
 
-def token_stats(logits: Tensor, target: ClassTarget) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return nll, lse, entropy, argmax and rank of rows [rows, classes]."""
+def token_stats(logits: Tensor, target: ClassTarget, top_k: int = 0) -> tuple[Tensor, ...]:
+    """Return nll, lse, entropy, argmax and rank of rows [rows, classes].
+
+    With a `top_k` also the log-probabilities of the k largest, without a gradient, and their classes.
+    """
     indices = _kept_dim(target)
     if target.classes == 0:  # all rows are ignored
         nothing, none = logits.sum(1), torch.full_like(indices.squeeze(1), -1)
@@ -274,7 +277,14 @@ def token_stats(logits: Tensor, target: ClassTarget) -> tuple[Tensor, Tensor, Te
     if target.impossible is not None:
         floats[0] = floats[0].masked_fill(target.impossible, math.nan)
         integers[1] = integers[1].masked_fill(target.impossible, -1)
-    return floats[0], floats[1], floats[2], integers[0], integers[1]
+    if not top_k:
+        return *floats, *integers
+    values, classes = logits.detach().topk(top_k, 1)
+    log_probs = (values - top.detach()) - log_sum.detach()
+    if target.ignored is not None:
+        log_probs = log_probs.masked_fill(target.ignored.unsqueeze(1), 0)
+        classes = classes.masked_fill(target.ignored.unsqueeze(1), -1)
+    return *floats, *integers, log_probs, classes
 
 
 class Pair(NamedTuple):
@@ -353,6 +363,43 @@ def _same_top(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     if logits_p.shape[-1] == 0:
         return torch.ones(logits_p.shape[:-1], dtype=torch.bool, device=logits_p.device)
     return logits_p.argmax(-1) == logits_q.argmax(-1)
+
+
+def divergence(logits_p: Tensor, logits_q: Tensor, asked: Divergence) -> Tensor:
+    """Return the divergence that is asked for of rows whose classes come last."""
+    pair = pair_of(logits_p, logits_q)
+    if asked.family == "total_variation":
+        return _total_variation(pair)
+    mixture = asked.weight * pair.p + (1 - asked.weight) * pair.q
+    log_m_p, log_m_q = log_mixture_ratios(pair.log_ratio, asked.weight)
+    from_p = _divergence_terms(pair.p, mixture, log_m_p).sum(-1)
+    if asked.family == "skewed_kl":
+        return from_p
+    return asked.weight * from_p + (1 - asked.weight) * _divergence_terms(pair.q, mixture, log_m_q).sum(-1)
+
+
+def log_mixture_ratios(log_ratio: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Return log m / p and log m / q with m = weight p + (1 - weight) q, by way of the larger of p and q.
+
+    `m / larger` is `1 + its other weight (e - 1)` with `e = exp(-|log_ratio|)`, and `its weight + its other weight e`,
+    of which the first keeps a small logarithm and the second a small weight.
+    """
+    q_smaller = log_ratio <= 0
+    minus = torch.where(q_smaller, log_ratio, -log_ratio)
+    near = minus > -0.5
+    fall, ratio = torch.expm1(minus.masked_fill(~near, 0)), torch.exp(minus)
+    small = torch.log1p(torch.where(q_smaller, (1 - weight) * fall, weight * fall))
+    mixed = torch.where(q_smaller, weight + (1 - weight) * ratio, (1 - weight) + weight * ratio)
+    to_larger = torch.where(near, small, torch.log(mixed))
+    to_smaller = to_larger - minus
+    return torch.where(q_smaller, to_larger, to_smaller), torch.where(q_smaller, to_smaller, to_larger)
+
+
+def _total_variation(pair: Pair) -> Tensor:
+    """Return `sum |q - p| / 2`, a small difference as `p (exp(log_ratio) - 1)`; its slope where they are equal is 0."""
+    near = pair.log_ratio.abs() < 0.5
+    small = pair.p * torch.expm1(pair.log_ratio.masked_fill(~near, 0))
+    return torch.where(near, small, pair.q - pair.p).abs().sum(-1) / 2
 
 
 def pair_stats(logits_p: Tensor, logits_q: Tensor, target: ClassTarget | None) -> tuple[Tensor, ...]:

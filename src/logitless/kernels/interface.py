@@ -25,6 +25,21 @@ ELEMENT_DTYPES = frozenset(
     )
 )
 
+DivergenceFamily = Literal["skewed_kl", "weighted_js", "total_variation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One divergence of two rows, asked for by itself, with `m = weight p + (1 - weight) q`, 0 < weight < 1.
+
+    skewed_kl is KL(p || m); weighted_js is weight KL(p || m) + (1 - weight) KL(q || m); total_variation is
+    sum |p - q| / 2, which has no mixture.
+    """
+
+    family: DivergenceFamily
+    weight: float = 0.5
+
+
 ElementLoss = Literal["binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "kl_div_log_target"]
 
 
@@ -102,6 +117,7 @@ class PairRowStats(NamedTuple):
     entropy_q: Tensor | None
     nll_p: Tensor | None
     nll_q: Tensor | None
+    divergence: Tensor | None
     same_top: Tensor | None
     saved: Tensor
     bad_row: int
@@ -114,8 +130,7 @@ class CosineRows(NamedTuple):
     saved: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class TileRules:
+class TileRules(NamedTuple):
     """How a backend wants the logits of a head cut into tiles."""
 
     default_bytes: int  # what a call may hold where its caller does not say
@@ -273,12 +288,14 @@ class Backend(Protocol):
         js: bool = False,
         cross_entropy: bool = False,
         entropy: bool = False,
+        divergence: Divergence | None = None,
         same_top: bool = True,
     ) -> PairRowStats:
         """Return divergences of every row of `first` from the same row of `second`, in nats.
 
         kl = KL(p || q), reverse_kl = KL(q || p), cross_entropy = -sum p log q, entropy gives both rows' entropies, and
-        a target the nll of both. Both have one shape and dtype.
+        a target the nll of both. A `divergence` comes alone: none of these is asked for beside it. Both have one shape
+        and dtype.
         """
         ...
 
@@ -299,14 +316,16 @@ class Backend(Protocol):
         entropy_q: Tensor | None = None,
         nll_p: Tensor | None = None,
         nll_q: Tensor | None = None,
+        divergence: Divergence | None = None,
+        divergence_grad: Tensor | None = None,
         need_first: bool = True,
         need_second: bool = True,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return gradients for both rows' logits, given one upstream gradient per row and measure (None: zero).
 
-        `saved` is of a `pair_row_stats` call that asked for every measure named here. `out` takes those that are
-        needed, and may be the logits themselves.
+        `divergence_grad` is that of `divergence`, which comes alone. `saved` is of a `pair_row_stats` call that asked
+        for every measure named here. `out` takes those that are needed, and may be the logits themselves.
         """
         ...
 

@@ -14,6 +14,7 @@ from logitless.kernels import definitions, interface
 from logitless.kernels.interface import (
     ClassTarget,
     CosineRows,
+    Divergence,
     ElementLoss,
     PairRowStats,
     RowStats,
@@ -234,16 +235,18 @@ def pair_row_stats(
     js: bool = False,
     cross_entropy: bool = False,
     entropy: bool = False,
+    divergence: Divergence | None = None,
     same_top: bool = True,
 ) -> PairRowStats:
     """Return `Backend.pair_row_stats`: the definitions of all, of which those that are asked for are given."""
     real, p, q = _real(first.dtype), _rows(first, class_dim), _rows(second, class_dim)
+    alone = None if divergence is None else definitions.divergence(p, q, divergence).to(real)
     values = _pair_values(p, q, _row_target(target, p.shape[-1], ignore_index))
     asked = (kl, reverse_kl, js, cross_entropy, entropy, entropy, target is not None, target is not None)
     given = [value.to(real) if want else None for value, want in zip(values, asked, strict=True)]
     same = p.argmax(-1) == q.argmax(-1) if same_top else None
     saved = torch.zeros((*p.shape[:-1], PAIR_SAVED), dtype=torch.float64, device=p.device)
-    return PairRowStats._make([*given, same, saved, -1])
+    return PairRowStats._make([*given, alone, same, saved, -1])
 
 
 def _pair_values(p: Tensor, q: Tensor, target: ClassTarget | None) -> list[Tensor]:
@@ -269,6 +272,8 @@ def pair_row_grad(
     entropy_q: Tensor | None = None,
     nll_p: Tensor | None = None,
     nll_q: Tensor | None = None,
+    divergence: Divergence | None = None,
+    divergence_grad: Tensor | None = None,
     need_first: bool = True,
     need_second: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
@@ -290,12 +295,44 @@ def pair_row_grad(
     )
     if cross_entropy is not None:
         grads = grads[0], grads[1] + cross_entropy.double().unsqueeze(-1) * (pair.q - pair.p)
+    if divergence is not None and divergence_grad is not None:
+        alone = _divergence_grads(pair, divergence)
+        grads = (
+            grads[0] + divergence_grad.double().unsqueeze(-1) * alone[0],
+            grads[1] + divergence_grad.double().unsqueeze(-1) * alone[1],
+        )
     places = out or (torch.empty_like(first), torch.empty_like(second))
     made_first, made_second = (
         place.copy_(grad.movedim(-1, class_dim)) if need else None
         for place, grad, need in zip(places, grads, (need_first, need_second), strict=True)
     )
     return made_first, made_second
+
+
+def _about_its_mean(p: Tensor, values: Tensor) -> Tensor:
+    """Return p_j (v_j - sum_k p_k v_k): what a mean of v under p changes by with p's logits."""
+    weighted = times_zero_safe(p, values)
+    return weighted - times_zero_safe(p, weighted.sum(-1, keepdim=True))
+
+
+def _divergence_grads(pair: definitions.Pair, asked: Divergence) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a divergence for p's and q's logits.
+
+    With m = w p + (1 - w) q, r = 1 - p / m, R = sum p r and s the sign of p - q:
+    skewed KL p_j (log p_j / m_j - KL + w (r_j - R)) and q_j ((1 - w) r_j + w R); weighted JS
+    w p_j (log p_j / m_j - KL(p || m)) and its mirror image; variation p_j (s_j - sum p s) / 2 and minus the same of q.
+    """
+    w = asked.weight
+    if asked.family == "total_variation":
+        sign = -torch.sign(pair.log_ratio)
+        return _about_its_mean(pair.p, sign) / 2, -_about_its_mean(pair.q, sign) / 2
+    log_m_p, log_m_q = definitions.log_mixture_ratios(pair.log_ratio, w)
+    if asked.family == "weighted_js":
+        return w * _about_its_mean(pair.p, -log_m_p), (1 - w) * _about_its_mean(pair.q, -log_m_q)
+    share = -torch.expm1(-log_m_p)
+    mean_share = (pair.p * share).sum(-1, keepdim=True)
+    grad_p = _about_its_mean(pair.p, -log_m_p) + w * pair.p * (share - mean_share)
+    return grad_p, pair.q * ((1 - w) * share + w * mean_share)
 
 
 def _one_side(pair: definitions.Pair, upstream: tuple[Tensor | None, ...], target: ClassTarget | None) -> Tensor:
@@ -305,23 +342,18 @@ def _one_side(pair: definitions.Pair, upstream: tuple[Tensor | None, ...], targe
     )
     total = torch.zeros_like(pair.p)
 
-    def about_its_mean(values: Tensor) -> Tensor:
-        """Return p_j (v_j - sum_k p_k v_k): what a mean of v under p changes by with p's logits."""
-        weighted = times_zero_safe(pair.p, values)
-        return weighted - times_zero_safe(pair.p, weighted.sum(-1, keepdim=True))
-
     if kl is not None:
-        total = total + kl * about_its_mean(-pair.log_ratio)
+        total = total + kl * _about_its_mean(pair.p, -pair.log_ratio)
     if reverse_kl is not None:
         total = total + reverse_kl * (pair.p - pair.q)
     if js is not None:
         # log p / m = log 2 - log(1 + q / p), by which a class that p excludes stays out.
         to_mixture = -torch.nn.functional.softplus(pair.log_ratio)
-        total = total + js * about_its_mean(to_mixture) / 2
+        total = total + js * _about_its_mean(pair.p, to_mixture) / 2
     if cross_entropy is not None:
-        total = total + cross_entropy * about_its_mean(pair.surprise_q)
+        total = total + cross_entropy * _about_its_mean(pair.p, pair.surprise_q)
     if entropy is not None:
-        total = total + entropy * about_its_mean(pair.surprise_p)
+        total = total + entropy * _about_its_mean(pair.p, pair.surprise_p)
     if nll is not None and target is not None and target.indices is not None:
         hit = torch.arange(pair.p.shape[-1], device=pair.p.device) == target.indices.unsqueeze(-1)
         to_target = nll * (pair.p - hit.double())

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logitless.lazy import no_memory
+
 aten = torch.ops.aten
 
 
@@ -27,7 +29,9 @@ def form_of(tensor: Tensor) -> Form:
 def without_memory(kind: type, form: Form, strides: Sequence[int] | None = None) -> Any:
     """Return a tensor that torch owns and that has no memory: C++ code that asks for it gets an error."""
     shape, dtype, device = form
-    tensor: Any = Tensor._make_wrapper_subclass(kind, shape, strides, dtype=dtype, device=device)
+    tensor: Any = Tensor._make_wrapper_subclass(
+        kind, shape, strides, dtype=dtype, device=device, _extra_dispatch_keys=no_memory.KEYS
+    )
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     return tensor
 

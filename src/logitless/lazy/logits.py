@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from logitless._heads import picks
 from logitless._heads.fold import fold_gradients
 from logitless._heads.rows import HeadRows
-from logitless._heads.window import Window, opened
+from logitless._heads.window import Window, is_freed, opened
 from logitless._rules import dispatch
 from logitless._rules.precision import check_real, no_autocast, under_autocast
 from logitless._rules.reduction import count_of
+from logitless._rules.targets import first_outside
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
 from logitless.lazy.moves import MOVES, axis_of
@@ -127,8 +128,9 @@ class HeadLogits:
         return meaning_of(F.log_softmax)(logits) if isinstance(logits, HeadLogits) else logits.log_softmax(-1)
 
     def _is_class_dim(self, dim: Any) -> bool:
+        """Say whether a dimension is the classes'; logits of no class are computed, for which no kernel is made."""
         z: Any = self
-        return isinstance(dim, int) and axis_of(dim, z.dim()) == self._axis
+        return isinstance(dim, int) and axis_of(dim, z.dim()) == self._axis and self.num_classes > 0
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Any:
         """Return the top class of each row without the logits, for the classes' dimension."""
@@ -199,7 +201,8 @@ class HeadLogits:
             if not fits or not same or z.softcap is not None or not _is_plain(factor) or factor.device != z.device:
                 return None
             return self.changed(scale=scale * factor.reshape(()))
-        if not isinstance(factor, Real) or not isfinite(factor):
+        # A comparison, not `isfinite`: a graph may hold the number without knowing it.
+        if not isinstance(factor, Real) or not -inf < float(factor) < inf:
             return None
         if z.softcap is None:
             return self.changed(scale=scale * float(factor))
@@ -267,9 +270,8 @@ def check_classes(index: Tensor, classes: int) -> None:
     """Raise, as torch's gather does, if an index is no class."""
     if torch.compiler.is_compiling() or not is_eager(index):
         return
-    outside = (index < 0) | (index >= classes)
-    if bool(outside.any()):
-        first = int(index[outside][0])
+    first = first_outside(index, classes)
+    if first is not None:
         raise RuntimeError(f"index {first} is out of bounds for dimension {index.dim() - 1} with size {classes}")
 
 
@@ -281,7 +283,9 @@ def _rows_of(
     softcap: float | None,
     window: Window | None,
 ) -> HeadRows:
-    flat = hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(count_of(hidden.shape[:-1]), 0)
+    flat = hidden
+    if hidden.dim() != 2:
+        flat = hidden.reshape(count_of(hidden.shape[:-1]), hidden.shape[-1])
     factor = scale if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else scale
     return HeadRows(flat.shape[0], weight.shape[0], (flat, weight, bias, factor), number, softcap, window)
@@ -317,7 +321,7 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> Any:
     ):
         return None
     first: Any = tensors[0]
-    if first._is_class_dim(dim):
+    if first._is_class_dim(dim) or first.num_classes == 0:
         return None
     heads = [each.head() for each in tensors]
     scale, kind = heads[0][3], (first.softcap, first.dtype, first.requires_grad)
@@ -554,7 +558,7 @@ def _special(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TracedLogits(HeadLogits, TensorProxy):
-    """LazyLogits in a graph that is being traced, or under a function transform: a plain object, no tensor."""
+    """LazyLogits as a plain object, no tensor: in a graph being traced, under a function transform, inside one call."""
 
     hidden: Tensor
     weight: Tensor
@@ -778,6 +782,24 @@ def head_logits(
     window: Window | None,
 ) -> LazyLogits:
     """Return the logits of a head whose parameters `window` gathers again outside their module's forward."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+
+
+def unheld_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> Any:
+    """Return the logits as a plain object, for one call that shows them to nobody: no graph needs a node for them."""
+    hidden, weight, bias = _checked(hidden, weight, bias, scale, softcap)
+    if is_eager(weight) and is_freed(weight):
+        raise RuntimeError("linear: the weight's memory was freed (its module is sharded): call inside its forward")
+    return TracedLogits(hidden, weight, bias, scale if isinstance(scale, Tensor) else float(scale), softcap)
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden, weight and bias as autocast has them; raise where they and the options make no head."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise TypeError(f"linear: {name} must be Tensor, not {type(tensor).__name__}")
@@ -818,4 +840,4 @@ def head_logits(
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         dtypes = [str(t.dtype) for t in (hidden, weight, bias) if t is not None]
         raise ValueError(f"linear: hidden, weight and bias must share one dtype, got {', '.join(dtypes)}")
-    return _made(hidden, weight, bias, scale, softcap, window=window)  # type: ignore[no-any-return] # of either kind
+    return hidden, weight, bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from logitless._heads.window import Window
 from logitless.lazy.logits import HeadLogits, LazyLogits, head_logits, linear
@@ -41,8 +43,27 @@ class LazyHead:
         self.remove()
 
 
+_watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
+
+
+def _tell_of_replacement(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """Let a watch follow a module that is put in place of a head, before a compiled forward asks for it."""
+    old = parent._modules.get(name)
+    if old is None or new is old:
+        return
+    for watch in list(_watches):
+        if watch.is_head_of(old):
+            parent._modules[name] = new  # as torch does next
+            watch.follow()
+
+
+@functools.cache
+def _hook_of_replacements() -> None:
+    register_module_module_registration_hook(_tell_of_replacement)
+
+
 class _Watch:
-    """Follows a model's head: a hook before its forward and its body's, and one after its forward and the head's.
+    """Follows a model's head: hooks where it is replaced, before its forward and its body's, and after both.
 
     The lazy layers are the head's as it is when the model runs, whatever was resized, replaced or adapted since. The
     first forward in which none of them ran warns. A copy of a model is watched by a copy of this.
@@ -58,6 +79,8 @@ class _Watch:
         self._told = False
         self.ran = False
         self._window: tuple[Any, Window | None] = (lambda: None, None)
+        _hook_of_replacements()
+        _watches.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         model = self._model()
@@ -115,6 +138,7 @@ class _Watch:
         self._layers = [layer for layer in layers if _replaced_by(layer) is None]
         for layer in self._layers:
             setattr(layer, _forward_name(layer), MethodType(_lazy_forward, layer))
+            layer._replicate_for_data_parallel = MethodType(_replica, layer)  # type: ignore[method-assign] # as forward
             layer._lazy_watch = self  # type: ignore[assignment] # any attribute
         if self._head is not None and not any(layer is self._head for layer in self._layers):
             self._head.register_forward_hook(self)
@@ -127,6 +151,7 @@ class _Watch:
             else:
                 setattr(layer, name, MethodType(type(layer).forward, layer))
             vars(layer).pop("_lazy_watch", None)
+            vars(layer).pop("_replicate_for_data_parallel", None)
         if self._head is not None:
             self._unhook(self._head)
 
@@ -148,6 +173,10 @@ class _Watch:
     def watches(self, model: Any) -> bool:
         """Say whether it follows this model's head."""
         return self._model() is model
+
+    def is_head_of(self, module: nn.Module) -> bool:
+        """Say whether a module is the head that is followed, or holds it."""
+        return self._head is not None and any(part is self._head for part in module.modules())
 
     def note_run(self) -> None:
         """Note that a layer of the head ran lazily."""
@@ -312,5 +341,13 @@ def _lazy_forward(self: nn.Linear, input: Tensor) -> LazyLogits:
     return head_logits(input, self.weight, self.bias, 1.0, None, watch.window(self))
 
 
+def _replica(self: nn.Linear) -> nn.Linear:
+    """Return what DataParallel runs on another device: lazy too, of its own weight."""
+    replica: nn.Linear = type(self)._replicate_for_data_parallel(self)
+    setattr(replica, _forward_name(self), MethodType(_lazy_forward, replica))
+    return replica
+
+
 # A bound method pickles as its object and this name, so a pickled model loads with the class's own forward.
 _lazy_forward.__name__ = "forward"
+_replica.__name__ = "_replicate_for_data_parallel"

@@ -39,7 +39,7 @@ class Kind(Protocol):
         ...
 
 
-def _without_graph(gradient: Tensor) -> Tensor:
+def _graphless(gradient: Tensor) -> Tensor:
     """Return a gradient outside its graph, where none is recorded; gradients that come in a batch have no `detach`."""
     batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
     return gradient.view_as(gradient) if batched else gradient.detach()
@@ -51,7 +51,7 @@ class _PackGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, form: Form, *gradients: Tensor | None) -> LazyGradient:
         ctx.set_materialize_grads(False)
-        return LazyGradient.of(form, [None if g is None else _without_graph(g) for g in gradients])
+        return LazyGradient.of(form, [None if g is None else _graphless(g) for g in gradients])
 
     @staticmethod
     def backward(ctx: Any, gradient: LazyGradient | None) -> Any:
@@ -67,7 +67,7 @@ class _UnpackGradient(torch.autograd.Function):
     def forward(ctx: Any, gradient: LazyGradient) -> tuple[Tensor | None, ...]:
         ctx.form = form_of(gradient)
         ctx.set_materialize_grads(False)
-        return tuple(None if part is None else _without_graph(part) for part in gradient.parts)
+        return tuple(None if part is None else _graphless(part) for part in gradient.parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -92,17 +92,37 @@ class _Pack(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         wanted = ctx.needs_input_grad[_ARGUMENTS:]
         ctx.made = (kind, settings, window, wanted)
-        if inherited is not None:
-            # Made without a graph (in another function's forward), it still wants what its origin wanted.
-            wanted = tuple(
-                (mine or theirs) and part is not None
-                for mine, theirs, part in zip(wanted, inherited, parts, strict=True)
-            )
-        return kind.made([None if part is None else part.detach() for part in parts], wanted, settings, window)
+        return _without_graph(kind, settings, inherited, window, parts, wanted)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         return (*[None] * _ARGUMENTS, *_gradients_of_parts(ctx, gradient))
+
+
+def pack(
+    kind: Kind, settings: Settings, inherited: Sequence[bool] | None, window: Window | None, *parts: Tensor | None
+) -> Any:
+    """Return the lazy tensor of these parts; `inherited` are the parts that what it is made of wanted a gradient of."""
+    wanted = tuple([part is not None and part.requires_grad for part in parts])
+    if torch.is_grad_enabled() and True in wanted:
+        return _apply_pack(kind, settings, inherited, window, *parts)
+    return _without_graph(kind, settings, inherited, window, parts, wanted)
+
+
+def _without_graph(
+    kind: Kind,
+    settings: Settings,
+    inherited: Sequence[bool] | None,
+    window: Window | None,
+    parts: Parts,
+    wanted: Sequence[bool],
+) -> Any:
+    if inherited is not None:
+        # Made without a graph (in another function's forward), it still wants what its origin wanted.
+        wanted = tuple(
+            (mine or theirs) and part is not None for mine, theirs, part in zip(wanted, inherited, parts, strict=True)
+        )
+    return kind.made([None if part is None else part.detach() for part in parts], wanted, settings, window)
 
 
 def _gradients_of_parts(ctx: Any, gradient: Tensor | None) -> Sequence[Tensor | None]:
@@ -162,6 +182,6 @@ class _Written(torch.autograd.Function):
 
 
 # What `Function.apply` does for function transforms is not needed where these are called: outside them.
-pack: Any = super(torch.autograd.Function, _Pack).apply
+_apply_pack: Any = super(torch.autograd.Function, _Pack).apply
 unpack: Any = super(torch.autograd.Function, _Unpack).apply
 write: Any = super(torch.autograd.Function, _Written).apply

@@ -174,14 +174,22 @@ def warn_of_computing(operation: str, kind: str, shape: torch.Size, dtype: torch
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
-    one_row = len(shape) > 1 and shape[-2] == 1
-    if shape.numel() * dtype.itemsize > _SMALL_BYTES and not one_row:
+    if not _are_few(shape, dtype):
         size = f"{shape[-1]} classes" if shape else "no dimension"
+        instead = ": an entropy needs none of them with logitless.entropy(logits)" if operation in _OF_ENTROPIES else ""
         warnings.warn(
-            f"{operation} computes all of {kind} with {size}; call .materialize() to say that this is meant",
+            f"{operation} computes all of {kind} with {size}{instead}; call .materialize() to say that this is meant",
             MaterializeWarning,
             stacklevel=_frames_to_caller(),
         )
+
+
+_OF_ENTROPIES = ("softmax", "exp")
+
+
+def _are_few(shape: torch.Size, dtype: torch.dtype) -> bool:
+    one_row = len(shape) > 1 and shape[-2] == 1
+    return one_row or shape.numel() * dtype.itemsize <= _SMALL_BYTES
 
 
 # Whose operands change places where the second is the lazy one.

@@ -45,12 +45,15 @@ class SparseLogits:
             rounding of log_probs' dtype), NaN, or log_probs that require a gradient.
         IndexError: an index is not a class.
 
-    Source: arXiv:2503.16870 shows what dropping the tail does to a student. In training it is a teacher: `ll.kl(sparse,
-    student)`, or the target of `cross_entropy`, has a gradient for the student alone.
+    Source: arXiv:2503.16870 shows what dropping the tail does to a student. In training it is a teacher: the student
+    alone has a gradient, of `ll.kl(sparse, student)`, `ll.kl(student, sparse)`, `ll.js`, `ll.tv` or `cross_entropy`.
+    Where the kept classes have all the mass, a student with mass elsewhere is infinitely far in the reverse divergence.
 
     >>> import torch, logitless as ll
     >>> teacher = ll.SparseLogits(torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[3, 0]]), num_classes=4)
     >>> ll.kl(teacher, torch.zeros(1, 4))
+    tensor([0.1733])
+    >>> ll.kl(torch.zeros(1, 4), teacher)  # the reverse divergence, over the same buckets
     tensor([0.1733])
     """
 
@@ -109,14 +112,34 @@ class SparseLogits:
         return replace(self, log_probs=self.log_probs.to(device), indices=self.indices.to(device))
 
 
-def kl(p: SparseLogits, q: Tensor | LazyLogits) -> Tensor:
-    """Return KL(p || q) of each row, over p's buckets; see `measures.kl`."""
-    return _fold("kl", definitions.kl, p, q)
+def divergence(
+    name: str,
+    measure: definitions.PairMeasure,
+    p: SparseLogits | Tensor | LazyLogits,
+    q: SparseLogits | Tensor | LazyLogits,
+    scale: float = 1.0,
+) -> Tensor:
+    """Return a measure of each row over the buckets of the one that is sparse, of the logits times `scale`.
+
+    What the tail is made of is not known, so of a lumped one no other scale than 1 can be had.
+    """
+    turned = not isinstance(p, SparseLogits)
+    sparse, full = (q, p) if turned else (p, q)
+    assert isinstance(sparse, SparseLogits)
+    if isinstance(full, SparseLogits):
+        raise TypeError(f"{name}: {'p' if turned else 'q'}, the student, must have all its logits, not SparseLogits")
+    if scale != 1.0 and sparse.tail == "lump" and sparse.indices.shape[-1] < sparse.num_classes:
+        raise ValueError(
+            f"{name}: a temperature of SparseLogits with tail='lump' would need the teacher's whole tail: store "
+            "SparseLogits.top_k(logits / temperature, k) and give student / temperature, or take tail='renormalize'"
+        )
+    of_buckets = (lambda kept, masses: measure(masses, kept)) if turned else measure
+    return _fold(name, of_buckets, sparse, full, scale)
 
 
 def cross_entropy(p: SparseLogits, q: Tensor | LazyLogits) -> Tensor:
     """Return the cross-entropy of each row over p's buckets: `kl(p, q)` plus what p's buckets have of entropy."""
-    return _fold("cross_entropy", _cross_entropy, p, q)
+    return _fold("cross_entropy", _cross_entropy, p, q, 1.0)
 
 
 def _cross_entropy(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -124,8 +147,8 @@ def _cross_entropy(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return times_zero_safe(probabilities, definitions.negative_log_softmax(logits_q, -1)).sum(-1)
 
 
-def _fold(name: str, measure: definitions.PairMeasure, p: SparseLogits, q: Tensor | LazyLogits) -> Tensor:
-    """Return a measure of p's buckets and q's masses in them, made a tile of q's rows at a time."""
+def _fold(name: str, measure: definitions.PairMeasure, p: SparseLogits, q: Tensor | LazyLogits, scale: float) -> Tensor:
+    """Return a measure of p's buckets and q's masses in them, both scaled, made a tile of q's rows at a time."""
     if isinstance(q, SparseLogits):
         raise TypeError(f"{name}: q, the student, must have all its logits, not SparseLogits")
     check_input(name, q, q)
@@ -135,12 +158,12 @@ def _fold(name: str, measure: definitions.PairMeasure, p: SparseLogits, q: Tenso
     dispatch.pick(name, (*rows.tensors, p.log_probs, p.indices))
     k = p.indices.shape[-1]
     lump = p.tail == "lump" and k < p.num_classes
-    buckets = _buckets(p.log_probs.detach().double(), lump).reshape(rows.rows, k + lump)
+    buckets = _buckets(p.log_probs.detach().double(), lump).reshape(rows.rows, k + lump) * scale
     slack = _sum_slack(p.log_probs)
     result = torch.float64 if torch.float64 in (q.dtype, p.log_probs.dtype) else torch.float32
 
     def function(tile: Tensor, log_p: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
-        wide = tile.double()
+        wide = tile.double() * scale
         masses = wide.gather(-1, indices)
         if lump:  # the other classes' own log-sum-exp: 1 minus the kept mass would lose a small tail to rounding
             others = wide.scatter(-1, indices, -math.inf)
@@ -148,7 +171,7 @@ def _fold(name: str, measure: definitions.PairMeasure, p: SparseLogits, q: Tenso
             others = others.masked_fill(masked, 0).logsumexp(-1, keepdim=True).masked_fill(masked, -math.inf)
             masses = torch.cat([masses, others], -1)
             # A student that masks all others is not infinitely wrong for a tail that is the rounding of log_probs.
-            rounding = masked & (log_p[:, k:] < math.log(slack))
+            rounding = masked & (log_p[:, k:] < scale * math.log(slack))
             log_p = torch.cat([log_p[:, :k], log_p[:, k:].masked_fill(rounding, -math.inf)], -1)
         return (measure(log_p, masses).to(result),)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from logitless._rules.transforms import hold_data
@@ -19,16 +19,28 @@ _STALE = (
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _steps = 0
-_stepped: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# What steps wrote to without counting it, by the storage's address, which the reference keeps from being used again.
+_uncounted: dict[int, tuple[StorageWeakRef, int]] = {}
 
 
 def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Note what a step wrote to: fused optimisers, and kernels of others' own, do not count it in tensors' versions."""
     global _steps
     _steps += 1
-    _stepped[optimizer] = _steps
+    foreign = not type(optimizer).__module__.startswith("torch.optim")
+    groups = [group for group in optimizer.param_groups if foreign or group.get("fused")]
+    if not groups:
+        return
+    for address in [address for address, (storage, _) in _uncounted.items() if storage.expired()]:
+        del _uncounted[address]
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.grad is None and not foreign:
+                continue
+            written = StorageWeakRef(parameter.untyped_storage())
+            _uncounted[written.cdata] = (written, _steps)
 
 
-# Fused optimisers, and those with kernels of their own, write to parameters without counting it in their versions.
 register_optimizer_step_post_hook(_note_step)
 
 
@@ -81,11 +93,10 @@ def _differs(seen: int | Tensor | None, now: int | Tensor | None) -> bool:
 
 
 def _written_by_uncounted_steps(tensors: Sequence[Tensor | None], since: int) -> bool:
-    memory = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
-    for optimizer, at in list(_stepped.items()):
-        foreign = not type(optimizer).__module__.startswith("torch.optim")
-        for group in optimizer.param_groups if at > since else ():
-            if (foreign or group.get("fused")) and any(p.untyped_storage()._cdata in memory for p in group["params"]):
+    for tensor in tensors:
+        if tensor is not None and tensor.untyped_storage()._cdata in _uncounted:
+            storage, step = _uncounted[tensor.untyped_storage()._cdata]
+            if step > since and not storage.expired():
                 return True
     return False
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules.transforms import hold_data, transform_reason
@@ -154,6 +155,10 @@ class LazyTensor(Tensor):
     def parts(self) -> tuple[Tensor | None, ...]:
         """Return the parts, attached to this tensor's graph."""
         if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(
+                msg="lazy logits made outside a compiled function are read outside it: for fullgraph=True give it the "
+                "hidden states and the head's weight, and call logitless.linear in it; or compile without fullgraph"
+            )
             return _parts_outside(self)
         self.check()
         if not torch.is_grad_enabled():
@@ -176,10 +181,11 @@ class LazyTensor(Tensor):
         with opened(self.window, parts):
             return type(self).dense_values(parts, self.settings)
 
-    def computed(self, operation: str) -> Tensor:
-        """Return the values without a graph, for an operation that needs them all; say so unless they are few."""
+    def computed(self, operation: str, *, told: bool = False) -> Tensor:
+        """Return the values without a graph, for an operation that needs them all; say so unless told, or few."""
         self.check()
-        warn_of_computing(operation, type(self).__name__, self.form.shape, self.form.dtype)
+        if not told:
+            warn_of_computing(operation, type(self).__name__, self.form.shape, self.form.dtype)
         with torch.no_grad(), opened(self.window, self.raw):
             return type(self).dense_values(self.raw, self.settings)
 
@@ -292,6 +298,33 @@ class LazyTensor(Tensor):
         """Raise, as `__dlpack__` does."""
         return self.__dlpack__()
 
+    def untyped_storage(self) -> Any:
+        """Raise: there is none."""
+        raise TypeError(f"{type(self).__name__} have no memory, at {callers_line()}: {_FIX}")
+
+    def storage(self) -> Any:
+        """Raise: there is none."""
+        return self.untyped_storage()
+
+    def _typed_storage(self) -> Any:
+        return self.untyped_storage()
+
+    def new_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a tensor of these values, of this dtype and device."""
+        return self._like_this().new_tensor(*args, **kwargs)
+
+    def new(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override] # overloads of torch's
+        """Return a tensor of this dtype and device."""
+        made: Tensor = self._like_this().new(*args, **kwargs)
+        return made
+
+    def _like_this(self) -> Tensor:
+        return torch.empty(0, dtype=self.form.dtype, device=self.form.device)
+
+    def resize_as(self, other: Tensor) -> Any:
+        """Return them in another shape."""
+        return cast("Any", self).reshape(other.shape)
+
     def share_memory_(self) -> Any:
         """Raise: there is no memory to share."""
         raise TypeError(f"{type(self).__name__} have no memory to share with processes, at {callers_line()}: {_FIX}")
@@ -350,28 +383,37 @@ class LazyTensor(Tensor):
         elif isinstance(first, LazyTensor) and _is_view(func):
             return LazyView.of(first, func, args[1:], kwargs)
         name = func.overloadpacket.__name__.strip("_")
+        # p * log p: its first factor has said what the second would say again.
+        told = func.overloadpacket is aten.mul and any(isinstance(v, Tensor) and v in _PROBABILITIES for v in args)
 
         def dense(value: Any) -> Any:
             if isinstance(value, LazyTensor):
-                return value.computed(name)
+                return value.computed(name, told=told)
             if isinstance(value, LazyGradient):
                 raise TypeError(f"{name}: mixes lazy logits and a gradient of lazy logits, at {callers_line()}")
             return type(value)(map(dense, value)) if type(value) in (list, tuple) else value
 
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        result = func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        if func.overloadpacket in (aten._softmax, aten.exp):
+            _PROBABILITIES[result] = None
+        return result
 
 
+_PROBABILITIES: Any = WeakIdKeyDictionary()  # what was computed of lazy tensors, as long as it lives
 _FIX = "write to z.materialize(), or take lazy_head's handle off the model there (handle.remove())"
-# Views by another name, and views whose elements are not their base's.
+# Views by another name; and views that are of another kind than their base, or have other elements.
 _VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
-_NO_VIEWS = frozenset((aten._neg_view, aten._conj))
+_NO_VIEWS = frozenset((aten._neg_view, aten._conj, aten._nested_view_from_buffer, aten._nested_view_from_jagged))
 _STATISTICS = frozenset(("running_mean", "running_var"))  # which normalisations write to, though their schemas hide it
 
 
 def _is_view(func: Any) -> bool:
     packet = func.overloadpacket
     if packet in _NO_VIEWS:
-        raise TypeError(f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: {_FIX}")
+        raise TypeError(
+            f"{packet.__name__}: lazy logits have no such view, at {callers_line()}: give it z.materialize(), or take "
+            "lazy_head's handle off the model there (handle.remove())"
+        )
     return packet in _VIEWS or any(given.alias_info is not None for given in func._schema.returns)
 
 
@@ -393,6 +435,8 @@ for _name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "
 LazyTensor.__imatmul__ = _written_in_place("__imatmul__")  # type: ignore[attr-defined] # torch has none
 
 
+# What torch makes by a tensor's dispatch key, which is no backend's here.
+_BY_BACKEND = frozenset(("new", "new_tensor", "resize_as"))
 _METHODS: dict[tuple[type, str], Any] = {}
 
 
@@ -400,7 +444,8 @@ def _method(kind: type, name: str) -> Any:
     """Return the method of ours by that name, or None where torch's is not ours to change."""
     key = (kind, name)
     if key not in _METHODS:
-        ours = (vars(base).get(name) for base in kind.__mro__[: kind.__mro__.index(LazyTensor)])
+        kinds = kind.__mro__[: kind.__mro__.index(LazyTensor) + (name in _BY_BACKEND)]
+        ours = (vars(base).get(name) for base in kinds)
         _METHODS[key] = next((method for method in ours if callable(method)), None)
     return _METHODS[key]
 
@@ -543,9 +588,9 @@ def as_tensor(value: Any, operation: str) -> Any:
     return value._dense(operation) if isinstance(value, (TensorProxy, LazyTensor)) else value
 
 
-def is_eager(*parts: Any) -> bool:
+def is_eager(*parts: Tensor | None) -> bool:
     """Say whether a lazy tensor of these parts can be one of torch's: outside traced graphs and transforms."""
     if torch.compiler.is_compiling():
         return False
-    tensors = [part for part in parts if isinstance(part, Tensor)]
+    tensors = [part for part in parts if part is not None]
     return transform_reason(*tensors) is None and hold_data(*tensors)

@@ -30,7 +30,7 @@ from logitless._rules.targets import check_class_weight, check_weight_dtype, che
 from logitless.kernels import definitions
 from logitless.kernels.interface import ClassTarget
 from logitless.lazy import sparse
-from logitless.lazy.logits import HeadLogits, LazyLogits, linear
+from logitless.lazy.logits import HeadLogits, LazyLogits, unheld_logits
 from logitless.lazy.sparse import SparseLogits
 from logitless.losses import head_classification
 
@@ -263,7 +263,7 @@ def linear_cross_entropy(
         linear_bias = None if linear_bias is None else linear_bias.to(options.acc_dtype)
     asked = HeadLoss(weight, label_smoothing, normalizer, max_bytes, backend)
     if linear_weight.dim() == 2:
-        logits = linear(input, linear_weight, linear_bias, scale=scale, softcap=softcap)
+        logits = unheld_logits(input, linear_weight, linear_bias, scale, softcap)
         return head_classification.cross_entropy(
             "linear_cross_entropy", logits, meaning, asked, reduction, precision.result, empty
         )
@@ -271,7 +271,7 @@ def linear_cross_entropy(
     heads = _position_heads(linear_weight, linear_bias)
     parts = [
         head_classification.cross_entropy_rows(
-            "linear_cross_entropy", linear(input, head, bias, scale=scale, softcap=softcap), part, asked
+            "linear_cross_entropy", unheld_logits(input, head, bias, scale, softcap), part, asked
         )
         for (head, bias), part in zip(heads, _position_targets(meaning, len(heads)), strict=True)
     ]

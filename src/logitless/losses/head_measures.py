@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,42 +16,48 @@ from logitless._operators import head_measures as operators
 from logitless._rules.precision import precision_of
 from logitless._rules.reduction import count_of, reduce_rows
 from logitless._rules.targets import checked_values
-from logitless.kernels.interface import Backend, ClassTarget
+from logitless.kernels.interface import Backend, ClassTarget, Divergence
 from logitless.lazy.logits import HeadLogits, LazyLogits
 
 Plan = Callable[[Backend], HeadCall]
 
 
-def rows_of(logits: Tensor | LazyLogits) -> LogitRows:
-    """Return logits as rows to be made tile by tile."""
-    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits)
+def rows_of(logits: Tensor | LazyLogits, scale: float = 1.0) -> LogitRows:
+    """Return logits as rows to be made tile by tile; those that are there times a number."""
+    return logits.rows() if isinstance(logits, HeadLogits) else dense_rows(logits, scale)
 
 
-def token_plan(logits: LazyLogits, target: ClassTarget) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
-    """Return how a backend will make nll, lse, entropy, argmax and rank; the target is as given."""
+def token_plan(
+    source: LogitRows, wide: torch.dtype, target: ClassTarget, top_k: int
+) -> Callable[[Backend], tuple[HeadCall, Tensor | None]]:
+    """Return how a backend will make what `token_call` plans; the target is as given."""
 
     def plan(backend: Backend) -> tuple[HeadCall, Tensor | None]:
         checked = checked_values("token_stats", target, reads=backend.READS_VALUES)
-        return token_call(backend, logits.rows(), checked, _wide(logits))
+        return token_call(backend, source, checked, wide, top_k)
 
     return plan
 
 
-def entropy_plan(logits: LazyLogits) -> Plan:
+def entropy_plan(source: LogitRows, wide: torch.dtype) -> Plan:
     """Return how a backend will make the entropy of each row."""
-    return partial(entropy_call, source=logits.rows(), wide=_wide(logits))
+    return partial(entropy_call, source=source, wide=wide)
 
 
 def pair_plan(
-    name: str, p: Tensor | LazyLogits, q: Tensor | LazyLogits, names: tuple[str, ...], target: ClassTarget | None
+    name: str,
+    given: Sequence[LogitRows],
+    wide: torch.dtype,
+    names: tuple[str, ...],
+    target: ClassTarget | None,
+    divergence: Divergence | None,
 ) -> Plan:
     """Return how a backend will make the measures of that name; the target is as given."""
 
     def plan(backend: Backend) -> HeadCall:
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
-        wide = torch.promote_types(_wide(p), _wide(q))
-        return pair_call(backend, [rows_of(p), rows_of(q)], names, target, wide)
+        return pair_call(backend, given, names, target, divergence, wide)
 
     return plan
 
@@ -84,15 +91,17 @@ def in_graph(
     p: Tensor | LazyLogits,
     q: Tensor | LazyLogits | None = None,
     target: ClassTarget | None = None,
+    divergence: Divergence | None = None,
+    scale: float = 1.0,
+    top_k: int = 0,
 ) -> list[Tensor]:
     """Return measures of logits that are not built, one value a row, by an operator of a compiled graph."""
-    told = operators.Measures.of(name, outputs, _source(p), None if q is None else _source(q), target)
-    return [value.view(p.shape[:-1]) for value in operators.rows(told, backend)]
+    sources = [None if logits is None else operators.Source(rows_of(logits, scale), logits.dtype) for logits in (p, q)]
+    assert sources[0] is not None
+    told = operators.Measures.of(name, outputs, sources[0], sources[1], target, divergence, top_k)
+    return [value.view((*p.shape[:-1], *value.shape[1:])) for value in operators.rows(told, backend)]
 
 
-def _source(logits: Tensor | LazyLogits) -> operators.Source:
-    return operators.Source(rows_of(logits), logits.dtype)
-
-
-def _wide(logits: Tensor | LazyLogits) -> torch.dtype:
-    return precision_of(logits).compute
+def wide_dtype(*logits: Tensor | LazyLogits) -> torch.dtype:
+    """Return the dtype of the values of these logits."""
+    return functools.reduce(torch.promote_types, (precision_of(each).compute for each in logits))

@@ -4,6 +4,7 @@ Allocate the outputs, pass addresses and strides, nothing else: no autograd, and
 the kernel, which reports the first bad row. `float32` is the compute type of float16 and bfloat16 logits.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -73,9 +74,24 @@ READS_VALUES = True
 PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
 WHOLE_DTYPES = frozenset(DTYPES)
 
-# Of which the processor and the instruction set chosen at the start have a product faster than torch's. A set: a graph
-# that is being compiled can ask it, and not the extension.
-PRODUCT_DTYPES = frozenset(dtype for dtype, code in DTYPES.items() if _native and _native.product_supported(code))
+
+def _product_dtypes() -> frozenset[torch.dtype]:
+    """Return the dtypes whose products are the kernel's: those faster than torch's, or what LOGITLESS_PRODUCT says.
+
+    "native" takes it wherever it serves, for sums whose order depends on the depth alone; "torch" takes it nowhere.
+    """
+    asked = os.environ.get("LOGITLESS_PRODUCT", "")
+    if asked not in ("", "native", "torch"):
+        raise ValueError(f"LOGITLESS_PRODUCT: expected native or torch, got {asked!r}")
+    if _native is None or asked == "torch":
+        return frozenset()
+    serves = _native.product_serves if asked else _native.product_is_faster
+    return frozenset(dtype for dtype, code in DTYPES.items() if serves(code))
+
+
+# A set that the instruction set chosen at the start decides: a graph that is being compiled can ask it, and not the
+# extension.
+PRODUCT_DTYPES = _product_dtypes()
 
 # What a thread's share of a product packs its operands into, measured.
 _WORKSPACE_BYTES = 3 * 10**6

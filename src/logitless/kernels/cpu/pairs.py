@@ -1,13 +1,22 @@
 """The compiled kernels of two rows; see `rows`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from logitless.kernels.cpu.operands import address, gradient_like, plain, without
-from logitless.kernels.interface import PairRowStats
+from logitless.kernels.interface import Divergence, DivergenceFamily, PairRowStats
 from logitless.kernels.layout import laid_out
 from logitless.kernels.native import DTYPES
 from logitless.kernels.native import extension as _native
+
+# As numbered in kernels.h.
+_FAMILIES: dict[DivergenceFamily, int] = {"skewed_kl": 1, "weighted_js": 2, "total_variation": 3}
+
+
+def _told(divergence: Divergence | None) -> tuple[int, float]:
+    return (0, 0.0) if divergence is None else (_FAMILIES[divergence.family], divergence.weight)
 
 
 def _same_rows(first: Tensor, second: Tensor) -> None:
@@ -30,13 +39,14 @@ def pair_row_stats(
     js: bool = False,
     cross_entropy: bool = False,
     entropy: bool = False,
+    divergence: Divergence | None = None,
     same_top: bool = True,
 ) -> PairRowStats:
     """Divergences of every row of `first` from the same row of `second`, in nats, in one read of both.
 
     kl = KL(p || q), reverse_kl = KL(q || p), cross_entropy = -sum p log q, entropy gives both rows' entropies, and a
-    target the nll of both. kl alone is the cheapest, then kl and js; anything more computes everything. Of rows in
-    lanes same_top costs something too.
+    target the nll of both. kl alone is the cheapest, then kl and js; anything more computes everything. A divergence
+    comes alone. Of rows in lanes same_top costs something too.
     """
     _same_rows(first, second)
     real = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -50,6 +60,7 @@ def pair_row_stats(
     kl_out, reverse_out, js_out, cross_out = out(kl), out(reverse_kl), out(js), out(cross_entropy)
     entropy_p, entropy_q = out(entropy), out(entropy)
     nll_p, nll_q = out(index is not None), out(index is not None)
+    alone = out(divergence is not None)
     same = torch.empty(shape, dtype=torch.bool) if same_top else None
     saved = torch.empty([*shape, _native.PAIR_SAVED], dtype=torch.float64)
     bad_row = _native.pair_row_stats(
@@ -70,10 +81,12 @@ def pair_row_stats(
         address(nll_p),
         address(nll_q),
         address(same),
+        *_told(divergence),
+        address(alone),
         saved.data_ptr(),
     )
     return PairRowStats(
-        kl_out, reverse_out, js_out, cross_out, entropy_p, entropy_q, nll_p, nll_q, same, saved, bad_row
+        kl_out, reverse_out, js_out, cross_out, entropy_p, entropy_q, nll_p, nll_q, alone, same, saved, bad_row
     )
 
 
@@ -93,6 +106,8 @@ def pair_row_grad(
     entropy_q: Tensor | None = None,
     nll_p: Tensor | None = None,
     nll_q: Tensor | None = None,
+    divergence: Divergence | None = None,
+    divergence_grad: Tensor | None = None,
     need_first: bool = True,
     need_second: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
@@ -111,15 +126,16 @@ def pair_row_grad(
     shape = without(first.shape, class_dim)
     upstream = [
         None if g is None else plain(g.expand(shape), real)
-        for g in (kl, reverse_kl, js, cross_entropy, entropy_p, entropy_q, nll_p, nll_q)
+        for g in (kl, reverse_kl, js, cross_entropy, entropy_p, entropy_q, nll_p, nll_q, divergence_grad)
     ]
-    arguments = [
+    arguments: list[Any] = [  # integers but for a weight
         *(DTYPES[first.dtype], torch.get_num_threads(), first.data_ptr()),
         *layout,
         second.data_ptr(),
         *other[3:],
         *(address(index), ignore_index, saved.data_ptr()),
-        *(address(g) for g in upstream),
+        *(address(g) for g in upstream[:-1]),
+        *(*_told(None if divergence_grad is None else divergence), address(upstream[-1])),
     ]
     for made in outputs:
         arguments += (0, 0, 0, 0) if made is None else (made[0].data_ptr(), *made[1][3:])
