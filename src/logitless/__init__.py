@@ -6,6 +6,7 @@ from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
+from logitless.losses.contrastive import clip_loss, info_nce
 from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "SparseLogits",
     "TokenStats",
     "backends",
+    "clip_loss",
     "entropy",
     "explain",
     "functional",
+    "info_nce",
     "js",
     "kl",
     "lazy_head",
