@@ -125,6 +125,21 @@ def clip(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
 
 
+def siglip(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float = 0.0) -> Tensor:
+    labels = 2 * torch.eye(len(image), dtype=torch.float64) - 1
+    return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+def supcon(features: Tensor, positive: Tensor, temperature: Tensor | float, anchors: int) -> Tensor:
+    """Of each of the first anchors; `positive` is a boolean of all views without their own."""
+    z = features @ features.T / temperature
+    others = z.masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    log_probs = z - others.logsumexp(1, keepdim=True)
+    count = positive.sum(1)
+    mean = torch.where(positive, log_probs, 0).sum(1) / count.clamp(min=1)
+    return torch.where(count > 0, -mean, 0)[:anchors]
+
+
 def wide(*tensors: Any) -> list[Any]:
     """Float64 leaves of these tensors; what is no floating tensor as it is."""
     return [

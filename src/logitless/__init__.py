@@ -6,7 +6,7 @@ from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
-from logitless.losses.contrastive import clip_loss, info_nce
+from logitless.losses.contrastive import clip_loss, info_nce, siglip_loss, supcon_loss
 from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
 
 __all__ = [
@@ -29,5 +29,7 @@ __all__ = [
     "linear",
     "nn",
     "pair_stats",
+    "siglip_loss",
+    "supcon_loss",
     "token_stats",
 ]

@@ -7,12 +7,14 @@ similarity matrices. In a function that is compiled the engine is a break in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from logitless._heads.sigmoid import softplus_gradients, softplus_sum
 from logitless._heads.square import Contrast, Panel, Partitions, Rule, edit, fold, gradients, row_losses
 from logitless._heads.vectors import inverse_norms
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
@@ -47,31 +49,101 @@ class _Contrast(torch.autograd.Function):
         call: Contrast = put_together(ctx.call, everything)
         needs_scale, *needed = ctx.needs_input_grad[2:]
         if needs_plain_backward(grad_output):
-            return None, None, *_plain_gradients(call, ctx.number, scale, vectors, (needs_scale, *needed), grad_output)
+
+            def losses(first: Tensor | None, *others: Tensor | None) -> Tensor:
+                used = ctx.number if first is None else first
+                return definition(call, used, [x for x in others if x is not None])
+
+            return None, None, *_plain(losses, [scale, *vectors], ctx.needs_input_grad[2:], grad_output)
         sums = Partitions(*everything[1 + ctx.vectors : 4 + ctx.vectors])
         used = ctx.number if scale is None else scale
         to_scale, grads = gradients(call, used, vectors, sums, grad_output, needed, needs_scale=needs_scale)
-        return None, None, None if to_scale is None else to_scale.to(scale.dtype).view(scale.shape), *grads
+        return None, None, _like(to_scale, scale), *grads
 
 
-def _plain_gradients(
-    call: Contrast,
-    number: float,
-    scale: Tensor | None,
-    vectors: Sequence[Tensor],
+def _plain(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     grad_output: Tensor,
 ) -> list[Tensor | None]:
-    inputs = [scale, *vectors]
+    """Return the gradients of a definition for those inputs that need one, differentiable again."""
     free = [x for x, want in zip(inputs, needed, strict=True) if want and x is not None]
 
-    def losses(*given: Tensor) -> tuple[Tensor]:
+    def value(*given: Tensor) -> tuple[Tensor]:
         rest = iter(given)
-        first, *others = (next(rest) if want else x for x, want in zip(inputs, needed, strict=True))
-        return (definition(call, number if first is None else first, [x for x in others if x is not None]),)
+        return (function(*(next(rest) if want else x for x, want in zip(inputs, needed, strict=True))),)
 
-    grads = iter(plain_backward(losses, free, [grad_output]))
+    grads = iter(plain_backward(value, free, [grad_output]))
     return [next(grads) if want else None for want in needed]
+
+
+def sigmoid_contrast(call: Contrast, scale: Tensor | float, bias: Tensor | float, *vectors: Tensor) -> Tensor:
+    """Return the sum of a yes or no for every entry; scale and bias, where they are tensors, get gradients too."""
+    numbers = [1.0 if isinstance(each, Tensor) else each for each in (scale, bias)]
+    given = [each if isinstance(each, Tensor) else None for each in (scale, bias)]
+    if transform_reason(*given, *vectors) is not None:
+        return sigmoid_definition(call, scale, bias, vectors)
+    total: Tensor = _Sigmoid.apply(call, numbers, *given, *vectors)  # type: ignore[no-untyped-call] # torch types it not
+    return total
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Contrast, numbers: list[float], scale: Tensor | None, bias: Tensor | None, *vectors: Tensor
+    ) -> Tensor:
+        ctx.call, others = taken_apart(call, (scale, bias, *vectors))
+        ctx.numbers, ctx.vectors = numbers, len(vectors)
+        ctx.save_for_backward(scale, bias, *vectors, *others)
+        return softplus_sum(call, *_given(numbers, scale, bias), vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        everything = ctx.saved_tensors
+        scale, bias, *vectors = everything[: 2 + ctx.vectors]
+        call: Contrast = put_together(ctx.call, everything)
+        needs_scale, needs_bias, *needed = ctx.needs_input_grad[2:]
+        if needs_plain_backward(grad_output):
+            inputs = [scale, bias, *vectors]
+
+            def total(*given: Tensor | None) -> Tensor:
+                first, second, *others = given
+                numbers = _given(ctx.numbers, first, second)
+                return sigmoid_definition(call, *numbers, [x for x in others if x is not None])
+
+            return None, None, *_plain(total, inputs, ctx.needs_input_grad[2:], grad_output)
+        found = softplus_gradients(
+            call,
+            *_given(ctx.numbers, scale, bias),
+            vectors,
+            grad_output,
+            needed,
+            needs_scale=needs_scale,
+            needs_bias=needs_bias,
+        )
+        return None, None, _like(found.scale, scale), _like(found.bias, bias), *found.vectors
+
+
+def _given(
+    numbers: Sequence[float], scale: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | float, Tensor | float]:
+    return numbers[0] if scale is None else scale, numbers[1] if bias is None else bias
+
+
+def _like(gradient: Tensor | None, of: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(of.dtype).view(of.shape)
+
+
+def sigmoid_definition(
+    call: Contrast, scale: Tensor | float, bias: Tensor | float, vectors: Sequence[Tensor]
+) -> Tensor:
+    """Return the same as written: the similarity matrix is built."""
+    first, second = (given.to(call.dtype) for given in vectors)
+    numbers = [x.to(call.dtype) if isinstance(x, Tensor) else x for x in (scale, bias)]
+    logits = (first * numbers[0]) @ second.T + numbers[1]
+    labels = 2 * torch.eye(len(first), dtype=call.dtype, device=first.device) - 1
+    return -F.logsigmoid(labels * logits).sum()
 
 
 def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Tensor:

@@ -26,8 +26,8 @@ class Pairs(Protocol):
         """Yield those in rows top to bottom and columns left to right, counted from there."""
         ...
 
-    def counts(self, rows: int, device: torch.device) -> Tensor:
-        """Return how many each row has."""
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return how many each of so many rows has among so many columns."""
         ...
 
 
@@ -43,7 +43,7 @@ class Diagonal(NamedTuple):
             along = torch.arange(first, last)
             yield Places(along - top, along - left)
 
-    def counts(self, rows: int, device: torch.device) -> Tensor:
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return one a row."""
         return (torch.arange(rows, device=device) < self.size).to(torch.int64)
 
@@ -75,7 +75,7 @@ class Listed(NamedTuple):
         if inside.any():
             yield Places(rows[inside] - top, columns[inside] - left)
 
-    def counts(self, rows: int, device: torch.device) -> Tensor:
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return how many entries each row has."""
         return torch.bincount(self.rows, minlength=rows)
 
@@ -99,7 +99,7 @@ class SameLabel(NamedTuple):
                 rows, columns = rows[kept], columns[kept]
             yield Places(rows + (start - top), columns)
 
-    def counts(self, rows: int, device: torch.device) -> Tensor:
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return how many columns have the row's label."""
         known, which = torch.unique(torch.cat((self.rows, self.columns)), return_inverse=True)
         of_rows, of_columns = which[: len(self.rows)], which[len(self.rows) :]
@@ -108,22 +108,28 @@ class SameLabel(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Entries of a boolean matrix that the caller has; without (i, i) where `others` says so."""
+    """Entries of a boolean matrix that the caller has, repeated both ways; without (i, i) where `others` says so."""
 
     mask: Tensor
     others: bool = False
 
     def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
         """Yield them, a stretch of rows at a time."""
+        size, device = len(self.mask), self.mask.device
+        columns_of = torch.arange(left, right, device=device) % size
         step = max(1, _LISTED // max(1, right - left))
         for start in range(top, bottom, step):
-            rows, columns = self.mask[start : min(start + step, bottom), left:right].nonzero(as_tuple=True)
+            rows_of = torch.arange(start, min(start + step, bottom), device=device) % size
+            rows, columns = self.mask[rows_of.unsqueeze(1), columns_of].nonzero(as_tuple=True)
             if self.others:
                 kept = rows + start != columns + left
                 rows, columns = rows[kept], columns[kept]
             yield Places(rows + (start - top), columns)
 
-    def counts(self, rows: int, device: torch.device) -> Tensor:
-        """Return how many entries each row has."""
-        found = self.mask.sum(1)
-        return found - self.mask.diagonal().to(found.dtype) if self.others else found
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return how many entries each row has of so many columns."""
+        size = len(self.mask)
+        each = self.mask.sum(1) * (columns // size)
+        if self.others:
+            each = each - self.mask.diagonal().to(each.dtype)
+        return each.repeat(rows // size)

@@ -110,7 +110,7 @@ class Partitions(NamedTuple):
     positive: Tensor
 
 
-class _Rows(NamedTuple):
+class TileRows(NamedTuple):
     """A stretch of a panel's rows: their vectors, times the scale."""
 
     top: int
@@ -118,7 +118,7 @@ class _Rows(NamedTuple):
     left: Tensor
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A tile's logits as its rows' anchors see them, and as its columns' do; often one tensor."""
 
     by_row: Tensor
@@ -136,7 +136,7 @@ def fold(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Pa
     top = torch.full(shape, -torch.inf, dtype=call.dtype, device=device)
     log_sum = torch.zeros(shape, dtype=torch.float64, device=device)
     positive = torch.zeros(call.anchors, dtype=torch.float64, device=device)
-    work = _Work(call, scale, vectors, [False] * len(vectors), gradients=False)
+    work = Work(call, scale, vectors, [False] * len(vectors), gradients=False)
     for panel in call.panels:
         for rows in work.rows(panel):
             stretch = slice(rows.top, rows.bottom)
@@ -168,7 +168,7 @@ def gradients(
     needs_scale: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of the scale and of the vectors, given one upstream gradient an anchor."""
-    work = _Work(call, scale, vectors, needed, gradients=True)
+    work = Work(call, scale, vectors, needed, gradients=True)
     # An anchor that counts for nothing may have no logit at all: its probabilities are then exp(-inf - 0).
     idle = (call.positives == 0) | (sums.top == -torch.inf)
     top, log_sum = sums.top.masked_fill(idle, 0), sums.log_sum.masked_fill(idle, 0)
@@ -244,7 +244,7 @@ def join(backend: Backend, tile: Tensor, along: int, top: Tensor, log_sum: Tenso
     top.copy_(largest)
 
 
-class _Work:
+class Work:
     """The buffers of a pass, the vectors, and what their gradients add up to."""
 
     def __init__(
@@ -277,14 +277,14 @@ class _Work:
         self._guide: Tensor | None = None
         self._guides: dict[int, Vectors] = {}
 
-    def rows(self, panel: Panel) -> Iterator[_Rows]:
+    def rows(self, panel: Panel) -> Iterator[TileRows]:
         """Yield a panel's rows, a stretch at a time."""
         step = _shape(panel)[0]
         for top in range(0, panel.height, step):
             bottom = min(top + step, panel.height)
-            yield _Rows(top, bottom, self.vectors[panel.left].block(top, bottom, self._left, self.scale))
+            yield TileRows(top, bottom, self.vectors[panel.left].block(top, bottom, self._left, self.scale))
 
-    def tiles(self, panel: Panel, rows: _Rows) -> Iterator[_Tile]:
+    def tiles(self, panel: Panel, rows: TileRows) -> Iterator[Tile]:
         """Yield the tiles of these rows."""
         step = panel.paired or _shape(panel)[1]
         right_side = self.vectors[panel.right]
@@ -308,13 +308,13 @@ class _Work:
                     self._edit(panel, panel.column_rule, rows, first, by_column, 0, places)
             self._edit(panel, panel.row_rule, rows, first, logits, 1, places)
             by_column = None if by_column is None else by_column[:, :columns]
-            yield _Tile(logits, by_column, right, first, last, places)
+            yield Tile(logits, by_column, right, first, last, places)
 
     def _edit(
         self,
         panel: Panel,
         rule: Rule,
-        rows: _Rows,
+        rows: TileRows,
         first: int,
         logits: Tensor,
         along: int,
@@ -329,7 +329,7 @@ class _Work:
             for each, kept in places:
                 logits[each] = kept.to(logits.dtype)
 
-    def _guided(self, panel: Panel, guide: tuple[Tensor, Tensor], rows: _Rows, first: int, logits: Tensor) -> Tensor:
+    def _guided(self, panel: Panel, guide: tuple[Tensor, Tensor], rows: TileRows, first: int, logits: Tensor) -> Tensor:
         """Return a tile of the guide's similarities."""
         sides = []
         for given in guide:
@@ -346,7 +346,7 @@ class _Work:
         multiply(self._backend, left, sides[1].block(first, first + logits.shape[1], None).T, tile)
         return tile
 
-    def softmaxes(self, tile: _Tile, rows: _Side, columns: _Side | None) -> Tensor:
+    def softmaxes(self, tile: Tile, rows: _Side, columns: _Side | None) -> Tensor:
         """Return the gradient of a tile's logits but for its positives: its own memory again."""
         backend, by_row, by_column = self._backend, tile.by_row, tile.by_column
         if columns is None or by_column is None:
@@ -360,11 +360,11 @@ class _Work:
         apart[:, : by_column.shape[1]] += by_column
         return apart
 
-    def side(self, panel: Panel, rows: _Rows) -> Tensor:
+    def side(self, panel: Panel, rows: TileRows) -> Tensor:
         """Return where the gradient of a stretch of rows adds up."""
         return view(self._side, tuple(rows.left.shape)).zero_()
 
-    def take(self, panel: Panel, rows: _Rows, tile: _Tile, gradient: Tensor, to_left: Tensor | None) -> None:
+    def take(self, panel: Panel, rows: TileRows, tile: Tile, gradient: Tensor, to_left: Tensor | None) -> None:
         """Take a tile's gradient back to both sides."""
         to_right = self.vectors[panel.right].gradient
         if panel.paired:
@@ -379,7 +379,7 @@ class _Work:
         if to_right is not None:
             multiply(self._backend, gradient.T, rows.left, to_right[tile.first : tile.last], accumulate=True)
 
-    def add_left(self, panel: Panel, rows: _Rows, to_left: Tensor) -> None:
+    def add_left(self, panel: Panel, rows: TileRows, to_left: Tensor) -> None:
         """Add what a stretch of rows has: of the vectors before they were scaled."""
         total = self.vectors[panel.left].gradient
         if total is not None:

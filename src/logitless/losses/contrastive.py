@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from logitless._autograd.contrastive import contrast
-from logitless._heads.pairs_of_rows import Diagonal, Listed, Pairs, SameLabel
+from logitless._autograd.contrastive import contrast, sigmoid_contrast
+from logitless._heads.pairs_of_rows import Diagonal, Listed, Masked, Pairs, SameLabel
 from logitless._heads.square import Contrast, Hardness, Margin, Panel, Rule
 from logitless._heads.vectors import BLOCK_ROWS, inverse_norms
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, precision_of
-from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.reduction import Empty, reduce_rows, resolve_reduction
 from logitless._rules.transforms import values_are_readable
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -156,7 +156,7 @@ def info_nce(
         if own is not None and not own.paired:
             same = () if own.owners is None else (own.owners,)
             panels.append(Panel(1, 2, len(query), own.width, row_rule=rule(1, 2, left_out=same, mask=own.absent)))
-    counts = pairs.counts(len(query), query.device)
+    counts = pairs.counts(len(query), len(key), query.device)
     call = Contrast(
         picked,
         len(query),
@@ -169,7 +169,8 @@ def info_nce(
     with no_autocast(query):
         losses = contrast(call, factor, *vectors)
         counted: Tensor | float = float(len(query)) if positives is None else (counts > 0).sum()
-        return reduce_rows(losses, reduction, denominator=counted, dtype=precision.compute)
+        empty: Empty = "nan" if positives is None else "zero"
+        return reduce_rows(losses, reduction, denominator=counted, dtype=precision.compute, empty=empty)
 
 
 @overload
@@ -240,7 +241,7 @@ def clip_loss(
     dtype = precision_of(image_features, text_features).compute
     pairs = Diagonal(rows)
     panel = Panel(0, 1, rows, rows, columns=1, positives=pairs)
-    counts = pairs.counts(rows, image_features.device)
+    counts = pairs.counts(rows, rows, image_features.device)
     call = Contrast(picked, rows, (panel,), 2, (False, False), dtype, counts)
     with no_autocast(image_features):
         losses = contrast(call, factor, image_features, text_features)
@@ -248,6 +249,173 @@ def clip_loss(
         if isinstance(logit_bias, Tensor):
             loss = loss + (logit_bias * 0).sum().to(dtype)  # data-parallel training refuses a parameter without one
     return {"contrastive_loss": loss} if output_dict else loss
+
+
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    output_dict: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    output_dict: Literal[True],
+    backend: str | None = None,
+) -> dict[str, Tensor]: ...
+@_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    output_dict: bool = False,
+    backend: str | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """Return SigLIP's loss: whether each image and each text are a pair, a yes or no each, without the matrix of them.
+
+    Equals `-F.logsigmoid(labels * (logit_scale * image_features @ text_features.T + logit_bias)).sum() / N`, where
+    labels are 1 on the diagonal and -1 elsewhere.
+
+    Args:
+        image_features, text_features: (N, D), floating, taken as they are: normalise them before, as SigLIP does.
+        logit_scale: one number above 0: `log_scale.exp()` of the parameter, which starts at log 10.
+        logit_bias: one number, added to every logit; SigLIP's parameter starts at -10.
+        output_dict: return `{"contrastive_loss": loss}`, as open_clip does.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        A scalar in nats per image; float32, or float64 for float64 features. All tensors get gradients. Nothing of
+        N x N numbers is made; see `logitless.info_nce`.
+
+    Raises:
+        ValueError: shapes that do not fit, a scale that is not above 0. TypeError: features that are not floating.
+
+    Source: Zhai et al., 2023; open_clip's `SigLipLoss`. In training each pair is pulled together and each other one
+    pushed apart on its own account: no softmax makes negatives compete, so the batch may be small.
+
+    >>> import torch, logitless as ll
+    >>> ll.siglip_loss(torch.eye(3), torch.eye(3), 2.0, -1.0)
+    tensor(0.9398)
+    """
+    names = ("image_features", "text_features")
+    _check_vectors("siglip_loss", image_features, text_features, names)
+    rows = len(image_features)
+    if len(text_features) != rows:
+        raise ValueError(f"siglip_loss: expected as many texts as images, got {len(text_features)} and {rows}")
+    factor = one_number("siglip_loss", "logit_scale", logit_scale)
+    bias = 0.0 if logit_bias is None else one_number("siglip_loss", "logit_bias", logit_bias, positive=False)
+    numbers = [each if isinstance(each, Tensor) else None for each in (factor, bias)]
+    picked = dispatch.pick("siglip_loss", (image_features, text_features, *numbers), backend)
+    dtype = precision_of(image_features, text_features).compute
+    pairs = Diagonal(rows)
+    counts = pairs.counts(rows, rows, image_features.device)
+    panel = Panel(0, 1, rows, rows, positives=pairs)
+    call = Contrast(picked, rows, (panel,), 0, (False, False), dtype, counts)
+    with no_autocast(image_features):
+        total = sigmoid_contrast(call, factor, bias, image_features, text_features)
+        loss = reduce_rows(total, "mean", denominator=float(rows), dtype=dtype)
+    return {"contrastive_loss": loss} if output_dict else loss
+
+
+@_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: Tensor | float = 0.07,
+    base_temperature: float | None = None,
+    contrast_mode: Literal["all", "one"] = "all",
+    normalize: bool = False,
+    without_positive: Literal["left_out", "zero"] = "left_out",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Return the supervised contrastive loss: of each view, the mean cross-entropy of its class among all other views.
+
+    Equals, of view i with positives P(i), `-mean over p in P(i) of (z[i, p] - logsumexp of z[i, a] over all a != i)`
+    with `z = x @ x.T / temperature`: the L_out of its paper.
+
+    Args:
+        features: (B, V, D), V views of B samples, or (B, D), floating, taken as they are.
+        labels: (B,); samples of one label are positives. Without labels or mask, a sample's own views are (SimCLR).
+        mask: (B, B), in place of labels; sample j is a positive of sample i where it is not 0.
+        temperature: what similarities are divided by, above 0; a tensor of one number gets its gradient.
+        base_temperature: multiply the loss by temperature / base_temperature, as the paper's code does with 0.07.
+        contrast_mode: "all": every view is an anchor; "one": the first view of each sample is.
+        normalize: divide each vector by its length.
+        without_positive: an anchor without one is "left_out" of the mean, or counts as "zero" in it (the paper's code).
+        reduction: "none", "mean" or "sum", over the anchors.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        A scalar in nats, or with "none" (V * B,), the first views of all samples first ((B,) with "one"); float32, or
+        float64 for float64 features. The matrix of views is never built; see `logitless.info_nce`.
+
+    Raises:
+        ValueError: shapes or options that do not fit. TypeError: features that are not floating.
+
+    Source: Khosla et al., 2020, and their code. In training it gathers a class around its members and spreads the
+    classes, hardest for the members that are hardest to tell from another class.
+
+    >>> import torch, logitless as ll
+    >>> ll.supcon_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=0.5)
+    tensor(1.0986)
+    """
+    reduction = resolve_reduction(reduction, None, None)
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        given = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"supcon_loss: features must be a Tensor of a floating dtype, got {given}")
+    if features.dim() not in (2, 3):
+        raise ValueError(f"supcon_loss: features must be (B, V, D) or (B, D), got {tuple(features.shape)}")
+    if contrast_mode not in ("all", "one"):
+        raise ValueError(f"supcon_loss: contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
+    if without_positive not in ("left_out", "zero"):
+        raise ValueError(f"supcon_loss: without_positive must be 'left_out' or 'zero', got {without_positive!r}")
+    views = features if features.dim() == 3 else features.unsqueeze(1)
+    samples, count, width = views.shape
+    flat = views.transpose(0, 1).reshape(samples * count, width)
+    anchors = len(flat) if contrast_mode == "all" else samples
+    factor = 1 / one_number("supcon_loss", "temperature", temperature)
+    picked = dispatch.pick("supcon_loss", (flat, factor if isinstance(factor, Tensor) else None), backend)
+    pairs = _class_pairs(labels, mask, samples, count, anchors, features.device)
+    counts = pairs.counts(anchors, len(flat), features.device)
+    panel = Panel(0, 0, anchors, len(flat), row_rule=Rule((Diagonal(anchors),)), positives=pairs)
+    dtype = precision_of(features).compute
+    call = Contrast(picked, anchors, (panel,), 1, (normalize,), dtype, counts)
+    with no_autocast(features):
+        losses = contrast(call, factor, flat)
+        if base_temperature is not None:
+            losses = losses * (temperature / base_temperature)
+        counted = (counts > 0).sum() if without_positive == "left_out" else float(anchors)
+        return reduce_rows(losses, reduction, denominator=counted, dtype=dtype, empty="zero")
+
+
+def _class_pairs(
+    labels: Tensor | None, mask: Tensor | None, samples: int, views: int, anchors: int, device: torch.device
+) -> Pairs:
+    if labels is not None and mask is not None:
+        raise ValueError("supcon_loss: labels and mask say the same: pass one of them")
+    if mask is not None:
+        if mask.shape != (samples, samples):
+            raise ValueError(f"supcon_loss: mask must be ({samples}, {samples}), got {tuple(mask.shape)}")
+        return Masked(mask if mask.dtype == torch.bool else mask != 0, others=True)
+    if labels is None:
+        labels = torch.arange(samples, device=device)
+    elif labels.numel() != samples:
+        raise ValueError(f"supcon_loss: labels must be ({samples},), got {tuple(labels.shape)}")
+    every = labels.reshape(-1).repeat(views)
+    return SameLabel(every[:anchors], every, others=True)
 
 
 @dataclass(frozen=True, slots=True)
