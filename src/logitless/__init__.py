@@ -8,6 +8,8 @@ from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
 from logitless.losses.contrastive import clip_loss, info_nce, siglip_loss, supcon_loss
 from logitless.losses.measures import PairStats, TokenStats, entropy, js, kl, pair_stats, token_stats
+from logitless.losses.ranking import batch_triplet_loss, cosent_loss
+from logitless.losses.similarity import pairwise_cosine
 
 __all__ = [
     "BackendStatus",
@@ -18,7 +20,9 @@ __all__ = [
     "SparseLogits",
     "TokenStats",
     "backends",
+    "batch_triplet_loss",
     "clip_loss",
+    "cosent_loss",
     "entropy",
     "explain",
     "functional",
@@ -29,6 +33,7 @@ __all__ = [
     "linear",
     "nn",
     "pair_stats",
+    "pairwise_cosine",
     "siglip_loss",
     "supcon_loss",
     "token_stats",

@@ -176,10 +176,12 @@ def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor])
 
 
 def _units(vectors: Tensor) -> Tensor:
-    """Return vectors of length 1, and zero vectors as they are."""
-    squares = vectors.square().sum(1, keepdim=True)
-    zero = squares == 0
-    return (vectors / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
+    """Return vectors of length 1, and zero vectors as they are; no square overflows."""
+    largest = vectors.detach().abs().amax(1, keepdim=True)
+    zero = largest == 0
+    scaled = vectors / largest.masked_fill(zero, 1)
+    squares = scaled.square().sum(1, keepdim=True)
+    return (scaled / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
 
 
 def _edited(
