@@ -66,16 +66,9 @@ def _plain(
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     grad_output: Tensor,
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of a definition for those inputs that need one, differentiable again."""
-    free = [x for x, want in zip(inputs, needed, strict=True) if want and x is not None]
-
-    def value(*given: Tensor) -> tuple[Tensor]:
-        rest = iter(given)
-        return (function(*(next(rest) if want else x for x, want in zip(inputs, needed, strict=True))),)
-
-    grads = iter(plain_backward(value, free, [grad_output]))
-    return [next(grads) if want else None for want in needed]
+    return plain_backward(lambda *given: (function(*given),), inputs, needed, [grad_output])
 
 
 def sigmoid_contrast(call: Contrast, scale: Tensor | float, bias: Tensor | float, *vectors: Tensor) -> Tensor:

@@ -66,15 +66,7 @@ class _Pairwise(torch.autograd.Function):
         first, second = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         if needs_plain_backward(grad_output):
-            free = [x for x, want in zip((first, second), wanted, strict=True) if want]
-
-            def made(*given: Tensor) -> tuple[Tensor]:
-                rest = iter(given)
-                sides = (next(rest) if want else x for x, want in zip((first, second), wanted, strict=True))
-                return (definition(call, *sides),)
-
-            grads = iter(plain_backward(made, free, [grad_output]))
-            return None, *(next(grads) if want else None for want in wanted)
+            return None, *plain_backward(lambda *xy: (definition(call, *xy),), [first, second], wanted, [grad_output])
         return None, *_gradients(call, first, second, grad_output, wanted)
 
 
