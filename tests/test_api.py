@@ -45,8 +45,24 @@ def test_a_module_passes_on_every_option_of_its_function() -> None:
         nn.CosineEmbeddingLoss: functional.cosine_embedding_loss,
         nn.CosineSimilarity: functional.cosine_similarity,
         nn.LinearCrossEntropyLoss: functional.linear_cross_entropy,
+        nn.InfoNCELoss: ll.info_nce,
+        nn.SupConLoss: ll.supcon_loss,
+        nn.CoSENTLoss: ll.cosent_loss,
+        nn.BatchTripletLoss: ll.batch_triplet_loss,
     }
-    tensors = {"input", "target", "input1", "input2", "x1", "x2", "linear_weight", "linear_bias"}
+    tensors = {
+        "query",
+        "key",
+        "negatives",
+        "negatives_mask",
+        "positives",
+        "guide",
+        "features",
+        "scores",
+        "labels",
+        "mask",
+    }
+    tensors |= {"input", "target", "input1", "input2", "x1", "x2", "linear_weight", "linear_bias"}
     for module, function in pairs.items():
         wanted = set(inspect.signature(function).parameters) - tensors
         assert wanted <= set(inspect.signature(module).parameters), module.__name__

@@ -131,6 +131,7 @@ def trainer_of(name: str, folder: str, classes: int, width: int, length: int, ro
 
 def step(name: str, ours: bool, sizes: dict[str, int], guard: Any = None) -> dict[str, Any]:
     """Train, and return what was logged and each step's gradients."""
+    from accelerate.state import AcceleratorState
     from transformers import TrainerCallback
 
     import logitless as ll
@@ -143,6 +144,8 @@ def step(name: str, ours: bool, sizes: dict[str, int], guard: Any = None) -> dic
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
+        # Trainers share what they know of devices with whatever asks for it next.
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         made = trainer_of(name, folder, **sizes)
         if ours:
             from logitless.integrations import trl as integration

@@ -6,6 +6,7 @@ from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
 from logitless.lazy.sparse import SparseLogits
+from logitless.losses.contrastive import clip_loss, info_nce, siglip_loss, supcon_loss
 from logitless.losses.measures import (
     PairStats,
     TokenStats,
@@ -18,6 +19,8 @@ from logitless.losses.measures import (
     token_stats,
     tv,
 )
+from logitless.losses.ranking import batch_triplet_loss, cosent_loss
+from logitless.losses.similarity import pairwise_cosine
 
 __all__ = [
     "BackendStatus",
@@ -29,9 +32,13 @@ __all__ = [
     "TokenStats",
     "TopTokenStats",
     "backends",
+    "batch_triplet_loss",
+    "clip_loss",
+    "cosent_loss",
     "entropy",
     "explain",
     "functional",
+    "info_nce",
     "js",
     "kl",
     "lazy_head",
@@ -39,6 +46,9 @@ __all__ = [
     "log_probs",
     "nn",
     "pair_stats",
+    "pairwise_cosine",
+    "siglip_loss",
+    "supcon_loss",
     "token_stats",
     "tv",
 ]

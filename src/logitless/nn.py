@@ -1,12 +1,14 @@
 """The loss modules of `torch.nn`, with its names, constructors, repr, state and semantics.
 
-Each is a subclass of torch's module of the same name whose `forward` is the function in `logitless.functional`.
+Each is a subclass of torch's module of the same name whose `forward` is the function in `logitless.functional`. Those
+of contrastive losses, which torch lacks, come last.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn.modules.loss import _WeightedLoss
 from logitless import functional as F
 from logitless._rules.reduction import Empty, Normalizer, check_empty, check_normalizer
 from logitless.lazy.logits import LazyLogits
+from logitless.losses import contrastive, ranking
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -22,12 +25,18 @@ if TYPE_CHECKING:
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
+    "BatchTripletLoss",
+    "ClipLoss",
+    "CoSENTLoss",
     "CosineEmbeddingLoss",
     "CosineSimilarity",
     "CrossEntropyLoss",
+    "InfoNCELoss",
     "KLDivLoss",
     "LinearCrossEntropyLoss",
     "NLLLoss",
+    "SigLipLoss",
+    "SupConLoss",
 ]
 
 
@@ -443,3 +452,235 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc,vali
             backend=self.backend,
         )
         return f"{torchs}, {own}" if own else torchs
+
+
+class InfoNCELoss(torch.nn.Module):
+    """`logitless.info_nce` as a module; a temperature or scale that is a Parameter is one of the module's.
+
+    Equals `logitless.info_nce(query, key, temperature=temperature, ...)`. Source, shapes, units (nats), errors and what
+    it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.InfoNCELoss(temperature=0.5)(torch.eye(3), torch.eye(3))
+    tensor(0.2395)
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: Tensor | float | None = None,
+        scale: Tensor | float | None = None,
+        negative_mode: Literal["paired", "unpaired"] | None = None,
+        false_negative_margin: float | None = None,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition: Literal["joint", "per_direction"] = "joint",
+        symmetric: bool = False,
+        hardness: str | None = None,
+        hardness_strength: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.temperature = temperature
+        self.scale = scale
+        self.negative_mode: Literal["paired", "unpaired"] | None = negative_mode
+        self.false_negative_margin = false_negative_margin
+        self.directions = tuple(directions)
+        self.partition: Literal["joint", "per_direction"] = partition
+        self.symmetric = symmetric
+        self.hardness = hardness
+        self.hardness_strength = hardness_strength
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        negatives_mask: Tensor | None = None,
+        positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        guide: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the loss."""
+        return contrastive.info_nce(
+            query,
+            key,
+            temperature=self.temperature,
+            scale=self.scale,
+            negatives=negatives,
+            negative_mode=None if negatives is None else self.negative_mode,
+            negatives_mask=negatives_mask,
+            positives=positives,
+            mask=mask,
+            false_negative_margin=self.false_negative_margin,
+            guide=guide,
+            directions=self.directions,
+            partition=self.partition,
+            symmetric=self.symmetric,
+            hardness=self.hardness,
+            hardness_strength=self.hardness_strength,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class ClipLoss(torch.nn.Module):
+    """`logitless.clip_loss` as a module.
+
+    Equals `logitless.clip_loss(image_features, text_features, logit_scale)`. Source, shapes, units (nats), errors and
+    what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.ClipLoss()(torch.eye(3), torch.eye(3), 2.0)
+    tensor(0.2395)
+    """
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss; `output_dict` is passed with each call, as open_clip's is."""
+        loss = contrastive.clip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(torch.nn.Module):
+    """`logitless.siglip_loss` as a module.
+
+    Equals `logitless.siglip_loss(image_features, text_features, logit_scale, logit_bias)`. Source, shapes, units
+    (nats), errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.SigLipLoss()(torch.eye(3), torch.eye(3), 2.0, -1.0)
+    tensor(0.9398)
+    """
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss; `output_dict` is passed with each call, as open_clip's is."""
+        loss = contrastive.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SupConLoss(torch.nn.Module):
+    """`logitless.supcon_loss` as a module; a temperature that is a Parameter is one of the module's.
+
+    Equals `logitless.supcon_loss(features, labels, temperature=temperature, ...)`. Source, shapes, units (nats), errors
+    and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.SupConLoss(temperature=0.5)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+    tensor(1.0986)
+    """
+
+    def __init__(
+        self,
+        temperature: Tensor | float = 0.07,
+        contrast_mode: Literal["all", "one"] = "all",
+        base_temperature: float | None = None,
+        *,
+        normalize: bool = False,
+        without_positive: Literal["left_out", "zero"] = "left_out",
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode: Literal["all", "one"] = contrast_mode
+        self.base_temperature = base_temperature
+        self.normalize = normalize
+        self.without_positive: Literal["left_out", "zero"] = without_positive
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the loss."""
+        return contrastive.supcon_loss(
+            features,
+            labels,
+            mask,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            contrast_mode=self.contrast_mode,
+            normalize=self.normalize,
+            without_positive=self.without_positive,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class CoSENTLoss(torch.nn.Module):
+    """`logitless.cosent_loss` as a module; a scale that is a Parameter is one of the module's.
+
+    Equals `logitless.cosent_loss(scores, labels, scale=scale)`. Source, shapes, errors and what it does to training:
+    see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.CoSENTLoss()(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([1.0, 0.0, 0.0]))
+    tensor(0.1269)
+    """
+
+    def __init__(self, scale: Tensor | float = 20.0) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, scores: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the loss."""
+        return ranking.cosent_loss(scores, labels, scale=self.scale)
+
+
+class BatchTripletLoss(torch.nn.Module):
+    """`logitless.batch_triplet_loss` as a module.
+
+    Equals `logitless.batch_triplet_loss(features, labels, kind=kind, margin=margin, distance=distance)`. Source,
+    shapes, errors and what it does to training: see the function.
+
+    >>> import torch, logitless.nn as nn
+    >>> nn.BatchTripletLoss(margin=2.0)(torch.tensor([[0.0], [1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1, 1]))
+    tensor(0.7500)
+    """
+
+    def __init__(
+        self,
+        kind: Literal["hard", "semi_hard", "all"] = "hard",
+        margin: float = 5.0,
+        distance: Literal["euclidean", "cosine"] = "euclidean",
+    ) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.kind: Literal["hard", "semi_hard", "all"] = kind
+        self.margin = margin
+        self.distance: Literal["euclidean", "cosine"] = distance
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss."""
+        return ranking.batch_triplet_loss(features, labels, kind=self.kind, margin=self.margin, distance=self.distance)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from logitless._bench import heads, losses
+from logitless._bench import heads, losses, similarity
 from logitless._bench.limits import limit_case
 from logitless._bench.memory import extra_bytes_apart, give_back
 from logitless._bench.protocol import Case, Row, measure, with_memory
@@ -18,6 +18,7 @@ SECTIONS = {
     "losses": "Other losses and measures",
     "small": "Small calls: the overhead of a call",
     "heads": "Linear heads: hidden states and a weight in place of logits",
+    "similarity": "Contrastive losses: pairs of vectors in place of a matrix of similarities",
 }
 
 
@@ -30,12 +31,14 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield from losses.loss_cases((512, 32000), vectors=(2**17, 128))
         yield from losses.small_cases()
         yield from heads.head_cases((256, 64, 8192), (256, 64, 16384), (1024, 64, 8192), teacher_features=96)
+        yield from similarity.similarity_cases(256, 512, 64)
         return
     yield limit_case(losses.LARGE[0])
     yield from losses.cross_entropy_cases(losses.LARGE, dtypes)
     yield from losses.loss_cases(losses.LARGE[0], vectors=(1_000_000, 128))
     yield from losses.small_cases()
     yield from heads.head_cases(heads.SMOLLM2, heads.GEMMA, heads.LONG, heads.TEACHER_FEATURES)
+    yield from similarity.similarity_cases(similarity.PAIRS, similarity.MANY_PAIRS, similarity.FEATURES)
 
 
 def run(case: Case, rounds: int, errors: dict[str, float], note: Callable[[str], None], *, quick: bool) -> list[Row]:

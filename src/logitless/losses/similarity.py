@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from logitless._autograd.elements import CosineCall, Reduction, cosine
+from logitless._autograd.pairwise import PairwiseCall, pairwise
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, precision_of
 from logitless._rules.reduction import reduce_rows, resolve_reduction
@@ -69,6 +70,57 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
         return definition(x1, x2)
     call = CosineCall(picked, sizes, dim, eps, 0.0, Reduction("none", 1.0, precision.result), definition)
     return cosine(call, *_of_one_dtype(x1, x2))
+
+
+def pairwise_cosine(
+    x: Tensor, y: Tensor | None = None, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Return the cosine of each vector of x with each of y, within [-1, 1]: a matrix product of unit vectors.
+
+    Equals `F.cosine_similarity(x.unsqueeze(1), y.unsqueeze(0), dim=-1, eps=0)`, and 0 for a zero vector.
+
+    Args:
+        x: (N, D), floating.
+        y: (M, D); x itself where not given.
+        out: (N, M), floating: where to write the result, which has no gradient then.
+        backend: force a backend; see `logitless.backends`.
+
+    Returns:
+        (N, M) in float32, or float64 where either is float64: in half precision different cosines would be ties. A zero
+        vector has a gradient of zero.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: vectors that are not floating. RuntimeError: `out` beside vectors
+            that need a gradient.
+
+    Source: Salton, 1975. In training its gradient is orthogonal to each vector: it turns them and never changes their
+    length to first order.
+
+    >>> import torch, logitless as ll
+    >>> ll.pairwise_cosine(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[4.0, 3.0]]))
+    tensor([[0.9600],
+            [0.6000]])
+    """
+    other = x if y is None else y
+    for name, tensor in (("x", x), ("y", other)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"pairwise_cosine: {name} must be a Tensor of a floating dtype, got {given}")
+    if x.dim() != 2 or other.dim() != 2 or x.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"pairwise_cosine: x must be (N, D) and y (M, D), got {tuple(x.shape)} and {tuple(other.shape)}"
+        )
+    if out is not None:
+        if out.shape != (len(x), len(other)) or not out.is_floating_point():
+            raise ValueError(
+                f"pairwise_cosine: out must be floating ({len(x)}, {len(other)}), got {out.dtype} {tuple(out.shape)}"
+            )
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, other, out)):
+            raise RuntimeError("pairwise_cosine: out takes no gradient; leave it out, or call it under torch.no_grad()")
+    picked = dispatch.pick("pairwise_cosine", (x, other, out), backend)
+    dtype = precision_of(x, other).compute
+    with no_autocast(x):
+        return pairwise(PairwiseCall(picked, dtype, 0.0, dtype), x, other, out)
 
 
 def cosine_embedding_loss(
