@@ -19,7 +19,7 @@ from torch import Tensor
 from logitless._heads.products import shapes_do_not_matter
 from logitless._heads.rows import HeadRows
 from logitless._heads.sweep import HeadCall, head_call, needs_graph, per_row, row_gradients, row_values, tile_dtype
-from logitless._heads.tiles import HeadTiles, Tile, Tiling, sum_dtype
+from logitless._heads.tiles import Backward, HeadTiles, Tile, Tiling, sum_dtype
 from logitless._heads.window import opened
 from logitless._heads.work import statistics_kept
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
@@ -258,16 +258,7 @@ class _Work:
     reads_logits: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: Any,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradient in place of the logits."""
         raise NotImplementedError("classes have no gradient")
 
@@ -305,17 +296,9 @@ class _LogSumExpWork(_Work):
         lse = torch.where(torch.isinf(stats.row_max), stats.row_max, stats.lse)
         return (lse.to(self.dtype),), statistics_kept(stats)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         self.backend.row_grad(
             tile.logits,
@@ -341,17 +324,9 @@ class _LogProbSumWork(_Work):
         assert stats.smooth_sum is not None
         return (-stats.smooth_sum.to(self.dtype),), statistics_kept(stats)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         given = given.to(saved.row_max.dtype)
         self.backend.row_grad(
@@ -376,19 +351,10 @@ class _GatherWork(_Work):
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
         return (tiles[0].logits.gather(1, self.index[start:stop]).to(self.dtype),), None
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: None,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
-        tile.gradient.zero_().scatter_add_(1, self.index[start:stop], given.to(tile.gradient.dtype))
+        tile.gradient.zero_().scatter_add_(1, self.index[back.start : back.stop], given.to(tile.gradient.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,21 +373,13 @@ class _LogProbWork(_Work):
         kept = statistics_kept(stats, dense_sum=log_probs)
         return (log_probs.to(stats.row_max.dtype).to(self.dtype),), kept
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write `-p_j sum(g)` everywhere, and where a class is picked what its own g leaves of that."""
-        (tile,), (given,) = tiles, upstream
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         assert saved.dense_sum is not None
-        index, given = self.index[start:stop], given.double()
+        index, given = self.index[back.start : back.stop], given.double()
         total = given.sum(1, keepdim=True)
         self.backend.row_grad(
             tile.logits,
@@ -578,17 +536,8 @@ class _WrittenWork(_Work):
         self.out[start:stop] = tiles[0].logits
         return (), None
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: None,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         tile.gradient.copy_(given)
 
