@@ -21,7 +21,7 @@ from logitless._heads.rows import HeadRows
 from logitless._heads.sweep import HeadCall, head_call, needs_graph, per_row, row_gradients, row_values, tile_dtype
 from logitless._heads.tiles import Backward, HeadTiles, Tile, Tiling, sum_dtype
 from logitless._heads.window import opened
-from logitless._heads.work import statistics_kept
+from logitless._heads.work import statistics_kept, top_classes
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
@@ -102,10 +102,8 @@ def top_log_probs(backend: Backend, rows: HeadRows, dtype: torch.dtype, k: int) 
 
 def likeliest(backend: Backend, logits: Tensor, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor]:
     """Return the same of logits [rows, classes] that are there."""
-    stats = backend.row_stats(logits)
-    values, classes = logits.topk(k, -1)
-    above = stats.row_max.double().unsqueeze(1) - values.double()
-    return -(above + stats.log_sum.unsqueeze(1)).to(dtype), classes
+    log_probs, classes = top_classes(logits, k, backend.row_stats(logits), None)
+    return log_probs.to(dtype), classes
 
 
 def logsumexp(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
