@@ -47,23 +47,22 @@ class Rows(Dataset[dict[str, Tensor]]):
         }
 
 
-def tiny_llama(tied: bool = False) -> Any:
+def tiny_llama(seed: int = 7, **changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=CLASSES,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": CLASSES,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.3,
+        "use_cache": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
 
 
 def _metrics(found: Any) -> dict[str, float]:
@@ -116,7 +115,7 @@ def _train(case: Run, folder: str, lazily: bool) -> dict[str, Any]:
             **case,
         },
     )
-    model = tiny_llama(tied)
+    model = tiny_llama(tie_word_embeddings=tied)
     if lazily:
         ll.lazy_head(model)
     if adapter is not None:
