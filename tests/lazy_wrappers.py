@@ -500,6 +500,23 @@ def accelerate(rank: int, world: int, loss: Any) -> None:
 # --- the processes
 
 
+def meet(rank: int, world: int, file: str, seconds: float = CASE_SECONDS) -> None:
+    """Make the processes one group, which each leaves only when all of them are in it.
+
+    `init_process_group` returns in one process while another still connects, and a process that
+    goes on without a collective, and ends the group, closes the connection in its face. A file
+    cannot be taken by another program, as the port of a socket that was just closed can.
+    """
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+    dist.barrier()
+
+
 def _processes(rank: int, world: int, names: list[str], folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
@@ -508,13 +525,7 @@ def _processes(rank: int, world: int, names: list[str], folder: str) -> None:
     for place, name in enumerate(names):
         (Path(folder) / f"running{rank}").write_text(name)
         torch.manual_seed(0)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/group{place}",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=CASE_SECONDS),
-        )
+        meet(rank, world, f"{folder}/group{place}")
         wrong = ""
         try:
             CASES[name](rank, world)

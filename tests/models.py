@@ -15,6 +15,16 @@ from logitless.cli.models import LanguageModel, ModelName, ModelSource, load_mod
 from logitless.cli.networks import transformers
 from logitless.cli.tokenizer import TextTokenizer, read_tokenizer_json
 
+TEXT = "The quick brown fox jumps over 13 lazy dogs & naïve cats. 😀\n" * 2
+
+
+def save_two_and_text(folder: Path) -> Path:
+    """Save two models of the same tokens, "base" and "other", and `TEXT`."""
+    save_model(folder / "base")
+    save_model(folder / "other", seed=1)
+    (folder / "text.txt").write_text(TEXT, "utf-8")
+    return folder
+
 
 def byte_tokenizer(*, bos: bool = False, extra: int = 0, swapped: bool = False) -> Any:
     """Make a tokenizer of one token a byte, `<s>`, and `extra` tokens that no text contains; two may be swapped."""

@@ -15,20 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from models import save_model
+from models import TEXT, save_two_and_text
 
-TEXT = "The quick brown fox jumps over 13 lazy dogs & naïve cats. 😀\n" * 2
 RUN = "from logitless.cli import main; main()"
 PATIENCE = 120  # seconds for a step of a process on a busy machine
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_model(folder / "base")
-    save_model(folder / "other", seed=1)
-    (folder / "text.txt").write_text(TEXT, "utf-8")
-    return folder
+    return save_two_and_text(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 import logitless as ll
 import trl_steps
 from logitless.integrations import trl as ours
-from logitless.kernels import interface
+from logitless.kernels import cpu, interface
 from test_lazy import NoTensorOf
 
 CLASSES, WIDTH = 499, 8
@@ -138,6 +138,27 @@ def test_what_the_fused_head_and_distillation_ask(softcap: float | None, bias: b
         for found, expected in zip(call(mine), call(theirs), strict=True):
             assert found.dtype == expected.dtype
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_metrics_of_a_half_precision_head_are_those_of_its_numbers() -> None:
+    make = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, WIDTH, generator=make).bfloat16() for n in (23, CLASSES))
+    target = torch.randint(CLASSES, (23,), generator=make)
+    found = ours.ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 128)
+    z = hidden.double() @ weight.double().T
+    log_p = z.log_softmax(-1)
+    expected = (
+        log_p.gather(-1, target[:, None]).squeeze(-1),
+        -(log_p.exp() * log_p).sum(-1),
+        (2 * log_p).logsumexp(-1),
+        z.mean(-1),
+        z.argmax(-1) == target,
+    )
+    # Logits are float32 where the kernel multiplies, and otherwise rounded to bfloat16.
+    tolerance = 2e-6 if torch.bfloat16 in cpu.PRODUCT_DTYPES else 2e-2
+    for one, truth in zip(found, expected, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one.to(truth.dtype), truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", trl_steps.TRAINERS)

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from lazy_trainers import tiny_llama
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -39,26 +39,10 @@ def tokenizer(classes: int) -> Any:
     return made
 
 
-def tiny_llama(classes: int, width: int, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=classes,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=1024,
-            initializer_range=0.3,
-            use_cache=False,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+def model_of(classes: int, width: int, seed: int) -> Any:
+    sizes = {"vocab_size": classes, "hidden_size": width, "intermediate_size": 2 * width}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return tiny_llama(seed, max_position_embeddings=1024, **sizes, **tokens)
 
 
 def trainer_of(name: str, folder: str, classes: int, width: int, length: int, rows: int) -> Any:
@@ -88,7 +72,7 @@ def trainer_of(name: str, folder: str, classes: int, width: int, length: int, ro
         "dataloader_pin_memory": False,
     }
     count = 2 * rows * STEPS
-    model, other = tiny_llama(classes, width, 7), tiny_llama(classes, width, 8)
+    model, other = model_of(classes, width, 7), model_of(classes, width, 8)
     parts: dict[str, Any] = {"model": model, "processing_class": tokenizer(classes)}
     half = max(2, length // 2)
     kind, _, variant = name.partition(" ")
@@ -131,6 +115,7 @@ def trainer_of(name: str, folder: str, classes: int, width: int, length: int, ro
 
 def step(name: str, ours: bool, sizes: dict[str, int], guard: Any = None) -> dict[str, Any]:
     """Train, and return what was logged and each step's gradients."""
+    from accelerate.state import AcceleratorState
     from transformers import TrainerCallback
 
     import logitless as ll
@@ -143,6 +128,8 @@ def step(name: str, ours: bool, sizes: dict[str, int], guard: Any = None) -> dic
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
+        # Trainers share what they know of devices with whatever asks for it next.
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         made = trainer_of(name, folder, **sizes)
         if ours:
             from logitless.integrations import trl as integration
@@ -206,5 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -7,8 +7,8 @@ of contrastive losses, which torch lacks, come last.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -531,7 +531,30 @@ class InfoNCELoss(torch.nn.Module):
         )
 
 
-class ClipLoss(torch.nn.Module):
+class _OfImagesAndTexts(torch.nn.Module):
+    """A loss of pairs that is called as open_clip calls its own: `output_dict` is passed with each call."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, *, backend: str | None = None) -> None:
+        """Take the function's options."""
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss."""
+        loss = self._function(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class ClipLoss(_OfImagesAndTexts):
     """`logitless.clip_loss` as a module.
 
     Equals `logitless.clip_loss(image_features, text_features, logit_scale)`. Source, shapes, units (nats), errors and
@@ -542,25 +565,10 @@ class ClipLoss(torch.nn.Module):
     tensor(0.2395)
     """
 
-    def __init__(self, *, backend: str | None = None) -> None:
-        """Take the function's options."""
-        super().__init__()
-        self.backend = backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Return the loss; `output_dict` is passed with each call, as open_clip's is."""
-        loss = contrastive.clip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
-        return {"contrastive_loss": loss} if output_dict else loss
+    _function = staticmethod(contrastive.clip_loss)
 
 
-class SigLipLoss(torch.nn.Module):
+class SigLipLoss(_OfImagesAndTexts):
     """`logitless.siglip_loss` as a module.
 
     Equals `logitless.siglip_loss(image_features, text_features, logit_scale, logit_bias)`. Source, shapes, units
@@ -571,22 +579,7 @@ class SigLipLoss(torch.nn.Module):
     tensor(0.9398)
     """
 
-    def __init__(self, *, backend: str | None = None) -> None:
-        """Take the function's options."""
-        super().__init__()
-        self.backend = backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Return the loss; `output_dict` is passed with each call, as open_clip's is."""
-        loss = contrastive.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
-        return {"contrastive_loss": loss} if output_dict else loss
+    _function = staticmethod(contrastive.siglip_loss)
 
 
 class SupConLoss(torch.nn.Module):

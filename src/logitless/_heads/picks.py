@@ -19,9 +19,9 @@ from torch import Tensor
 from logitless._heads.products import shapes_do_not_matter
 from logitless._heads.rows import HeadRows
 from logitless._heads.sweep import HeadCall, head_call, needs_graph, per_row, row_gradients, row_values, tile_dtype
-from logitless._heads.tiles import HeadTiles, Tile, Tiling, sum_dtype
+from logitless._heads.tiles import Backward, HeadTiles, Tile, Tiling, sum_dtype
 from logitless._heads.window import opened
-from logitless._heads.work import statistics_kept
+from logitless._heads.work import statistics_kept, top_classes
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
@@ -102,10 +102,8 @@ def top_log_probs(backend: Backend, rows: HeadRows, dtype: torch.dtype, k: int) 
 
 def likeliest(backend: Backend, logits: Tensor, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor]:
     """Return the same of logits [rows, classes] that are there."""
-    stats = backend.row_stats(logits)
-    values, classes = logits.topk(k, -1)
-    above = stats.row_max.double().unsqueeze(1) - values.double()
-    return -(above + stats.log_sum.unsqueeze(1)).to(dtype), classes
+    log_probs, classes = top_classes(logits, k, backend.row_stats(logits), None)
+    return log_probs.to(dtype), classes
 
 
 def logsumexp(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> Tensor:
@@ -258,16 +256,7 @@ class _Work:
     reads_logits: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: Any,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradient in place of the logits."""
         raise NotImplementedError("classes have no gradient")
 
@@ -305,17 +294,9 @@ class _LogSumExpWork(_Work):
         lse = torch.where(torch.isinf(stats.row_max), stats.row_max, stats.lse)
         return (lse.to(self.dtype),), statistics_kept(stats)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         self.backend.row_grad(
             tile.logits,
@@ -341,17 +322,9 @@ class _LogProbSumWork(_Work):
         assert stats.smooth_sum is not None
         return (-stats.smooth_sum.to(self.dtype),), statistics_kept(stats)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         given = given.to(saved.row_max.dtype)
         self.backend.row_grad(
@@ -376,19 +349,10 @@ class _GatherWork(_Work):
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], None]:
         return (tiles[0].logits.gather(1, self.index[start:stop]).to(self.dtype),), None
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: None,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
-        tile.gradient.zero_().scatter_add_(1, self.index[start:stop], given.to(tile.gradient.dtype))
+        tile.gradient.zero_().scatter_add_(1, self.index[back.start : back.stop], given.to(tile.gradient.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,21 +371,13 @@ class _LogProbWork(_Work):
         kept = statistics_kept(stats, dense_sum=log_probs)
         return (log_probs.to(stats.row_max.dtype).to(self.dtype),), kept
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write `-p_j sum(g)` everywhere, and where a class is picked what its own g leaves of that."""
-        (tile,), (given,) = tiles, upstream
+        saved: RowStats = back.saved
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         assert saved.dense_sum is not None
-        index, given = self.index[start:stop], given.double()
+        index, given = self.index[back.start : back.stop], given.double()
         total = given.sum(1, keepdim=True)
         self.backend.row_grad(
             tile.logits,
@@ -576,17 +532,8 @@ class _WrittenWork(_Work):
         self.out[start:stop] = tiles[0].logits
         return (), None
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: None,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        (tile,), (given,) = tiles, upstream
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        (tile,), (given,) = tiles, back.upstream
         assert isinstance(given, Tensor)
         tile.gradient.copy_(given)
 

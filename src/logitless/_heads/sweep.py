@@ -24,7 +24,7 @@ from torch import Tensor
 
 from logitless._heads.products import widens
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
-from logitless._heads.tiles import DenseTiles, HeadTiles, Tile, Tiling, tiling
+from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.dispatch import Forecast
@@ -58,17 +58,8 @@ class RowWork(Protocol):
         """Return one value a row for each output, and what `gradient` needs of them."""
         ...
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: Saved,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
-        """Write each wanted tile's gradient where the tile says; the tiles' classes begin at `first`."""
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
+        """Write each wanted tile's gradient where the tile says."""
         ...
 
 
@@ -525,7 +516,7 @@ def _back(
     if upstream is None or not any(wanted) or start == stop:
         return
     rows = [u[start:stop] if isinstance(u, Tensor) and u.dim() else u for u in upstream]
-    call.work.gradient(tiles, saved, rows, wanted, start, stop, first)
+    call.work.gradient(tiles, Backward(saved, rows, wanted, start, stop, first))
     for maker, tile, want in zip(makers, tiles, wanted, strict=True):
         if want:
             maker.take(tile, start, stop, first, last)

@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,17 @@ class Tile(NamedTuple):
     logits: Tensor
     class_dim: int
     gradient: Tensor
+
+
+class Backward(NamedTuple):
+    """What the gradient of a stretch of rows is made of, beside its tiles, whose classes begin at `first`."""
+
+    saved: Any  # what the forward pass kept of it
+    upstream: Sequence[Tensor | float | None]  # of each output
+    wanted: Sequence[bool]  # of each tile
+    start: int
+    stop: int
+    first: int
 
 
 def _product_dtype(backend: Backend, factors: torch.dtype, tile: torch.dtype) -> torch.dtype:

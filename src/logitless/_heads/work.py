@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._heads.tiles import Tile, stretch
+from logitless._heads.tiles import Backward, Tile, stretch
 from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
@@ -141,22 +141,14 @@ class CrossEntropyWork:
             return torch.tensor(counts, dtype=torch.float64, device=device).unsqueeze(1)
         return torch.stack([weight[first:last].sum().double() for first, last in ranges]).unsqueeze(1)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradient of the loss in place of the logits."""
         (tile,) = tiles
+        saved: RowStats = back.saved
+        given, start, stop, first = back.upstream[0], back.start, back.stop, back.first
         if self.classes == 1:
             torch.mul(tile.logits, 0, out=tile.gradient)  # one class has all the mass, wherever the target lies
             return
-        given = upstream[0]
         last = first + tile.logits.shape[tile.class_dim]
         indices = None if self.indices is None else stretch(self.indices, start, stop)
         if indices is not None and first:
@@ -260,20 +252,12 @@ class TokenWork:
             values += top_classes(logits, self.top_k, stats, ignored)
         return rounded_to(values, self.wide), statistics_kept(stats, entropy=stats.entropy)
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: RowStats,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradient in place of the logits: dH/dz_j = -p_j ((z_j - lse) + H)."""
         (tile,) = tiles
+        saved: RowStats = back.saved
         assert saved.entropy is not None
-        rows = [None if grad is None else each_row(grad, saved.entropy) for grad in upstream]
+        rows = [None if grad is None else each_row(grad, saved.entropy) for grad in back.upstream]
         nll, lse, spread = rows[:3] if self.indices is not None else (None, None, rows[0])
         parts = [grad for grad in (nll, lse) if grad is not None]
         if spread is not None:
@@ -282,7 +266,7 @@ class TokenWork:
             tile.logits,
             saved.row_max,
             saved.log_sum,
-            None if self.indices is None else self.indices[start:stop],
+            None if self.indices is None else self.indices[back.start : back.stop],
             class_dim=tile.class_dim,
             ignore_index=self.ignore_index,
             a_scale=1.0,
@@ -332,30 +316,22 @@ class PairWork:
         )
         return rounded_to([getattr(stats, name) for name in self.names], self.wide), stats.saved
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: Tensor,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradients of the tiles that need one in their place."""
+        saved: Tensor = back.saved
         given = {
             name: None if grad is None else each_row(grad, saved[..., 0])
-            for name, grad in zip(self.names, upstream, strict=True)
+            for name, grad in zip(self.names, back.upstream, strict=True)
         }
         self.backend.pair_row_grad(
             tiles[0].logits,
             tiles[1].logits,
             saved,
-            None if self.indices is None else self.indices[start:stop],
+            None if self.indices is None else self.indices[back.start : back.stop],
             class_dim=tiles[0].class_dim,
             ignore_index=self.ignore_index,
-            need_first=wanted[0],
-            need_second=wanted[1],
+            need_first=back.wanted[0],
+            need_second=back.wanted[1],
             out=(tiles[0].gradient, tiles[1].gradient),
             kl=given.get("kl"),
             reverse_kl=given.get("reverse_kl"),
@@ -450,21 +426,12 @@ class BinaryWork:
         """Return the sum over all classes."""
         return (torch.stack(list(parts)).sum(0),), None
 
-    def gradient(
-        self,
-        tiles: Sequence[Tile],
-        saved: None,
-        upstream: Sequence[Tensor | float | None],
-        wanted: Sequence[bool],
-        start: int,
-        stop: int,
-        first: int,
-    ) -> None:
+    def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
         """Write the gradient in place of the logits."""
         (tile,) = tiles
-        (scale,) = upstream
+        (scale,) = back.upstream
         assert scale is not None
-        operands = self._operands(tile, start, stop, first, first + tile.logits.shape[1])
+        operands = self._operands(tile, back.start, back.stop, back.first, back.first + tile.logits.shape[1])
         loss: ElementLoss = "binary_cross_entropy_with_logits"
         self.backend.elements_grad(loss, tile.logits, *operands, scale=scale, out=tile.gradient)
 

@@ -178,7 +178,8 @@ class ChunkedLogProbFunction:
                 squared = token_stats(logits, targets, temperature=temperature / 2)
                 squares = squared.lse - 2 * stats.lse
             if "mean_logits" in outputs:
-                mean = stats.lse + (logits / temperature).log_softmax(-1).sum(-1) / logits.shape[-1]
+                total = (logits / temperature).log_softmax(-1).sum(-1, dtype=stats.lse.dtype)
+                mean = stats.lse + total / logits.shape[-1]
             if "is_top1" in outputs:
                 top = stats.argmax == targets
         return -stats.nll, stats.entropy if "entropy" in outputs else None, squares, mean, top

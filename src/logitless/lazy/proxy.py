@@ -176,9 +176,9 @@ def warn_of_computing(operation: str, kind: str, shape: torch.Size, dtype: torch
         return
     if not _are_few(shape, dtype):
         size = f"{shape[-1]} classes" if shape else "no dimension"
-        instead = ": an entropy needs none of them with logitless.entropy(logits)" if operation in _OF_ENTROPIES else ""
+        instead = "; logitless.entropy(logits) is the entropy, and computes none" if operation in _OF_ENTROPIES else ""
         warnings.warn(
-            f"{operation} computes all of {kind} with {size}{instead}; call .materialize() to say that this is meant",
+            f"{operation} computes all of {kind} with {size}; call .materialize() to say that this is meant{instead}",
             MaterializeWarning,
             stacklevel=_frames_to_caller(),
         )

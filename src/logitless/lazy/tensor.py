@@ -10,6 +10,7 @@ operation that computed the values is torch's own node above, whose dense gradie
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -377,8 +378,7 @@ class LazyTensor(Tensor):
             empty = _without_values(func, first, args, kwargs)
             if empty is not None:
                 return empty
-        schema = func._schema
-        if schema.is_mutable or func.namespace == "c10d" or any(a.name in _STATISTICS for a in schema.arguments):
+        if _may_write(func):
             _refuse_writes(func, args, kwargs)
         elif isinstance(first, LazyTensor) and _is_view(func):
             return LazyView.of(first, func, args[1:], kwargs)
@@ -405,6 +405,12 @@ _FIX = "write to z.materialize(), or take lazy_head's handle off the model there
 _VIEWS = frozenset((aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk))
 _NO_VIEWS = frozenset((aten._neg_view, aten._conj, aten._nested_view_from_buffer, aten._nested_view_from_jagged))
 _STATISTICS = frozenset(("running_mean", "running_var"))  # which normalisations write to, though their schemas hide it
+
+
+@functools.cache
+def _may_write(func: Any) -> bool:
+    schema = func._schema
+    return schema.is_mutable or func.namespace == "c10d" or any(a.name in _STATISTICS for a in schema.arguments)
 
 
 def _is_view(func: Any) -> bool:

@@ -230,11 +230,7 @@ def clip_loss(
     >>> ll.clip_loss(torch.eye(3), torch.eye(3), 2.0)
     tensor(0.2395)
     """
-    names = ("image_features", "text_features")
-    _check_vectors("clip_loss", image_features, text_features, names)
-    rows = len(image_features)
-    if len(text_features) != rows:
-        raise ValueError(f"clip_loss: expected as many texts as images, got {len(text_features)} and {rows}")
+    rows = _rows_of_both("clip_loss", image_features, text_features)
     factor = one_number("clip_loss", "logit_scale", logit_scale)
     tensors = (image_features, text_features, factor if isinstance(factor, Tensor) else None)
     picked = dispatch.pick("clip_loss", tensors, backend)
@@ -307,11 +303,7 @@ def siglip_loss(
     >>> ll.siglip_loss(torch.eye(3), torch.eye(3), 2.0, -1.0)
     tensor(0.9398)
     """
-    names = ("image_features", "text_features")
-    _check_vectors("siglip_loss", image_features, text_features, names)
-    rows = len(image_features)
-    if len(text_features) != rows:
-        raise ValueError(f"siglip_loss: expected as many texts as images, got {len(text_features)} and {rows}")
+    rows = _rows_of_both("siglip_loss", image_features, text_features)
     factor = one_number("siglip_loss", "logit_scale", logit_scale)
     bias = 0.0 if logit_bias is None else one_number("siglip_loss", "logit_bias", logit_bias, positive=False)
     numbers = [each if isinstance(each, Tensor) else None for each in (factor, bias)]
@@ -542,6 +534,14 @@ def _check_vectors(name: str, first: Tensor, second: Tensor, names: tuple[str, s
             f"{name}: {names[0]} must be (N, D) and {names[1]} (M, D), got {tuple(first.shape)} and "
             f"{tuple(second.shape)}"
         )
+
+
+def _rows_of_both(name: str, images: Tensor, texts: Tensor) -> int:
+    """Return how many pairs there are; raise where these are no features of pairs."""
+    _check_vectors(name, images, texts, ("image_features", "text_features"))
+    if len(texts) != len(images):
+        raise ValueError(f"{name}: expected as many texts as images, got {len(texts)} and {len(images)}")
+    return len(images)
 
 
 def one_number(name: str, argument: str, value: Tensor | float, *, positive: bool = True) -> Tensor | float:

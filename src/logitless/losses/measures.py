@@ -381,8 +381,8 @@ def js(
     >>> import torch, logitless as ll
     >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.1109])
-    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), beta=0.9)
-    tensor([0.0409])
+    >>> ll.js(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), beta=0.75)
+    tensor([0.0840])
     """
     beta = _share("js", "beta", beta, most="included")
     if beta == 0:

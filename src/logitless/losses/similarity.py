@@ -33,8 +33,6 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
         RuntimeError: an integer dtype, a negative eps, shapes that do not broadcast. TypeError: a complex dtype.
         IndexError: no such dimension.
 
-    Vectors (N, 1, D) and (1, M, D) along the last dimension are a matrix product, without N x M x D numbers.
-
     Source: `torch.nn.functional.cosine_similarity`. In training its gradient is orthogonal to each vector: it turns
     them and never changes their length to first order.
 
@@ -72,11 +70,6 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
     picked = dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=obstacle, compiles=True)
     if picked.PLAIN:
         return definition(x1, x2)
-    if _is_product(x1, x2, dim) and not torch.compiler.is_compiling():
-        product = PairwiseCall(picked, precision.compute, eps, precision.result)
-        if x1.shape[0] == 1:
-            return pairwise(product, x2.squeeze(1), x1.squeeze(0))
-        return pairwise(product, x1.squeeze(1), x2.squeeze(0))
     call = CosineCall(picked, sizes, dim, eps, 0.0, Reduction("none", 1.0, precision.result), definition)
     return cosine(call, *_of_one_dtype(x1, x2))
 
@@ -130,14 +123,6 @@ def pairwise_cosine(
     dtype = precision_of(x, other).compute
     with no_autocast(x):
         return pairwise(PairwiseCall(picked, dtype, 0.0, dtype), x, other, out)
-
-
-def _is_product(x1: Tensor, x2: Tensor, dim: int) -> bool:
-    """Say whether (N, 1, D) meets (1, M, D): every vector of one side with every one of the other."""
-    if x1.dim() != 3 or x2.dim() != 3 or dim not in (2, -1) or x1.shape[2] != x2.shape[2]:
-        return False
-    crossed = x1.shape[1] == 1 == x2.shape[0] or x1.shape[0] == 1 == x2.shape[1]
-    return crossed and 1 not in (x1.shape[0] * x1.shape[1], x2.shape[0] * x2.shape[1])
 
 
 def cosine_embedding_loss(
