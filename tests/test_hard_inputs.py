@@ -78,6 +78,15 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "entropy": ll.entropy,
     "kl": lambda x: ll.kl(x, x),
     "js": lambda x: ll.js(x, x),
+    "tv": lambda x: ll.tv(x, x),
+    "log_probs": lambda x: ll.log_probs(x, TARGET),
+    "pairwise_cosine": lambda x: ll.pairwise_cosine(x, x),
+    "info_nce": lambda x: ll.info_nce(x, x, temperature=0.5),
+    "clip_loss": lambda x: ll.clip_loss(x, x, 2.0),
+    "siglip_loss": lambda x: ll.siglip_loss(x, x, 2.0),
+    "supcon_loss": lambda x: ll.supcon_loss(x, TARGET),
+    "cosent_loss": lambda x: ll.cosent_loss((x, x), TARGET),
+    "batch_triplet_loss": lambda x: ll.batch_triplet_loss(x, TARGET),
 }
 
 

@@ -37,6 +37,7 @@ class Calls(torch.nn.Module):
         return self.function(self.head, *given)
 
 
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 WEIGHT = torch.linspace(0.5, 1.5, CLASSES)
 MODULES: dict[str, tuple[torch.nn.Module, tuple[str, ...]]] = {
     "CrossEntropyLoss": (LN.CrossEntropyLoss(WEIGHT, label_smoothing=0.1), ("logits", "target")),
@@ -61,6 +62,56 @@ MODULES: dict[str, tuple[torch.nn.Module, tuple[str, ...]]] = {
         ("hidden", "chance"),
     ),
     "lazy logsumexp": (Calls(lambda w, h: ll.linear(h, w).logsumexp(-1)), ("hidden",)),
+    "token_stats, top_k": (
+        Calls(lambda w, z, t: ll.token_stats(z, t, temperature=0.5, top_k=3)),
+        ("logits", "target"),
+    ),
+    "pair_stats, temperature": (Calls(lambda w, z, p: ll.pair_stats(z, p, temperature=2.0)[:6]), ("logits", "chance")),
+    "log_probs": (Calls(lambda w, z, t: ll.log_probs(z, t)), ("logits", "target")),
+    "log_probs, temperature": (Calls(lambda w, z, t: ll.log_probs(z, t, temperature=2.0)), ("logits", "target")),
+    "entropy, temperature": (Calls(lambda w, z: ll.entropy(z, temperature=2.0)), ("logits",)),
+    "kl, skew": (Calls(lambda w, z, p: ll.kl(z, p, skew=0.1, reduction="mean")), ("logits", "chance")),
+    "js, beta": (Calls(lambda w, z, p: ll.js(z, p, beta=0.2)), ("logits", "chance")),
+    "tv": (Calls(lambda w, z, p: ll.tv(z, p, temperature=2.0)), ("logits", "chance")),
+    "lazy token_stats, top_k": (
+        Calls(lambda w, h, t: ll.token_stats(ll.linear(h, w), t, temperature=0.5, top_k=3)),
+        ("hidden", "target"),
+    ),
+    "lazy log_probs": (Calls(lambda w, h, t: ll.log_probs(ll.linear(h, w), t)), ("hidden", "target")),
+    "lazy kl, skew": (Calls(lambda w, h, z: ll.kl(ll.linear(h, w), z, skew=0.1)), ("hidden", "logits")),
+    "lazy js, beta": (Calls(lambda w, h, z: ll.js(z, ll.linear(h, w), beta=0.8, reduction="sum")), ("hidden", "logits")),
+    "lazy tv": (Calls(lambda w, h, z: ll.tv(ll.linear(h, w), z)), ("hidden", "logits")),
+    "pairwise_cosine": (Calls(lambda w, z, p: ll.pairwise_cosine(z, p)), ("logits", "chance")),
+    "info_nce": (LN.InfoNCELoss(temperature=0.5), ("logits", "chance")),
+    "info_nce, all directions": (
+        Calls(lambda w, z, p: ll.info_nce(z, p, temperature=0.5, negatives=z + p, directions=DIRECTIONS)),
+        ("logits", "chance"),
+    ),
+    "info_nce, options": (
+        Calls(
+            lambda w, z, p, t: ll.info_nce(
+                z, p, scale=2.0, positives=t % 2, false_negative_margin=0.0, hardness="all_negatives", hardness_strength=0.5
+            )
+        ),
+        ("logits", "chance", "target"),
+    ),
+    "info_nce, labels": (
+        Calls(lambda w, z, p, t: ll.info_nce(z, p, temperature=0.5, positives=(t, t), reduction="none")),
+        ("logits", "chance", "target"),
+    ),
+    "clip_loss": (Calls(lambda w, z, p: ll.clip_loss(z, p, 2.0)), ("logits", "chance")),
+    "siglip_loss": (Calls(lambda w, z, p: ll.siglip_loss(z, p, 2.0, -1.0)), ("logits", "chance")),
+    "supcon_loss": (Calls(lambda w, z, t: ll.supcon_loss(z, t, temperature=0.5)), ("logits", "target")),
+    "cosent_loss": (Calls(lambda w, z, p, t: ll.cosent_loss((z, p), t)), ("logits", "chance", "target")),
+    "batch_triplet_loss": (Calls(lambda w, z, t: ll.batch_triplet_loss(z, t % 2)), ("logits", "target")),
+    "batch_triplet_loss, all": (
+        Calls(lambda w, z, t: ll.batch_triplet_loss(z, t % 2, kind="all", distance="cosine", margin=0.5)),
+        ("logits", "target"),
+    ),
+    "batch_triplet_loss, semi_hard": (
+        Calls(lambda w, z, t: ll.batch_triplet_loss(z, t % 2, kind="semi_hard")),
+        ("logits", "target"),
+    ),
 }
 STRICT = ("CrossEntropyLoss", "BCELoss", "pair_stats", "lazy kl")
 

@@ -16,6 +16,9 @@ Y = Z.flip(0)
 H, W = Z[:, :3].contiguous(), Z.T[:, :3].contiguous()
 T = torch.tensor([0, 6, 3, 2, 1])
 D = torch.float64
+FAMILY = ("weighted_js", 0.25)
+UPSTREAM = ("kl", "reverse_kl", "js", "cross_entropy", "entropy_p", "entropy_q", "nll_p", "nll_q", "divergence_grad")
+MEASURES = ("kl", "divergence", "nll_p", "nll_q")
 
 
 def row_stats(**given: Any) -> Any:
@@ -31,14 +34,14 @@ def row_grad(**given: Any) -> Any:
 
 def pair_stats(**given: Any) -> Any:
     told = {"second": Y, "target": T, **given}
-    return operators.pair_row_stats(Z, *told.values(), 1, -100, "a", True, True, True, True, True)
+    return operators.pair_row_stats(Z, *told.values(), 1, -100, "a", True, True, True, True, True, *FAMILY)
 
 
 def pair_grad(**given: Any) -> Any:
     saved = pair_stats()[-1]
     told = {"second": Y, "saved": saved, "target": T}
-    told |= dict.fromkeys(("kl", "reverse_kl", "js", "cross_entropy", "entropy_p", "entropy_q", "nll_p", "nll_q"))
-    return operators.pair_row_grad(Z, *(told | {"kl": torch.ones(5)} | given).values(), 1, -100, True, True)
+    told |= dict.fromkeys(UPSTREAM, torch.ones(5)) | given
+    return operators.pair_row_grad(Z, *told.values(), *FAMILY, 1, -100, True, True)
 
 
 def elementwise(**given: Any) -> Any:
@@ -76,12 +79,45 @@ def head_rows_grad(**given: Any) -> Any:
     return operators.head_rows_grad(*head_told(**given), *mine.values(), True, True, False, False)
 
 
-def head_measures(**given: Any) -> Any:
+def measures_told(**given: Any) -> list[Any]:
     told = {"p_logits": H, "p_weight": W, "p_bias": None, "p_factor": None}
     told |= {"q_logits": Z, "q_weight": None, "q_bias": None, "q_factor": None}
     settings = [1.0, None, torch.float32] * 2
     target = given.pop("target", T)
-    return operators.head_measures(*(told | given).values(), *settings, target, -100, "kl,nll_p,nll_q", "a", False)
+    return [*(told | given).values(), *settings, target, -100, ",".join(MEASURES), "a", *FAMILY, 0]
+
+
+def head_measures(**given: Any) -> Any:
+    return operators.head_measures(*measures_told(**given), False)
+
+
+def head_measures_grad(**given: Any) -> Any:
+    saved = given.pop("saved", operators.head_measures(*measures_told(), True)[-1])
+    upstream = {f"grad_{at}": torch.ones(5) if at < len(MEASURES) else None for at in range(9)}
+    mine = {name: given.pop(name, value) for name, value in upstream.items()}
+    needed = [True, True, False, False, True, False, False, False]
+    return operators.head_measures_grad(*measures_told(**given), saved, *mine.values(), *needed)
+
+
+def token_told(logits: Tensor, weight: Tensor | None, target: Tensor) -> list[Any]:
+    settings = [1.0, None, torch.float32] * 2
+    names = "nll,lse,entropy,argmax,rank,top_log_probs,top_classes"
+    return [logits, weight, *[None] * 6, *settings, target, -100, names, "a", None, 0.0, 3]
+
+
+def token_measures(**given: Any) -> Any:
+    """Of dense logits, and of the three largest classes."""
+    told = {"p_logits": Z, "p_weight": None, "target": T, **given}
+    return operators.head_measures(*token_told(*told.values()), False)
+
+
+def token_measures_grad(**given: Any) -> Any:
+    told = {"p_logits": H, "p_weight": W, "target": T}
+    saved = given.pop("saved", operators.head_measures(*token_told(*told.values()), True)[-1])
+    upstream = {f"grad_{at}": torch.ones(5) if at < 3 else None for at in range(9)}
+    mine = {name: given.pop(name, value) for name, value in upstream.items()}
+    needed = [True, True, *[False] * 6]
+    return operators.head_measures_grad(*token_told(*(told | given).values()), saved, *mine.values(), *needed)
 
 
 SHORT = torch.zeros(3, dtype=torch.int64)
@@ -97,7 +133,12 @@ WRONG: dict[Callable[..., Any], dict[str, Tensor]] = {
         "dense_target": torch.ones(4, 7),
     },
     pair_stats: {"second": Y[:2], "target": SHORT},
-    pair_grad: {"second": Y[:2], "saved": torch.zeros(5, 1, dtype=D), "target": SHORT, "kl": torch.ones(4)},
+    pair_grad: {
+        **{name: torch.ones(4) for name in UPSTREAM},
+        "second": Y[:2],
+        "saved": torch.zeros(5, 1, dtype=D),
+        "target": SHORT,
+    },
     elementwise: {"target": Y[:1], "weight": torch.ones(6), "pos_weight": torch.ones(4, 1)},
     elementwise_grad: {"target": Y[:2], "upstream": Z[:1], "input": Z[:1]},
     cosine_grad: {"saved": torch.ones(3, 4, dtype=D), "upstream": torch.ones(3), "x1": Z[:3]},
@@ -111,6 +152,19 @@ WRONG: dict[Callable[..., Any], dict[str, Tensor]] = {
     },
     head_rows_grad: {"row_max": torch.ones(2), "log_sum": torch.ones(2, dtype=D), "grad": torch.ones(1)},
     head_measures: {"p_weight": W[:2], "q_logits": Z[:2], "target": SHORT, "p_logits": H[:, :2]},
+    head_measures_grad: {
+        **{f"grad_{at}": torch.ones(4) for at in range(len(MEASURES))},
+        "saved": torch.zeros(5, 1, dtype=D),
+        "target": SHORT,
+        "q_logits": Z[:2],
+    },
+    token_measures: {"p_logits": Z[:2], "target": SHORT},
+    token_measures_grad: {
+        **{f"grad_{at}": torch.ones(4) for at in range(3)},
+        "saved": torch.zeros(3, 4, dtype=D),
+        "target": SHORT,
+        "p_weight": W[:, :2],
+    },
 }
 
 

@@ -13,6 +13,7 @@ import logitless as ll
 import logitless.functional as LF
 
 ROWS, CLASSES, WIDTH = 5, 7, 3
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
 def operands(seed: int) -> list[Tensor]:
@@ -54,6 +55,55 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "lazy log_softmax": lambda z, y, h, w, t: ll.linear(h, w).log_softmax(-1).gather(-1, t.unsqueeze(1)),
     "lazy logsumexp": lambda z, y, h, w, t: ll.linear(h, w).logsumexp(-1),
     "lazy max": lambda z, y, h, w, t: ll.linear(h, w).max(-1).values,
+    "token_stats, top_k": lambda z, y, h, w, t: total(ll.token_stats(z, t, temperature=0.5, top_k=3)),
+    "pair_stats, temperature": lambda z, y, h, w, t: total(ll.pair_stats(z, y, t, temperature=2.0)),
+    "log_probs": lambda z, y, h, w, t: ll.log_probs(z, t),
+    "kl, skew": lambda z, y, h, w, t: ll.kl(z, y, skew=0.1),
+    "js, beta": lambda z, y, h, w, t: ll.js(z, y, beta=0.2, reduction="mean"),
+    "tv": lambda z, y, h, w, t: ll.tv(z, y, temperature=2.0),
+    "lazy token_stats, top_k": lambda z, y, h, w, t: total(ll.token_stats(ll.linear(h, w), t, top_k=3)),
+    "lazy log_probs": lambda z, y, h, w, t: ll.log_probs(ll.linear(h, w), t, temperature=0.5),
+    "lazy kl, skew": lambda z, y, h, w, t: ll.kl(ll.linear(h, w), y, skew=0.1),
+    "lazy js, beta": lambda z, y, h, w, t: ll.js(y, ll.linear(h, w), beta=0.8, reduction="mean"),
+    "lazy tv": lambda z, y, h, w, t: ll.tv(ll.linear(h, w), ll.linear(h.flip(0), w)),
+    "pairwise_cosine": lambda z, y, h, w, t: ll.pairwise_cosine(z, y),
+    "pairwise_cosine, out": lambda z, y, h, w, t: (
+        ll.pairwise_cosine(z.detach(), y.detach(), out=torch.empty(ROWS, ROWS)) + z.sum()
+    ),
+    "info_nce": lambda z, y, h, w, t: ll.info_nce(z, y, temperature=w[0, 0].square() + 0.5),
+    "info_nce, all directions": lambda z, y, h, w, t: ll.info_nce(
+        z, y, scale=2.0, negatives=z + y, directions=DIRECTIONS, false_negative_margin=0.1
+    ),
+    "info_nce, own negatives": lambda z, y, h, w, t: ll.info_nce(
+        z, y, scale=2.0, negatives=torch.stack([y, z + y], 1), hardness="hard_negatives", hardness_strength=0.5
+    ),
+    "info_nce, shared negatives": lambda z, y, h, w, t: ll.info_nce(
+        z,
+        y,
+        scale=2.0,
+        negatives=torch.stack([y, z + y], 1),
+        negative_mode="unpaired",
+        hardness="in_batch_negatives",
+        hardness_strength=0.5,
+    ),
+    "info_nce, positives": lambda z, y, h, w, t: ll.info_nce(z, y, scale=2.0, positives=t % 2, mask=t.flip(0) % 3),
+    "info_nce, some positives": lambda z, y, h, w, t: ll.info_nce(
+        z, y, scale=2.0, positives=torch.stack([t % 3, t % 2 - 1], 1), mask=y[:, :ROWS] > 0
+    ),
+    "info_nce, labels": lambda z, y, h, w, t: ll.info_nce(z, y, scale=2.0, positives=(t % 3, t.flip(0) % 3)),
+    "info_nce, guide": lambda z, y, h, w, t: ll.info_nce(z, y, scale=2.0, guide=(h, h.flip(0)), symmetric=True),
+    "clip_loss": lambda z, y, h, w, t: ll.clip_loss(z, y, w[0, 0].exp()),
+    "siglip_loss": lambda z, y, h, w, t: ll.siglip_loss(z, y, w[0, 0].exp(), w[0, 1]),
+    "supcon_loss": lambda z, y, h, w, t: ll.supcon_loss(torch.stack([z, y], 1), t % 3, temperature=0.5),
+    "supcon_loss, mask": lambda z, y, h, w, t: ll.supcon_loss(
+        z, mask=(t.unsqueeze(1) % 2 == t % 2).float(), temperature=0.5, contrast_mode="one"
+    ),
+    "cosent_loss": lambda z, y, h, w, t: ll.cosent_loss((z, y), t, scale=2.0),
+    "batch_triplet_loss": lambda z, y, h, w, t: ll.batch_triplet_loss(z, t % 2),
+    "batch_triplet_loss, semi_hard": lambda z, y, h, w, t: ll.batch_triplet_loss(z, t % 2, kind="semi_hard"),
+    "batch_triplet_loss, all": lambda z, y, h, w, t: ll.batch_triplet_loss(
+        z, t % 2, kind="all", distance="cosine", margin=0.5
+    ),
 }
 
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._heads.sigmoid import softplus_gradients, softplus_sum
-from logitless._heads.square import Contrast, Panel, Partitions, Rule, edit, fold, gradients, row_losses
-from logitless._heads.vectors import inverse_norms
+from logitless._heads.square import Contrast, Margin, Panel, Partitions, Rule, fold, gradients, row_losses
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.transforms import transform_reason
@@ -135,7 +134,7 @@ def sigmoid_definition(
     first, second = (given.to(call.dtype) for given in vectors)
     numbers = [x.to(call.dtype) if isinstance(x, Tensor) else x for x in (scale, bias)]
     logits = (first * numbers[0]) @ second.T + numbers[1]
-    labels = 2 * torch.eye(len(first), dtype=call.dtype, device=first.device) - 1
+    labels = 2 * torch.eye(first.shape[0], dtype=call.dtype, device=first.device) - 1
     return -F.logsigmoid(labels * logits).sum()
 
 
@@ -151,16 +150,17 @@ def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor])
     for panel in call.panels:
         left, right = sides[panel.left][: panel.height] * scale, sides[panel.right]
         if panel.paired:
-            logits = torch.einsum("nd,nkd->nk", left, right.view(len(left), panel.paired, -1))
+            logits = torch.einsum("nd,nkd->nk", left, right.view(left.shape[0], panel.paired, -1))
         else:
             logits = left @ right[: panel.width].T
-        places = [] if panel.positives is None else list(panel.positives.within(0, panel.height, 0, panel.width))
-        for each in places:
-            positive = positive.index_add(0, each.rows, logits[each])
-        parts[panel.rows].append(_edited(call, panel, panel.row_rule, logits, scale, 1, places))
+        pairs = None
+        if panel.positives is not None:
+            pairs = panel.positives.matrix(panel.height, panel.width, logits.device)
+            positive = positive + torch.where(pairs, logits, 0).sum(1)
+        parts[panel.rows].append(_edited(call, panel, panel.row_rule, logits, scale, 1, pairs))
         if panel.columns is not None:
             rule = panel.row_rule if panel.column_rule is None else panel.column_rule
-            columns = _edited(call, panel, rule, logits, scale, 0, places)[:, : call.anchors]
+            columns = _edited(call, panel, rule, logits, scale, 0, pairs)[:, : call.anchors]
             parts[panel.columns].append(columns.T)
     # An anchor with nothing to sum over has a loss of zero, and no gradient through a sum over nothing.
     counted = call.positives > 0
@@ -184,23 +184,42 @@ def _edited(
     logits: Tensor,
     scale: Tensor | float,
     along: int,
-    places: Sequence[Any],
+    positives: Tensor | None,
 ) -> Tensor:
+    """Return logits with what a rule leaves out at -inf, and with what it adds, a constant; `along` 1: of the rows."""
     if rule.changes_nothing:
         return logits
     value = scale.detach() if isinstance(scale, Tensor) else scale
-    before = logits.detach()
-    after = before.clone()
-    guide = None
-    if rule.margin is not None and rule.margin.guide is not None:
-        first, second = (x.to(call.dtype) * inverse_norms(x, call.dtype) for x in rule.margin.guide)
-        if panel.paired:
-            guide = torch.einsum("nd,nkd->nk", first, second.view(len(first), panel.paired, -1))
-        else:
-            guide = first[: panel.height] @ second[: panel.width].T
-    edit(rule, after, value, 0, 0, along, guide)
-    for each in places:
-        after[each] = before[each]
-    left_out = after == -torch.inf
-    # What is added is a constant, which is 0 where nothing is.
-    return (logits + (after - before).masked_fill(left_out, 0)).masked_fill(left_out, -torch.inf)
+    added, device = torch.zeros_like(logits), logits.device
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    if rule.hardness is not None:
+        hard = torch.ones_like(left_out)
+        if rule.hardness.own is not None and rule.hardness.which != "all_negatives":
+            own = rule.hardness.own.matrix(*logits.shape, device)
+            hard = own if rule.hardness.which == "hard_negatives" else ~own
+        added = torch.where(hard, logits.detach() * (rule.hardness.strength / value), 0)
+    if rule.margin is not None:
+        left_out = left_out | _too_alike(call, panel, rule.margin, logits.detach(), value, along)
+    if rule.mask is not None:
+        left_out = left_out | rule.mask
+    for pairs in rule.pairs:
+        left_out = left_out | pairs.matrix(*logits.shape, device)
+    if positives is not None:
+        added, left_out = added.masked_fill(positives, 0), left_out & ~positives
+    return (logits + added.masked_fill(left_out, 0)).masked_fill(left_out, -torch.inf)
+
+
+def _too_alike(
+    call: Contrast, panel: Panel, margin: Margin, logits: Tensor, scale: Tensor | float, along: int
+) -> Tensor:
+    """Say which entries are above the threshold of their anchor; columns that are nobody's have none."""
+    thresholds = margin.thresholds[: logits.shape[1 - along]]
+    if not along and logits.shape[1] > panel.height:
+        thresholds = F.pad(thresholds, (0, logits.shape[1] - panel.height), value=torch.inf)
+    thresholds = thresholds.unsqueeze(along)
+    if margin.guide is None:
+        return logits > thresholds * scale
+    first, second = (_units(x.to(call.dtype)) for x in margin.guide)
+    if panel.paired:
+        return torch.einsum("nd,nkd->nk", first, second.view(first.shape[0], panel.paired, -1)) > thresholds
+    return first[: panel.height] @ second[: panel.width].T > thresholds

@@ -16,6 +16,7 @@ from logitless._heads.products import multiply
 from logitless._heads.vectors import inverse_norms
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.transforms import transform_reason
+from logitless.kernels.definitions import is_sharded
 from logitless.kernels.interface import Backend
 
 
@@ -30,10 +31,11 @@ class PairwiseCall(NamedTuple):
 
 def pairwise(call: PairwiseCall, first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the cosine of each of the first vectors [N, D] with each of the second [M, D]; `out` takes no gradient."""
+    if transform_reason(first, second, out) is not None or is_sharded(first) or is_sharded(second):
+        plain = definition(call, first, second)
+        return plain if out is None else out.copy_(plain)
     if out is not None:
         return cosines(call, first, second, out)
-    if transform_reason(first, second) is not None:
-        return definition(call, first, second)
     made: Tensor = _Pairwise.apply(call, first, second)  # type: ignore[no-untyped-call] # torch types it not
     return made
 

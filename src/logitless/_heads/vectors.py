@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.tiles import view
+from logitless._rules.transforms import transform_reason
 from logitless.kernels.interface import Backend
 
 BLOCK_ROWS = 1024  # vectors whose copies stay small
@@ -17,8 +18,9 @@ BLOCK_ROWS = 1024  # vectors whose copies stay small
 
 def inverse_norms(vectors: Tensor, dtype: torch.dtype, eps: float = 0.0) -> Tensor:
     """Return 1 / max(|x|, eps) of each vector [rows, 1], and 0 of a zero vector where eps is 0."""
-    parts = [torch.linalg.vector_norm(part.double(), dim=1, keepdim=True) for part in vectors.split(BLOCK_ROWS // 4)]
-    norms = torch.cat(parts) if parts else vectors.new_zeros(0, 1, dtype=torch.float64)
+    # What is traced has no blocks: their number would be a constant.
+    blocks = (vectors,) if transform_reason(vectors) is not None else vectors.split(BLOCK_ROWS // 4)
+    norms = torch.cat([torch.linalg.vector_norm(block.double(), dim=1, keepdim=True) for block in blocks])
     norms = norms.clamp(min=eps)
     return norms.reciprocal().masked_fill_(norms == 0, 0).to(dtype)
 

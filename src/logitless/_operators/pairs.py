@@ -178,6 +178,7 @@ def _pair_row_grad(
 ) -> tuple[Tensor, Tensor]:
     upstream = {"kl": kl, "reverse_kl": reverse_kl, "js": js, "cross_entropy": cross_entropy}
     upstream |= {"entropy_p": entropy_p, "entropy_q": entropy_q, "nll_p": nll_p, "nll_q": nll_q}
+    upstream["divergence_grad"] = divergence_grad
     _check_pairs("pair_row_grad", first, second, class_dim, target=target, **upstream)
     kernels = backend_of(backend, first, second, target)
     check_shapes("pair_row_grad", [*row_shape(first, class_dim), kernels.PAIR_SAVED], saved=saved)

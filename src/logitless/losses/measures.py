@@ -544,7 +544,7 @@ def _pair(
 
 def _kernel_obstacle(logits: Tensor | LazyLogits, other: Tensor | LazyLogits | None = None) -> str | None:
     """Return what about this call the compiled kernels do not do, if anything."""
-    if logits.shape.numel() == 0:
+    if count_of(logits.shape) == 0:
         return "there is nothing to compute"
     if other is not None and other.dtype != logits.dtype:
         return f"p and q differ in dtype ({logits.dtype}, {other.dtype})"

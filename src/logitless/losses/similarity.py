@@ -108,6 +108,7 @@ def pairwise_cosine(
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"pairwise_cosine: {name} must be a Tensor of a floating dtype, got {given}")
+        check_real("pairwise_cosine", **{name: tensor})
     if x.dim() != 2 or other.dim() != 2 or x.shape[1] != other.shape[1]:
         raise ValueError(
             f"pairwise_cosine: x must be (N, D) and y (M, D), got {tuple(x.shape)} and {tuple(other.shape)}"
