@@ -25,6 +25,8 @@ CLASSES = (1, 2, 3, 7, 8, 17, 64, 65, 130)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "every second", "offset", "one stride")
 CONTENTS = ("normal", "large", "constant", "negative zeros", "-inf blocks", "-inf single")
+TEMPERATURES = (1.0, 0.5, 4.0)
+DIVERGENCES = ("kl, skew", "js, beta", "tv", "lazy kl, skew", "lazy js, beta", "lazy tv")
 WAYS = ("gradient", "gradient", "gradient", "no gradient", "batched", "graph", "make_fx")
 # Of relative error: rounded once from sums in float32, or from float64 in float64.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -51,6 +53,7 @@ class Case:
     truth: Callable[..., Tensor]
     way: str
     tolerance: float
+    floor: float = 1e-2  # the size of the terms that a gradient is the sum of
 
     def check(self) -> None:
         """Raise `WrongError` if value or gradient are not right."""
@@ -97,11 +100,13 @@ class Case:
         if not known.numel():
             return
         most = 6e4 if torch.float16 in {tensor.dtype for tensor in self.tensors} else 1e30
-        known = torch.where(known.abs() > most, mine.sign() * known.sign() * mine * known.sign(), known)
+        # What the dtype cannot hold is infinite.
+        beyond = known.isfinite() & (known.abs() > most) & mine.isinf() & (mine.sign() == known.sign())
+        known = torch.where(beyond, mine, known)
         finite = known.isfinite()
         odd = ~finite & ~((mine == known) | (mine.isnan() & known.isnan()))
         # A gradient is a difference of terms as large as its upstream gradient, of which a rounding is left.
-        scale = known[finite].abs().max().clamp(min=1e-2) if bool(finite.any()) else torch.zeros(())
+        scale = known[finite].abs().max().clamp(min=self.floor) if bool(finite.any()) else torch.zeros(())
         far = finite & ~((mine - known).abs() <= self.tolerance * scale)
         if bool((odd | far).any()):
             at = tuple((odd | far).nonzero()[0].tolist())
@@ -173,11 +178,18 @@ class _Draw:
         return drawn / drawn.sum(-1, keepdim=True).clamp(min=1e-3)
 
     def case(
-        self, name: str, tensors: Sequence[Tensor], ours: Any, truth: Any, factor: float = 1.0, way: Any = None
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        ours: Any,
+        truth: Any,
+        factor: float = 1.0,
+        way: Any = None,
+        floor: float = 1e-2,
     ) -> Case:
         way = self.one("way", WAYS) if way is None else way
         tolerance = factor * max(TOLERANCE[tensor.dtype] for tensor in tensors)
-        return Case(name, ", ".join(self.said), tuple(tensors), ours, truth, way, tolerance)
+        return Case(name, ", ".join(self.said), tuple(tensors), ours, truth, way, tolerance, floor)
 
 
 # What torch gives, with 0 times infinity 0 where the 0 is a probability or a weight
@@ -365,10 +377,24 @@ def _measures(d: _Draw, name: str) -> Case:
             return nll + 2 * z.logsumexp(-1).masked_fill(target == -100, 0)
 
         return d.case(name, [z.to(real)], nll_and_lse, truth)
+    if name == "log_probs":
+        target = d.indices(shape[:1], shape[1])
+        temperature = d.one("temperature", TEMPERATURES)
+        return d.case(
+            name,
+            [z.to(real)],
+            lambda z: ll.log_probs(z, target, temperature=temperature),
+            lambda z: -_cross_entropy(z / temperature, target, None, 0.0, "none"),
+            factor=3.0,
+        )
     shared = d.one("shared", (False, True))
     # One mask for both, so that no divergence is infinite.
     other = (z * 0.5 + 0.25 * d.normal(*shape).to(dtype)).to(real)
     tensors = [z.to(real)] if shared else [z.to(real), d.laid("q", other)]
+
+    if name in DIVERGENCES:
+        ours, theirs = _divergence(d, name)
+        return d.case(name, tensors, _of_turned(ours), _of_turned(theirs), factor=3.0, way=_way(d, name, "z", shared))
 
     def turned(x: Tensor) -> Tensor:
         return x * 0.25 - 0.5 if name != "js" else x.flip(0)
@@ -384,6 +410,172 @@ def _measures(d: _Draw, name: str) -> Case:
 
     mine = {"kl": ll.kl, "js": ll.js, "pair_stats": all_of}[name]
     return d.case(name, tensors, of(mine), of(known), factor=3.0)
+
+
+def _of_turned(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a measure of two, the second made of the first where it is not given; both exclude the same classes."""
+    return lambda p, q=None: measure(p, p * 0.25 - 0.5 if q is None else q)
+
+
+def _divergence(d: _Draw, name: str) -> tuple[Callable[[Any, Any], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """Return a divergence and what it is by its definition."""
+    temperature = d.one("temperature", TEMPERATURES)
+    if name.endswith("tv"):
+
+        def tv(p: Tensor, q: Tensor) -> Tensor:
+            return ((p / temperature).softmax(-1) - (q / temperature).softmax(-1)).abs().sum(-1) / 2
+
+        return lambda p, q: ll.tv(p, q, temperature=temperature), tv
+    share = d.one("share", (0.5, 0.1, 0.9, 1e-3))
+    js = name.endswith("js, beta")
+
+    def known(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = (p / temperature).log_softmax(-1), (q / temperature).log_softmax(-1)
+        gone = log_p.isneginf() & log_q.isneginf()
+        log_p, log_q = log_p.masked_fill(gone, 0), log_q.masked_fill(gone, 0)
+        mixture = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+        of_p, of_q = ((x.exp() * (x - mixture)).masked_fill(gone, 0).sum(-1) for x in (log_p, log_q))
+        return share * of_p + (1 - share) * of_q if js else of_p
+
+    if js:
+        return lambda p, q: ll.js(p, q, beta=share, temperature=temperature), known
+    return lambda p, q: ll.kl(p, q, skew=share, temperature=temperature), known
+
+
+def _way(d: _Draw, name: str, logits: str, one: bool) -> str | None:
+    """Total variation has no derivative where both give a class the same: a rounding says which side it is on."""
+    same = any(f"{logits} content={content}" in d.said for content in ("constant", "negative zeros"))
+    return "no gradient" if one and same and name.endswith("tv") else None
+
+
+# Losses of a batch of vectors
+
+
+def _vectors(d: _Draw, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    content = d.one(f"{name} content", ("normal", "zero vectors", "negative zeros", "alike"))
+    values = d.normal(rows, width)
+    if content == "zero vectors":
+        values = values * (torch.rand(rows, 1, generator=d.make) < 0.5)
+    elif content == "negative zeros":
+        values = torch.where(values > 0, -0.0, values)
+    elif content == "alike":
+        values = values[:1].expand(rows, width) * 2 if rows else values
+    return d.laid(name, values.to(dtype))
+
+
+def _unit(x: Tensor) -> Tensor:
+    squares = x.square().sum(-1, keepdim=True)
+    zero = squares == 0
+    return (x / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
+
+
+def _mean(rows: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return the mean of rows, or of those that are kept: 0 of none."""
+    return rows.sum() / len(rows) if kept is None else rows.sum() / kept.sum().clamp(min=1)
+
+
+def _batches(d: _Draw, name: str) -> Case:
+    dtype = d.one("dtype", DTYPES)
+    rows, width = d.one("rows", (1, 2, 3, 7)), d.one("width", (0, 1, 2, 5, 33))
+    x = _vectors(d, "x", rows, width, dtype)
+    shared = d.one("shared", (False, True))
+    tensors = [x] if shared else [x, _vectors(d, "y", rows, width, dtype)]
+    labels = torch.randint(3, (rows,), generator=d.make)
+    scale = d.one("scale", (1.0, 20.0))
+    own = torch.eye(rows, dtype=torch.bool)
+
+    def of(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda x, y=None: loss(x, x.flip(0) if y is None else y)
+
+    ours: Callable[[Tensor, Tensor], Tensor]
+    truth: Callable[[Tensor, Tensor], Tensor]
+    if name == "pairwise_cosine":
+        ours, truth = ll.pairwise_cosine, lambda x, y: _unit(x) @ _unit(y).T
+    elif name == "info_nce":
+        kind = d.one("positives", ("own", "labels", "indices"))
+        index = torch.randint(-1, rows, (rows, 2), generator=d.make)
+        there = {"own": own, "labels": labels.unsqueeze(1) == labels, "indices": own & ~own}[kind]
+        if kind == "indices":
+            there = (index.unsqueeze(-1) == torch.arange(rows)).any(1)
+        given = {"own": None, "labels": (labels, labels), "indices": index}[kind]
+        out = torch.rand(rows, rows, generator=d.make) < d.one("masked", (0.0, 0.5))
+        count = there.sum(1)
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            return ll.info_nce(x, y, scale=scale, positives=given, mask=out)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            z = scale * _unit(x) @ _unit(y).T
+            log_z = z.masked_fill(out & ~there, -INF).masked_fill((count == 0).unsqueeze(1), 0).logsumexp(1)
+            each = log_z - torch.where(there, z, 0).sum(1) / count.clamp(min=1)
+            return _mean(torch.where(count > 0, each, 0), count > 0)
+    elif name == "clip_loss":
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            return ll.clip_loss(x, y, scale)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            z = scale * x @ y.T
+            return (F.cross_entropy(z, torch.arange(rows)) + F.cross_entropy(z.T, torch.arange(rows))) / 2
+    elif name == "siglip_loss":
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            return ll.siglip_loss(x, y, scale, -3.0)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            return -F.logsigmoid((2 * own.double() - 1) * (scale * x @ y.T - 3)).sum() / rows
+    elif name == "supcon_loss":
+        every = labels.repeat(2)
+        others = ~torch.eye(2 * rows, dtype=torch.bool)
+        same = (every.unsqueeze(1) == every) & others
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            return ll.supcon_loss(torch.stack([x, y], 1), labels, temperature=1 / scale, normalize=True)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            z = _unit(torch.cat([x, y]))
+            z = scale * z @ z.T
+            log_p = z - z.masked_fill(~others, -INF).logsumexp(1, keepdim=True)
+            return _mean(-torch.where(same, log_p, 0).sum(1) / same.sum(1))
+    elif name == "cosent_loss":
+        below = labels.unsqueeze(1) < labels
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            # Cosines in the dtype that they are computed in, of vectors that are not short.
+            return ll.cosent_loss(ll.pairwise_cosine(x, y).diagonal(), labels, scale=scale)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            scores = scale * (_unit(x) * _unit(y)).sum(1)
+            apart = (scores.unsqueeze(1) - scores).masked_fill(~below, -INF)
+            return torch.cat([apart.reshape(-1), scores.new_zeros(1)]).logsumexp(0)
+    else:
+        margin = d.one("margin", (0.5, 50.0))
+        same = labels.unsqueeze(1) == labels
+
+        def ours(x: Tensor, y: Tensor) -> Tensor:
+            return ll.batch_triplet_loss(x + y, labels, kind="all", margin=margin)
+
+        def truth(x: Tensor, y: Tensor) -> Tensor:
+            v = x + y
+            squares = (v.unsqueeze(1) - v).square().sum(-1)
+            apart = torch.where(squares > 0, squares.masked_fill(squares == 0, 1).sqrt(), 0)
+            each = apart.unsqueeze(2) - apart.unsqueeze(1) + margin
+            counted = (same & ~own).unsqueeze(2) & ~same.unsqueeze(1) & (each > 0)
+            return torch.where(counted, each, 0).sum() / counted.sum().clamp(min=1)
+
+    # Of one number a vector of length 1 has no gradient, but for a rounding of what cancels.
+    way = "no gradient" if width < 2 and name not in ("clip_loss", "siglip_loss", "batch_triplet_loss") else None
+    if shared and dtype in (torch.float16, torch.bfloat16):
+        way = "no gradient"  # of two ways that are each rounded to a half
+    factor = 8.0 if scale > 1 else 4.0
+    if name == "batch_triplet_loss" and dtype == torch.float64:
+        factor = 1e4  # the distance of two equal vectors is the root of a rounding: 1e-8 of their length
+    floor = 1e-2 * (1 + scale)
+    if name in ("clip_loss", "siglip_loss") and x.numel():
+        # A probability is off by a rounding of its logit, and is multiplied by a scaled vector.
+        largest = max(float(tensor.abs().max()) for tensor in tensors)
+        floor = max(floor, 1e-3 * (scale * width * largest**2) * (scale * largest))
+    return d.case(name, tensors, of(ours), of(truth), factor=factor, way=way, floor=floor)
 
 
 def _heads(d: _Draw, name: str) -> Case:
@@ -426,7 +618,25 @@ def _heads(d: _Draw, name: str) -> Case:
             lambda h, w: F.binary_cross_entropy_with_logits(h @ w.T, soft.double(), reduction=reduction),
             factor=4.0,
         )
+    if name in DIVERGENCES:
+        mine, known = _divergence(d, name)
+        return d.case(
+            name,
+            tensors,
+            of(lazy, lambda z: mine(z, z.materialize() * 0.5)),
+            of(exact, lambda z: known(z, z * 0.5)),
+            factor=8.0,
+            way=_way(d, name, "bias", width == 0),
+        )
     losses: dict[str, tuple[Any, Any]] = {
+        "lazy log_probs": (
+            lambda z: ll.log_probs(z, target, temperature=2.0),
+            lambda z: -_cross_entropy(z / 2, target, None, 0.0, "none"),
+        ),
+        "lazy top_k": (
+            lambda z: ll.token_stats(z, target, top_k=1, temperature=0.5).nll,
+            lambda z: _cross_entropy(z * 2, target, None, 0.0, "none"),
+        ),
         "lazy entropy": (ll.entropy, _entropy),
         "lazy logsumexp": (lambda z: z.logsumexp(-1), lambda z: z.logsumexp(-1)),
         "lazy nll": (lambda z: ll.token_stats(z, target).nll, lambda z: _cross_entropy(z, target, None, 0.0, "none")),
@@ -440,7 +650,19 @@ FUNCTIONS: dict[str, Callable[[_Draw, str], Case]] = {
     **dict.fromkeys(("cross_entropy", "nll_loss"), _classification),
     **dict.fromkeys(("kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"), _elements),
     **dict.fromkeys(("cosine_similarity", "cosine_embedding_loss"), _cosines),
-    **dict.fromkeys(("entropy", "token_stats", "kl", "js", "pair_stats"), _measures),
+    **dict.fromkeys(("entropy", "token_stats", "kl", "js", "pair_stats", "log_probs", *DIVERGENCES[:3]), _measures),
+    **dict.fromkeys(
+        (
+            "pairwise_cosine",
+            "info_nce",
+            "clip_loss",
+            "siglip_loss",
+            "supcon_loss",
+            "cosent_loss",
+            "batch_triplet_loss",
+        ),
+        _batches,
+    ),
     **dict.fromkeys(
         (
             "linear_cross_entropy",
@@ -449,6 +671,9 @@ FUNCTIONS: dict[str, Callable[[_Draw, str], Case]] = {
             "lazy logsumexp",
             "lazy nll",
             "lazy kl",
+            "lazy log_probs",
+            "lazy top_k",
+            *DIVERGENCES[3:],
         ),
         _heads,
     ),

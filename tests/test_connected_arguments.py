@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
+import contrastive_oracles as contrastive
 import logitless as ll
 import logitless.functional as LF
-import contrastive_oracles as contrastive
 import oracles
 
 ROWS, CLASSES = 4, 6
@@ -126,7 +126,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: ll.pairwise_cosine(x, x.sin()),
         lambda x: contrastive.units(x) @ contrastive.units(x.sin()).T,
     ),
-    "pairwise_cosine of itself": (lambda x: ll.pairwise_cosine(x), lambda x: contrastive.units(x) @ contrastive.units(x).T),
+    "pairwise_cosine of itself": (
+        lambda x: ll.pairwise_cosine(x),
+        lambda x: contrastive.units(x) @ contrastive.units(x).T,
+    ),
     "info_nce": (
         lambda x: ll.info_nce(x, x.sin(), scale=x[0, 0].square() + 1, reduction="none"),
         lambda x: contrastive.info_nce(x, x.sin(), x[0, 0].square() + 1),

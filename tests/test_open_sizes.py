@@ -79,7 +79,10 @@ MODULES: dict[str, tuple[torch.nn.Module, tuple[str, ...]]] = {
     ),
     "lazy log_probs": (Calls(lambda w, h, t: ll.log_probs(ll.linear(h, w), t)), ("hidden", "target")),
     "lazy kl, skew": (Calls(lambda w, h, z: ll.kl(ll.linear(h, w), z, skew=0.1)), ("hidden", "logits")),
-    "lazy js, beta": (Calls(lambda w, h, z: ll.js(z, ll.linear(h, w), beta=0.8, reduction="sum")), ("hidden", "logits")),
+    "lazy js, beta": (
+        Calls(lambda w, h, z: ll.js(z, ll.linear(h, w), beta=0.8, reduction="sum")),
+        ("hidden", "logits"),
+    ),
     "lazy tv": (Calls(lambda w, h, z: ll.tv(ll.linear(h, w), z)), ("hidden", "logits")),
     "pairwise_cosine": (Calls(lambda w, z, p: ll.pairwise_cosine(z, p)), ("logits", "chance")),
     "info_nce": (LN.InfoNCELoss(temperature=0.5), ("logits", "chance")),
@@ -90,7 +93,13 @@ MODULES: dict[str, tuple[torch.nn.Module, tuple[str, ...]]] = {
     "info_nce, options": (
         Calls(
             lambda w, z, p, t: ll.info_nce(
-                z, p, scale=2.0, positives=t % 2, false_negative_margin=0.0, hardness="all_negatives", hardness_strength=0.5
+                z,
+                p,
+                scale=2.0,
+                positives=t % 2,
+                false_negative_margin=0.0,
+                hardness="all_negatives",
+                hardness_strength=0.5,
             )
         ),
         ("logits", "chance", "target"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from logitless._heads.sigmoid import softplus_gradients, softplus_sum
 from logitless._heads.square import Contrast, Margin, Panel, Partitions, Rule, fold, gradients, row_losses
+from logitless._heads.vectors import units
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.transforms import transform_reason
@@ -141,7 +142,7 @@ def sigmoid_definition(
 def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Tensor:
     """Return the loss of each anchor as written, in plain torch: the similarity matrices are built."""
     sides = [
-        _units(given.to(call.dtype)) if normalize else given.to(call.dtype)
+        units(given.to(call.dtype)) if normalize else given.to(call.dtype)
         for given, normalize in zip(vectors, call.normalize, strict=True)
     ]
     scale = scale.to(call.dtype) if isinstance(scale, Tensor) else scale
@@ -168,15 +169,6 @@ def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor])
     return (sum(sums[1:], sums[0]) / call.partitions - positive / call.positives.clamp(min=1)).masked_fill(~counted, 0)
 
 
-def _units(vectors: Tensor) -> Tensor:
-    """Return vectors of length 1, and zero vectors as they are; no square overflows."""
-    largest = vectors.detach().abs().amax(1, keepdim=True)
-    zero = largest == 0
-    scaled = vectors / largest.masked_fill(zero, 1)
-    squares = scaled.square().sum(1, keepdim=True)
-    return (scaled / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
-
-
 def _edited(
     call: Contrast,
     panel: Panel,
@@ -190,12 +182,13 @@ def _edited(
     if rule.changes_nothing:
         return logits
     value = scale.detach() if isinstance(scale, Tensor) else scale
-    added, device = torch.zeros_like(logits), logits.device
+    (rows, columns), device = logits.shape, logits.device
+    added = torch.zeros_like(logits)
     left_out = torch.zeros_like(logits, dtype=torch.bool)
     if rule.hardness is not None:
         hard = torch.ones_like(left_out)
         if rule.hardness.own is not None and rule.hardness.which != "all_negatives":
-            own = rule.hardness.own.matrix(*logits.shape, device)
+            own = rule.hardness.own.matrix(rows, columns, device)
             hard = own if rule.hardness.which == "hard_negatives" else ~own
         added = torch.where(hard, logits.detach() * (rule.hardness.strength / value), 0)
     if rule.margin is not None:
@@ -203,7 +196,7 @@ def _edited(
     if rule.mask is not None:
         left_out = left_out | rule.mask
     for pairs in rule.pairs:
-        left_out = left_out | pairs.matrix(*logits.shape, device)
+        left_out = left_out | pairs.matrix(rows, columns, device)
     if positives is not None:
         added, left_out = added.masked_fill(positives, 0), left_out & ~positives
     return (logits + added.masked_fill(left_out, 0)).masked_fill(left_out, -torch.inf)
@@ -219,7 +212,7 @@ def _too_alike(
     thresholds = thresholds.unsqueeze(along)
     if margin.guide is None:
         return logits > thresholds * scale
-    first, second = (_units(x.to(call.dtype)) for x in margin.guide)
+    first, second = (units(x.to(call.dtype)) for x in margin.guide)
     if panel.paired:
         return torch.einsum("nd,nkd->nk", first, second.view(first.shape[0], panel.paired, -1)) > thresholds
     return first[: panel.height] @ second[: panel.width].T > thresholds

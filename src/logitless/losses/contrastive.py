@@ -99,13 +99,14 @@ def info_nce(
     """
     reduction = resolve_reduction(reduction, None, None)
     _check_vectors("info_nce", query, key)
-    options = _Directions.of(directions, partition, symmetric, positives, query.shape[0], key.shape[0])
+    queries, keys = query.shape[0], key.shape[0]
+    options = _Directions.of(directions, partition, symmetric, positives, queries, keys)
     factor = _scale("info_nce", temperature, scale)
     _check_hardness(hardness, hardness_strength)
     own = _own_negatives(query, negatives, negative_mode, negatives_mask)
     vectors = [query, key] if own is None else [query, key, own.vectors]
     picked = dispatch.pick("info_nce", (*vectors, factor if isinstance(factor, Tensor) else None), backend)
-    pairs = _positive_pairs(positives, query.shape[0], key.shape[0], query.device)
+    pairs = _positive_pairs(positives, queries, keys, query.device)
     precision = precision_of(*vectors)
 
     guides = None if guide is None else _guides(guide, query, key, own)
@@ -120,7 +121,7 @@ def info_nce(
             return Rule(left_out, mask)
         return Rule(left_out, mask, Margin(margin, None if guides is None else (guides[first], guides[second])))
 
-    excluded, matrix = _excluded(mask, query.shape[0], key.shape[0])
+    excluded, matrix = _excluded(mask, queries, keys)
     plain = rule(0, 1, left_out=excluded, mask=matrix)
     hard = hardness if strength is not None else None
     row_rule = plain
@@ -131,8 +132,8 @@ def info_nce(
         Panel(
             0,
             1,
-            query.shape[0],
-            key.shape[0],
+            queries,
+            keys,
             columns=columns,
             row_rule=row_rule,
             column_rule=plain if columns is not None and (margin is not None or row_rule is not plain) else None,
@@ -145,23 +146,23 @@ def info_nce(
             Panel(
                 0,
                 2,
-                query.shape[0],
+                queries,
                 own.width,
                 row_rule=replace(rule(0, 2, mask=own.absent), hardness=hardened),
                 paired=own.paired,
             )
         )
     if options.queries:
-        panels.append(Panel(0, 0, query.shape[0], query.shape[0], row_rule=rule(0, 0, left_out=(Diagonal(query.shape[0]),))))
+        panels.append(Panel(0, 0, queries, queries, row_rule=rule(0, 0, left_out=(Diagonal(queries),))))
     if options.documents:
-        panels.append(Panel(1, 1, query.shape[0], key.shape[0], row_rule=rule(1, 1, left_out=(Diagonal(query.shape[0]),))))
+        panels.append(Panel(1, 1, queries, keys, row_rule=rule(1, 1, left_out=(Diagonal(queries),))))
         if own is not None and not own.paired:
             same = () if own.owners is None else (own.owners,)
-            panels.append(Panel(1, 2, query.shape[0], own.width, row_rule=rule(1, 2, left_out=same, mask=own.absent)))
-    counts = pairs.counts(query.shape[0], key.shape[0], query.device)
+            panels.append(Panel(1, 2, queries, own.width, row_rule=rule(1, 2, left_out=same, mask=own.absent)))
+    counts = pairs.counts(queries, keys, query.device)
     call = Contrast(
         picked,
-        query.shape[0],
+        queries,
         tuple(panels),
         options.partitions,
         (normalize,) * len(vectors),
@@ -170,7 +171,7 @@ def info_nce(
     )
     with no_autocast(query):
         losses = contrast(call, factor, *vectors)
-        counted: Tensor | float = torch.sym_float(query.shape[0]) if positives is None else (counts > 0).sum()
+        counted: Tensor | float = torch.sym_float(queries) if positives is None else (counts > 0).sum()
         empty: Empty = "nan" if positives is None else "zero"
         return reduce_rows(losses, reduction, denominator=counted, dtype=precision.compute, empty=empty)
 
@@ -516,7 +517,8 @@ def _own_negatives(
                 f"info_nce: negatives_mask must be boolean {expected}, got {present.dtype} {tuple(present.shape)}"
             )
         absent = ~present
-        if absent.numel() == flat.shape[0]:  # padding may hold anything, and a probability of 0 times that is not always 0
+        # Padding may hold anything, and a probability of 0 times that is not always 0.
+        if absent.numel() == flat.shape[0]:
             flat = flat.masked_fill(absent.reshape(-1, 1), 0)
     if each and mode != "unpaired":
         if not width:

@@ -123,7 +123,7 @@ def pairwise_cosine(
     picked = dispatch.pick("pairwise_cosine", (x, other, out), backend)
     dtype = precision_of(x, other).compute
     with no_autocast(x):
-        return pairwise(PairwiseCall(picked, dtype, 0.0, dtype), x, other, out)
+        return pairwise(PairwiseCall(picked, dtype), x, other, out)
 
 
 def cosine_embedding_loss(
