@@ -10,6 +10,7 @@ from torch import Tensor
 import logitless as ll
 import logitless.functional as LF
 from logitless.kernels import cpu
+from product_choice import pin_kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROWS, SPLITS = 41, 36  # of each number of classes; six of them make more than 200 a dtype
@@ -20,8 +21,8 @@ Call = Callable[[slice | Tensor], Numbers]
 
 @pytest.fixture(autouse=True)
 def products_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the product kernel under test in float32 on every processor; torch's promises nothing of a sum's order."""
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", cpu.PRODUCT_DTYPES | {torch.float32})
+    """Put the product kernel under test wherever it serves; torch's promises nothing of a sum's order."""
+    pin_kernel(monkeypatch)
 
 
 def logits_of(rows: int, classes: int, seed: int) -> Tensor:

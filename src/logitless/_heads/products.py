@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import multiplier
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend
 
@@ -34,7 +35,7 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    return _serves(backend, weight, hidden)
+    return _serves(multiplier(backend, hidden.dtype, hidden.shape[1]), weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:

@@ -24,10 +24,14 @@ WHOLE_CALLS: WholeCalls = cpu
 
 
 class Forecast(NamedTuple):
-    """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes."""
+    """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes.
+
+    And who multiplies, with the reason.
+    """
 
     tile: tuple[int, int]
     peak_bytes: int
+    products: str
 
 
 class _Answer(NamedTuple):
@@ -38,23 +42,26 @@ class _Answer(NamedTuple):
 class Choice(_Answer):
     """The backend a call takes, and the reason: `backend, reason = explain(...)`.
 
-    Of logits that are not built, also the `tile` (rows, classes) and the `peak_bytes` beyond inputs and gradients; None
-    where the call holds a few numbers a row, or where the reference serves it.
+    Of logits that are not built, also the `tile` (rows, classes), the `peak_bytes` beyond inputs and gradients, and
+    whose `products` are taken and why; None where the call holds a few numbers a row, or the reference serves it.
     """
 
     tile: tuple[int, int] | None
     peak_bytes: int | None
+    products: str | None
 
     def __new__(cls, backend: str, reason: str, forecast: Forecast | None = None) -> Choice:
         """Return the pair, with what was forecast beside it."""
         choice = super().__new__(cls, backend, reason)
-        choice.tile, choice.peak_bytes = (None, None) if forecast is None else forecast
+        choice.tile, choice.peak_bytes, choice.products = (None, None, None) if forecast is None else forecast
         return choice
 
     def __repr__(self) -> str:
         """Say all of it."""
-        tile = "" if self.tile is None else f", tile={self.tile}, peak_bytes={self.peak_bytes}"
-        return f"Choice(backend={self.backend!r}, reason={self.reason!r}{tile})"
+        held = ""
+        if self.tile is not None:
+            held = f", tile={self.tile}, peak_bytes={self.peak_bytes}, products={self.products!r}"
+        return f"Choice(backend={self.backend!r}, reason={self.reason!r}{held})"
 
 
 class BackendStatus(NamedTuple):

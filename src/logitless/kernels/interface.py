@@ -179,6 +179,11 @@ class Backend(Protocol):
         """Of which `product` takes factors. A set: a graph that is being compiled can ask it."""
         ...
 
+    @property
+    def MEASURED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of these the ones whose product by torch may be faster, so that both are timed."""
+        ...
+
     def missing(self) -> str | None:
         """Return why it is not there on this machine, or None if it is."""
         ...
@@ -201,6 +206,10 @@ class Backend(Protocol):
 
     def workspace_bytes(self) -> int:
         """Return what its products hold beside the tiles."""
+        ...
+
+    def product_facts(self) -> str:
+        """Return what decides how fast its products are, beside the processor: what a time of them is kept under."""
         ...
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

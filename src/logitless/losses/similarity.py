@@ -7,6 +7,7 @@ from torch import Tensor
 
 from logitless._autograd.elements import CosineCall, Reduction, cosine
 from logitless._autograd.pairwise import PairwiseCall, pairwise
+from logitless._heads.multiplier import multiplier
 from logitless._rules import dispatch
 from logitless._rules.precision import no_autocast, precision_of
 from logitless._rules.reduction import reduce_rows, resolve_reduction
@@ -120,7 +121,8 @@ def pairwise_cosine(
     picked = dispatch.pick("pairwise_cosine", (x, other, out), backend)
     dtype = precision_of(x, other).compute
     with no_autocast(x):
-        return pairwise(PairwiseCall(picked, dtype, 0.0, dtype), x, other, out)
+        products = multiplier(picked, dtype, x.shape[1])
+        return pairwise(PairwiseCall(products, dtype, 0.0, dtype), x, other, out)
 
 
 def cosine_embedding_loss(
