@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from logitless.kernels.interface import Backend
+from logitless.kernels.products import multiplying
 
 # Torch's product is taken where its time is less than this share of the backend's.
 _MARGIN = 0.9
@@ -52,7 +53,9 @@ def multiplier(backend: Backend, dtype: torch.dtype, depth: int) -> Backend:
     """Return the backend, or where torch's product of this dtype and depth is faster the same with torch's products."""
     if dtype not in backend.MEASURED_PRODUCTS or depth == 0:
         return backend
-    return cast(Backend, _TorchMultiplies(backend, dtype)) if _times(backend, dtype, depth).torch_is_faster else backend
+    if _times(backend, dtype, depth).torch_is_faster:
+        return multiplying(backend, backend.PRODUCT_DTYPES - {dtype})
+    return backend
 
 
 def who_multiplies(backend: Backend, dtype: torch.dtype, depth: int) -> str:
@@ -67,18 +70,6 @@ def who_multiplies(backend: Backend, dtype: torch.dtype, depth: int) -> str:
     ratio = times.torch / times.backend
     who = "torch" if times.torch_is_faster else "the kernel"
     return f"{who} multiplies: timed here, torch took {ratio:.2f} times as long as the kernel"
-
-
-class _TorchMultiplies:
-    """A backend that leaves products of a dtype to torch."""
-
-    def __init__(self, backend: Backend, dtype: torch.dtype) -> None:
-        self._backend = backend
-        self.PRODUCT_DTYPES = backend.PRODUCT_DTYPES - {dtype}
-        self.MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
 
 
 def _times(backend: Backend, dtype: torch.dtype, depth: int) -> Times:

@@ -90,7 +90,7 @@ def _serves(backend: Backend, first: Tensor, second: Tensor) -> bool:
     if not backend.PRODUCT_DTYPES.issuperset((first.dtype, second.dtype)):
         return False
     single = first.dtype == second.dtype == torch.float32
-    return not single or torch.get_float32_matmul_precision() == "highest"
+    return not single or backend.PRODUCTS_ARE_FIXED or torch.get_float32_matmul_precision() == "highest"
 
 
 def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bool) -> None:

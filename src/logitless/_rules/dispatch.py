@@ -14,9 +14,13 @@ from torch import Tensor
 from logitless._rules.transforms import TRACED, compile_reason, transform_reason
 from logitless.kernels import cpu, native, reference
 from logitless.kernels.interface import Backend, WholeCalls
+from logitless.kernels.products import of_fixed_order
 
 # In the order in which they are tried; the last one takes what the others do not. A new backend is a line here.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+# What the name of a backend ends in that takes no product but those of a fixed order.
+_FIXED = ", deterministic"
+_DETERMINISTIC = {name: of_fixed_order(backend, name + _FIXED) for name, backend in BACKENDS.items()}
 # The one whose calls torch differentiates.
 DEFINITION = reference.NAME
 # The backend that spares small calls all that stands around its kernels.
@@ -106,7 +110,8 @@ def whole_calls() -> WholeCalls | None:
 
 def named(backend: str) -> Backend:
     """Return a backend by its name, as an operator in a compiled graph has it."""
-    return BACKENDS[backend]
+    name, _, fixed = backend.partition(_FIXED)
+    return _DETERMINISTIC[name] if fixed else BACKENDS[name]
 
 
 def serving(*tensors: Tensor | None) -> Backend:
@@ -134,9 +139,12 @@ def pick(
     obstacle: str | None = None,
     forecast: Callable[[Backend], Forecast] | None = None,
     compiles: bool = False,
+    deterministic: Sequence[Tensor | None] | None = None,
 ) -> Backend:
     """Return the backend for an operation on these tensors; raise if the one asked for cannot serve it.
 
+    `deterministic` asks for rows whose bits nothing beside them decides, and names the factors of their products, if
+    any: it raises where nobody promises that.
     `obstacle` is the caller's own reason why no kernel can, where there is one; `forecast` says what a backend will
     hold if it can; `compiles` says that the operation reaches kernels by an operator of `_operators` in a graph that is
     being compiled.
@@ -148,9 +156,11 @@ def pick(
     asked = backend if backend is not None else os.environ.get("LOGITLESS_BACKEND") or None
     by = "backend=" if backend is not None else "LOGITLESS_BACKEND"
     picked, reason = _asked_for(operation, asked, by, tensors, obstacle) if asked else _first_fit(tensors, obstacle)
+    if deterministic is not None:
+        picked = _deterministic(operation, picked, reason, deterministic)
     if explaining:
         foreseen = None if picked.PLAIN or forecast is None else forecast(picked)
-        raise _Explained(Choice(picked.NAME, reason, foreseen))
+        raise _Explained(Choice(picked.NAME.removesuffix(_FIXED), reason, foreseen))
     return picked
 
 
@@ -179,6 +189,20 @@ def _first_fit(tensors: Sequence[Tensor | None], obstacle: str | None) -> tuple[
             return backend, backend.served()
         first_reason = first_reason or reason
     raise RuntimeError(f"no backend serves this call: {first_reason}")
+
+
+def _deterministic(operation: str, picked: Backend, reason: str, factors: Sequence[Tensor | None]) -> Backend:
+    """Return the backend with products of a fixed order for these factors; raise where it has none."""
+    if picked.PLAIN:
+        reason = f"torch's operations serve this call ({reason}), and promise no order of their sums"
+        raise RuntimeError(f"{operation}: deterministic=True cannot be kept: {reason}")
+    kinds = {factor.dtype for factor in factors if factor is not None}
+    for dtype in kinds - picked.FIXED_PRODUCTS:
+        raise RuntimeError(
+            f"{operation}: deterministic=True cannot be kept: no kernel multiplies {dtype} on this processor, and "
+            "torch's product promises no order of its sums; a head in float32 can be multiplied everywhere"
+        )
+    return _DETERMINISTIC.get(picked.NAME, picked)  # of one that multiplies nothing, itself
 
 
 def _obstacle(backend: Backend, tensors: Sequence[Tensor | None], obstacle: str | None) -> str | None:

@@ -184,6 +184,16 @@ class Backend(Protocol):
         """Of these the ones whose product by torch may be faster, so that both are timed."""
         ...
 
+    @property
+    def FIXED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of which it has a product, be it the slower one, whose sums have an order that the depth alone decides."""
+        ...
+
+    @property
+    def PRODUCTS_ARE_FIXED(self) -> bool:  # noqa: N802
+        """Whether they are taken where torch's float32_matmul_precision would allow less than float32, too."""
+        ...
+
     def missing(self) -> str | None:
         """Return why it is not there on this machine, or None if it is."""
         ...

@@ -30,6 +30,8 @@ READS_VALUES = True
 PAIR_SAVED = 1
 PRODUCT_DTYPES: frozenset[torch.dtype] = frozenset()
 MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+FIXED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+PRODUCTS_ARE_FIXED = False
 
 
 def missing() -> None:

@@ -32,11 +32,13 @@ from logitless.kernels.native import extension as _native
 __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
+    "FIXED_PRODUCTS",
     "MEASURED_PRODUCTS",
     "NAME",
     "PAIR_SAVED",
     "PLAIN",
     "POOLED_BYTES",
+    "PRODUCTS_ARE_FIXED",
     "PRODUCT_DTYPES",
     "READS_VALUES",
     "WHOLE_DTYPES",
@@ -78,6 +80,10 @@ PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
 WHOLE_DTYPES = frozenset(DTYPES)
 
 
+# Of which the kernel has a product, on the instruction set chosen at the start.
+FIXED_PRODUCTS = frozenset(dtype for dtype, code in DTYPES.items() if _native and _native.product_serves(code))
+
+
 def _products() -> tuple[frozenset[torch.dtype], frozenset[torch.dtype]]:
     """Return the dtypes whose products are the kernel's, and those of them that torch may multiply faster.
 
@@ -89,16 +95,15 @@ def _products() -> tuple[frozenset[torch.dtype], frozenset[torch.dtype]]:
         raise ValueError(f"LOGITLESS_PRODUCT: expected native or torch, got {asked!r}")
     if _native is None or asked == "torch":
         return frozenset(), frozenset()
-    serves = frozenset(dtype for dtype, code in DTYPES.items() if _native.product_serves(code))
     if asked == "native":
-        return serves, frozenset()
-    measured = serves & {torch.float32, torch.float64}
-    return frozenset(d for d in serves if d in measured or _native.product_is_faster(DTYPES[d])), measured
+        return FIXED_PRODUCTS, frozenset()
+    measured = FIXED_PRODUCTS & {torch.float32, torch.float64}
+    return measured | {d for d in FIXED_PRODUCTS if _native.product_is_faster(DTYPES[d])}, measured
 
 
-# Sets that the instruction set chosen at the start decides: a graph that is being compiled can ask them, and not the
-# extension.
+# Sets that are known from the start: a graph that is being compiled can ask them, and not the extension.
 PRODUCT_DTYPES, MEASURED_PRODUCTS = _products()
+PRODUCTS_ARE_FIXED = False
 
 # What a thread's share of a product packs its operands into, measured.
 _WORKSPACE_BYTES = 3 * 10**6
