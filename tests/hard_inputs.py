@@ -570,7 +570,9 @@ def _batches(d: _Draw, name: str) -> Case:
     factor = 8.0 if scale > 1 else 4.0
     if name == "batch_triplet_loss" and dtype == torch.float64:
         factor = 1e4  # the distance of two equal vectors is the root of a rounding: 1e-8 of their length
-    floor = 1e-2 * (1 + scale)
+    lengths = torch.cat([tensor.double().norm(dim=1) for tensor in tensors])
+    shortest = float(lengths[lengths > 0].min()) if bool((lengths > 0).any()) else 1.0
+    floor = 1e-2 * (1 + scale) / min(1.0, shortest)  # what turns a vector of length 1 is divided by its length
     if name in ("clip_loss", "siglip_loss") and x.numel():
         # A probability is off by a rounding of its logit, and is multiplied by a scaled vector.
         largest = max(float(tensor.abs().max()) for tensor in tensors)

@@ -15,6 +15,7 @@ from logitless import _native
 from logitless._heads import products
 from logitless.kernels import cpu
 from logitless.kernels.native import DTYPES
+from product_choice import pin_kernel, pin_torch
 
 ORDERS = tuple(combinations((False, True), repeat=2))
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -145,7 +146,7 @@ def test_without_depth_a_product_is_0() -> None:
 
 
 def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", cpu.PRODUCT_DTYPES | {FLOAT32})
+    pin_kernel(monkeypatch)
     served = []
     monkeypatch.setattr(cpu, "product", lambda *factors, **_: served.append(factors))
     first, second, out = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(2, 4)
@@ -162,7 +163,7 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_where_torch_serves_sums_of_bfloat16_are_widened_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    pin_torch(monkeypatch)
     assert products.needs_spare(cpu, BFLOAT16)
     assert not products.widens(cpu, BFLOAT16)
     first, second = matrix(1, 50, 20, BFLOAT16, False), matrix(2, 20, 8, BFLOAT16, False)
@@ -179,7 +180,7 @@ def test_where_torch_serves_factors_of_float16_are_widened_part_by_part(
     turned: bool, widened: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of float16 are those of float32, whichever factor is the larger one: none is rounded on the way."""
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    pin_torch(monkeypatch)
     monkeypatch.setattr(products, "_WIDENED", widened)
     assert products.widens(cpu, torch.float16)
     assert not products.needs_spare(cpu, torch.float16)

@@ -26,6 +26,7 @@ class HeadLoss(NamedTuple):
     normalizer: Normalizer
     max_bytes: int | None
     backend: str | None
+    deterministic: bool = False  # rows whose bits nothing beside them decides
 
 
 class LossRows(NamedTuple):

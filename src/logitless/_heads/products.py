@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import multiplier
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend
 
@@ -34,7 +35,7 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    return _serves(backend, weight, hidden)
+    return _serves(multiplier(backend, hidden.dtype, hidden.shape[1]), weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:
@@ -91,7 +92,7 @@ def _serves(backend: Backend, first: Tensor, second: Tensor) -> bool:
     if not backend.PRODUCT_DTYPES.issuperset((first.dtype, second.dtype)):
         return False
     single = first.dtype == second.dtype == torch.float32
-    return not single or torch.get_float32_matmul_precision() == "highest"
+    return not single or backend.PRODUCTS_ARE_FIXED or torch.get_float32_matmul_precision() == "highest"
 
 
 def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import who_multiplies
 from logitless._heads.products import widens
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
@@ -190,7 +191,14 @@ def forecast(call: HeadCall) -> Forecast:
         if isinstance(source, HeadRows) and call.gradient:
             peak += HeadTiles.accumulator_bytes(call.backend, source, tiles)
     row_bytes = sum(8 + call.dtype.itemsize for _ in call.differentiable)  # outputs, and what the gradient needs
-    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes)
+    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes, _products(call))
+
+
+def _products(call: HeadCall) -> str:
+    """Return who multiplies each head."""
+    factors = [source.tensors[0] for source in call.sources if isinstance(source, HeadRows)]
+    said = [who_multiplies(call.backend, hidden.dtype, hidden.shape[1]) for hidden in factors if hidden is not None]
+    return "; ".join(dict.fromkeys(said))
 
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:

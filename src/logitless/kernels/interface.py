@@ -181,6 +181,21 @@ class Backend(Protocol):
         """Of which `product` takes factors. A set: a graph that is being compiled can ask it."""
         ...
 
+    @property
+    def MEASURED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of these the ones whose product by torch may be faster, so that both are timed."""
+        ...
+
+    @property
+    def FIXED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of which it has a product, be it the slower one, whose sums have an order that the depth alone decides."""
+        ...
+
+    @property
+    def PRODUCTS_ARE_FIXED(self) -> bool:  # noqa: N802
+        """Whether they are taken where torch's float32_matmul_precision would allow less than float32, too."""
+        ...
+
     def missing(self) -> str | None:
         """Return why it is not there on this machine, or None if it is."""
         ...
@@ -203,6 +218,10 @@ class Backend(Protocol):
 
     def workspace_bytes(self) -> int:
         """Return what its products hold beside the tiles."""
+        ...
+
+    def product_facts(self) -> str:
+        """Return what decides how fast its products are, beside the processor: what a time of them is kept under."""
         ...
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -99,6 +99,7 @@ def _picked(
         obstacle=_obstacle(meaning, asked),
         forecast=foreseen,
         compiles=compiles,
+        deterministic=source.tensors[:2] if asked.deterministic else None,
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from logitless._autograd.elements import CosineCall, Reduction, cosine
 from logitless._autograd.pairwise import PairwiseCall, pairwise
+from logitless._heads.multiplier import multiplier
 from logitless._rules import dispatch
 from logitless._rules.precision import check_real, no_autocast, precision_of
 from logitless._rules.reduction import count_of, reduce_rows, resolve_reduction
@@ -123,7 +124,7 @@ def pairwise_cosine(
     picked = dispatch.pick("pairwise_cosine", (x, other, out), backend)
     dtype = precision_of(x, other).compute
     with no_autocast(x):
-        return pairwise(PairwiseCall(picked, dtype), x, other, out)
+        return pairwise(PairwiseCall(multiplier(picked, dtype, x.shape[1]), dtype), x, other, out)
 
 
 def cosine_embedding_loss(
