@@ -172,6 +172,7 @@ def cross_entropy(
     dense_target: int,
     smoothing: float,
     mean: bool,
+    result: int,
     losses: int,
     save: bool,
     /,

@@ -464,14 +464,15 @@ class WholeCalls(Backend, Protocol):
         ignore_index: int,
         smoothing: float,
         mean: bool,
+        result: Tensor | None,
         losses: Tensor | None,
         save: bool,
     ) -> tuple[int, float, float, bytes]:
         """Return (bad_row, loss, denominator, saved): the reduced loss of contiguous rows [rows, classes].
 
         The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in
-        the compute dtype; `losses`, in it too, gets each row's own. The denominator is torch's with `mean`, else 1,
-        and `saved` is for `cross_entropy_grad`, and empty unless `save`.
+        the compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. The denominator is torch's
+        with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless `save`.
         """
         ...
 
