@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 import logitless as ll
 import logitless.functional as LF
 from logitless import _native
