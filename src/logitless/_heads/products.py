@@ -34,7 +34,7 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    return _serves(backend, weight, hidden)
+    return backend.PRODUCT_BITS_STAND and _serves(backend, weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from logitless.kernels.checks import waits
+
 TRACED = "torch.compile traces plain operations"
 
 
@@ -49,3 +51,8 @@ def hold_data(*tensors: Tensor | None) -> bool:
 def values_are_readable(tensor: Tensor) -> bool:
     """Say whether looking at the values is possible and free of a device synchronisation."""
     return tensor.device.type == "cpu" and hold_data(tensor) and transform_reason(tensor) is None
+
+
+def may_be_waited_for(tensor: Tensor) -> bool:
+    """Say whether the values are to be looked at though that waits for a device: LOGITLESS_CHECK=1 asks for it."""
+    return waits() and hold_data(tensor) and transform_reason(tensor) is None

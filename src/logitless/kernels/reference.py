@@ -29,10 +29,16 @@ READS_VALUES = True
 # `pair_row_grad` makes everything again.
 PAIR_SAVED = 1
 PRODUCT_DTYPES: frozenset[torch.dtype] = frozenset()
+PRODUCT_BITS_STAND = False
+NARROWS = False
 
 
 def missing() -> None:
     """Return None: torch is there."""
+
+
+def lacks() -> None:
+    """Return None: it runs anywhere."""
 
 
 def detail() -> str:

@@ -32,9 +32,11 @@ __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "NAME",
+    "NARROWS",
     "PAIR_SAVED",
     "PLAIN",
     "POOLED_BYTES",
+    "PRODUCT_BITS_STAND",
     "PRODUCT_DTYPES",
     "READS_VALUES",
     "WHOLE_DTYPES",
@@ -52,6 +54,7 @@ __all__ = [
     "empty_like",
     "empty_like_pooled",
     "empty_pooled",
+    "lacks",
     "missing",
     "native_info",
     "obstacle",
@@ -71,6 +74,8 @@ NAME = "cpu"
 DEVICE_TYPES = frozenset(("cpu",))
 PLAIN = False
 READS_VALUES = True
+PRODUCT_BITS_STAND = True
+NARROWS = False
 PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
 WHOLE_DTYPES = frozenset(DTYPES)
 
@@ -103,6 +108,9 @@ empty_like = empty_like_pooled
 def missing() -> str | None:
     """Return why the compiled kernels are not there, or None if they are."""
     return MISSING
+
+
+lacks = missing
 
 
 def detail() -> str:
