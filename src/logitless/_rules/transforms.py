@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from logitless.kernels.checks import waits
+
 # Asked at each call, of which the shortest take as long as three of these: by names of their own.
 _is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
 _key_is_included = torch._C._dispatch_tls_is_dispatch_key_included
@@ -78,3 +80,8 @@ def hold_data(*tensors: Tensor | None) -> bool:
 def values_are_readable(tensor: Tensor) -> bool:
     """Say whether looking at the values is possible and free of a device synchronisation."""
     return tensor.device.type == "cpu" and hold_data(tensor) and transform_reason(tensor) is None
+
+
+def may_be_waited_for(tensor: Tensor) -> bool:
+    """Say whether the values are to be looked at though that waits for a device: LOGITLESS_CHECK=1 asks for it."""
+    return waits() and hold_data(tensor) and transform_reason(tensor) is None
