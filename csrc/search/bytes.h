@@ -39,7 +39,7 @@ struct ByteQuery {
 
 template <int kTall>
 __attribute__((target("avx512vnni"))) void byte_sums(int64_t units, const uint32_t* queries, const uint32_t* rows,
-                                                     const int32_t* start, int32_t* sums) {
+                                                     const int32_t* start, int32_t* sums, Ahead ahead) {
   __m512i left[kTall], right[kTall];
   LL_UNROLL
   for (int i = 0; i < kTall; ++i) {
@@ -47,6 +47,9 @@ __attribute__((target("avx512vnni"))) void byte_sums(int64_t units, const uint32
     right[i] = _mm512_loadu_si512(start + 16);
   }
   for (int64_t k = 0; k < units; ++k) {
+    __builtin_prefetch(ahead.from);
+    __builtin_prefetch(ahead.from + kLine);
+    ahead.from += ahead.step;
     const __m512i first = _mm512_loadu_si512(rows), second = _mm512_loadu_si512(rows + 16);
     LL_UNROLL
     for (int i = 0; i < kTall; ++i) {
@@ -65,9 +68,9 @@ __attribute__((target("avx512vnni"))) void byte_sums(int64_t units, const uint32
 }
 template <int kTall = kRows>
 LL_INLINE void byte_sums_of_height(int64_t tall, int64_t units, const uint32_t* queries, const uint32_t* rows,
-                                   const int32_t* start, int32_t* sums) {
-  if (tall == kTall) return byte_sums<kTall>(units, queries, rows, start, sums);
-  if constexpr (kTall > 1) byte_sums_of_height<kTall - 1>(tall, units, queries, rows, start, sums);
+                                   const int32_t* start, int32_t* sums, Ahead ahead) {
+  if (tall == kTall) return byte_sums<kTall>(units, queries, rows, start, sums, ahead);
+  if constexpr (kTall > 1) byte_sums_of_height<kTall - 1>(tall, units, queries, rows, start, sums, ahead);
 }
 
 // The sum of the elements, and of their squares.
@@ -204,10 +207,13 @@ bool search_bytes(const Compared& args, const Wanted& wanted, const Find& best, 
       }
       ++filled;
     }
+    const NextRows next = next_rows(args, end, threads, panels, sizeof(int8_t));
     for (int64_t down = 0; down < tiles_down; ++down) {
       const int64_t first = query_of(down), tall = query_of(down + 1) - first;
       for (int64_t p = 0; p < filled; ++p) {
-        byte_sums_of_height(tall, units, queries.data + down * kRows * units, own + p * panel_units, starts[p], sums);
+        const uint32_t* const panel = own + p * panel_units;
+        const Ahead ahead = down == 0 ? next.of_panel(p, units) : Ahead{reinterpret_cast<const char*>(panel), 0};
+        byte_sums_of_height(tall, units, queries.data + down * kRows * units, panel, starts[p], sums, ahead);
         const uint64_t there = (uint64_t{1} << rows[p].count) - 1;
         for (int64_t i = 0; i < tall; ++i) {
           auto& found = best(thread, first + i);

@@ -137,7 +137,8 @@ template <class S> struct Ranks {
       const S* places[kAcross];
       for (int64_t i = 0; i < tall; ++i) places[i] = sweep.row(args.first_query + first + i);
       pack_with_lengths(places, tall, compared.depth, compared.normalized, panel, inverse);
-      sweep.tile(tall, queries.data + down * kRows * compared.depth, panel, sums);
+      sweep.tile(tall, queries.data + down * kRows * compared.depth, panel, sums,
+                 Ahead{reinterpret_cast<const char*>(panel), 0});
       for (int64_t i = 0; i < tall; ++i) {
         const Scores scores = sweep.finished(sums + i * kAcross, inverse);
         store(values, scores.left);

@@ -11,7 +11,8 @@
 // equal scores.
 //
 // Steps: 1. Pack the queries. 2. For each stretch, pack the rows that `wanted` lets pass. 3. For each panel of queries
-// and each panel of rows, compute the tile, and let `each` see the scores of one query at a time, two vectors of them.
+// and each panel of rows, compute the tile, and let `each` see the scores of one query at a time, two vectors of them;
+// the first of them asks memory for rows that come next.
 #pragma once
 
 #include <omp.h>
@@ -50,6 +51,20 @@ struct PanelRows {
 
 inline constexpr int64_t kPackedBytes = 384 * 1024;
 
+// The rows that a thread probably takes next. Memory is asked for them while the first panel of queries passes by: with
+// few queries it would otherwise be waited for.
+struct NextRows {
+  const char* from;
+  int64_t panel_bytes;
+  // Those of panel p, in as many parts as a tile asks for.
+  LL_INLINE Ahead of_panel(int64_t p, int64_t units) const { return {from + p * panel_bytes, panel_bytes / units}; }
+};
+LL_INLINE NextRows next_rows(const Compared& args, int64_t end, int64_t threads, int64_t panels, int64_t size) {
+  const int64_t first = smaller(end + (threads - 1) * panels * kAcross, args.rows);
+  const int64_t row_bytes = args.row_stride * size;
+  return {static_cast<const char*>(args.corpus) + first * row_bytes, kAcross * row_bytes};
+}
+
 template <class S> struct Sweep {
   const Compared& args;
   const S* const corpus = static_cast<const S*>(args.corpus);
@@ -82,10 +97,10 @@ template <class S> struct Sweep {
   }
 
   // The sums of a panel of queries with a panel of rows: sums[query][kAcross].
-  LL_INLINE void tile(int64_t tall, const float* queries, const float* rows, float* sums) const {
+  LL_INLINE void tile(int64_t tall, const float* queries, const float* rows, float* sums, Ahead ahead) const {
     sums_of_height<float>(tall, args.depth, reinterpret_cast<const Unit<float>*>(queries),
                           reinterpret_cast<const Unit<float>*>(rows), sums, static_cast<int64_t>(kAcross),
-                          Corner{kAcross, false}, Ahead{reinterpret_cast<const char*>(rows), 0});
+                          Corner{kAcross, false}, ahead);
   }
 
   // wanted(number): whether a row may be found; each(thread, query, scores, rows).
@@ -115,10 +130,13 @@ template <class S> struct Sweep {
         ++filled;
       }
       // 3.
+      const NextRows next = next_rows(args, end, threads, panels, sizeof(S));
       for (int64_t down = 0; down < tiles_down; ++down) {
         const int64_t first = query_of(down), tall = query_of(down + 1) - first;
         for (int64_t p = 0; p < filled; ++p) {
-          tile(tall, queries.data + down * kRows * args.depth, own + p * panel_floats, sums);
+          float* const panel = own + p * panel_floats;
+          const Ahead ahead = down == 0 ? next.of_panel(p, args.depth) : Ahead{reinterpret_cast<char*>(panel), 0};
+          tile(tall, queries.data + down * kRows * args.depth, panel, sums, ahead);
           for (int64_t i = 0; i < tall; ++i) each(thread, first + i, finished(sums + i * kAcross, inverse[p]), rows[p]);
         }
       }
