@@ -66,10 +66,10 @@ def search(plan: SearchPlan, query: Corpus, corpus: Corpus) -> tuple[Tensor, Ten
             part = slice(start, start + queries)
             allowed, stretch = plan.allowed, slice(first, first + len(block))
             if allowed is not None:
-                allowed = allowed[stretch] if allowed.dim() == 1 else allowed[part, stretch]
+                allowed = (allowed[stretch] if allowed.dim() == 1 else allowed[part, stretch]).to(units.device)
             plan.backend.search(
                 unit_queries(units[part], plan.normalized),
-                block,
+                block.to(units.device),  # of a corpus that lies in a file, say
                 scores[part],
                 ids[part],
                 first_id=first,
@@ -111,7 +111,7 @@ def rescored(plan: SearchPlan, query: Corpus, wide: Corpus, found: Tensor) -> tu
             places = torch.full_like(ids[i : i + 1], -1)
             plan.backend.search(
                 unit_queries(units[i : i + 1], plan.normalized),
-                rows[torch.searchsorted(numbers, own)],
+                rows[torch.searchsorted(numbers, own).to(rows.device)].to(units.device),
                 scores[i : i + 1],
                 places,
                 first_id=0,
