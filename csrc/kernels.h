@@ -1,7 +1,7 @@
 // Every kernel's arguments, and the table of kernels of one instruction set. Start here: docs/kernels.md says how a row
 // is folded, and the rooms are simd/ (vectors and their functions), rows/ (one row of logits), pairs/ (two), elements/
-// (losses of single elements, cosines), product/ (a matrix product), memory/ (the pool) and binding/ (what Python
-// sees).
+// (losses of single elements, cosines), product/ (a matrix product), search/ (the best rows of a corpus), memory/ (the
+// pool) and binding/ (what Python sees).
 //
 // To add a kernel: give its arguments a struct here, add it to LL_KERNELS, define `void name(const NameArgs&)` inside
 // `namespace logitless::LL_ISA` in a file listed in CMakeLists.txt, and bind it in binding/module.cpp.
@@ -12,6 +12,7 @@
 #include "elements/cosine.h"
 #include "elements/elementwise.h"
 #include "product/product.h"
+#include "search/search.h"
 
 namespace logitless {
 
@@ -164,7 +165,9 @@ struct PairRowGradArgs {
   X(elementwise, ElementwiseArgs)     \
   X(cosine, CosineArgs)               \
   X(cosine_grad, CosineGradArgs)      \
-  X(product, ProductArgs)
+  X(product, ProductArgs)             \
+  X(search, SearchArgs)               \
+  X(search_ranks, RanksArgs)
 
 struct Kernels {
 #define LL_MEMBER(name, Args) void (*name)(const Args&);

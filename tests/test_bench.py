@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logitless.functional as LF
-from logitless._bench import heads, losses, memory, protocol, providers, similarity, suite
+from logitless._bench import heads, losses, memory, protocol, providers, search, similarity, suite
 from logitless._bench.limits import limit_case
 from logitless._bench.protocol import Case, GateError, Row, gate, geometric_mean, measure, ratios, shares
 from logitless._bench.providers import BOTH, FORWARD, Inputs, Provider, bare, eager, optax, ours
@@ -90,6 +90,7 @@ def tiny_cases() -> list[Case]:
         *losses.loss_cases((5, 7), vectors=(6, 9)),
         *heads.head_cases((8, 4, 30), (8, 4, 40), (9, 4, 30), teacher_features=6),
         *similarity.similarity_cases(5, 9, 4),
+        *search.search_cases(20, 5, 300),
     ]
     return [
         replace(one, memory=False, providers=[p for p in one.providers if p.plain or p.kind in ("limit", "stage")])

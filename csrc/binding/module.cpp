@@ -9,6 +9,7 @@
 #include "binding/module_memory.h"
 #include "binding/module_pair.h"
 #include "binding/module_product.h"
+#include "binding/module_search.h"
 #include "kernels.h"
 #include "memory/pool.h"
 
@@ -137,6 +138,7 @@ void bind_all(PyObject* module) {
   bind_elementwise(module);
   bind_losses(module);
   bind_product(module);
+  bind_search(module);
   bind_memory(module);
 }
 

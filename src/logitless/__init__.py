@@ -2,6 +2,7 @@
 
 from logitless import functional, nn
 from logitless._rules.dispatch import BackendStatus, backends, explain
+from logitless.integrations.faiss import to_faiss
 from logitless.lazy.logits import LazyLogits, linear
 from logitless.lazy.model_head import LazyHead, lazy_head
 from logitless.lazy.proxy import MaterializeWarning
@@ -20,6 +21,7 @@ from logitless.losses.measures import (
     tv,
 )
 from logitless.losses.ranking import batch_triplet_loss, cosent_loss
+from logitless.losses.search import PairedRanks, cosine_topk, paired_ranks
 from logitless.losses.similarity import pairwise_cosine
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "LazyLogits",
     "MaterializeWarning",
     "PairStats",
+    "PairedRanks",
     "SparseLogits",
     "TokenStats",
     "TopTokenStats",
@@ -35,6 +38,7 @@ __all__ = [
     "batch_triplet_loss",
     "clip_loss",
     "cosent_loss",
+    "cosine_topk",
     "entropy",
     "explain",
     "functional",
@@ -46,9 +50,11 @@ __all__ = [
     "log_probs",
     "nn",
     "pair_stats",
+    "paired_ranks",
     "pairwise_cosine",
     "siglip_loss",
     "supcon_loss",
+    "to_faiss",
     "token_stats",
     "tv",
 ]

@@ -219,6 +219,40 @@ def product(
     accumulate: bool,
     /,
 ) -> None: ...
+def search(
+    dtype: int,
+    threads: int,
+    queries: int,
+    depth: int,
+    rows: int,
+    query: int,
+    corpus: int,
+    row_stride: int,
+    normalized: bool,
+    k: int,
+    first_id: int,
+    allowed: int,
+    allowed_stride: int,
+    exclude_self: bool,
+    self_id: int,
+    scores: int,
+    ids: int,
+    /,
+) -> None: ...
+def search_ranks(
+    dtype: int,
+    threads: int,
+    queries: int,
+    depth: int,
+    rows: int,
+    query: int,
+    corpus: int,
+    row_stride: int,
+    normalized: bool,
+    first_query: int,
+    ranks: int,
+    /,
+) -> None: ...
 
 _Operand = tuple[int, int, tuple[int, ...]] | None  # address, storage, strides
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless._bench.providers import BOTH, MODES, Call, Inputs, Loss, Outcome, Provider, as_tensor, eager
+from logitless._bench.providers import BOTH, FORWARD, MODES, Call, Inputs, Loss, Outcome, Provider, as_tensor, eager
 from logitless._rules import dispatch
 from logitless.kernels import cpu
 
@@ -132,7 +132,7 @@ def machine() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Return what was measured: the versions of Python and of each package that takes part and is installed."""
     found = {"python": platform.python_version()}
-    for name in ("logitless", "torch", "jax", "jaxlib", "optax"):
+    for name in ("logitless", "torch", "jax", "jaxlib", "optax", "faiss-cpu"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -149,13 +149,14 @@ def gate(case: Case) -> dict[str, float]:
     rows = min(case.shape[0], max(8, _GATE_ELEMENTS // case.shape[-1]))
     inputs = case.inputs(rows)
     exact = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    true_value, true_gradients = _tensors(eager(case.truth).prepare(exact, case.leaves, BOTH)())
+    mode = BOTH if BOTH in case.modes else FORWARD
+    true_value, true_gradients = _tensors(eager(case.truth).prepare(exact, case.leaves, mode)())
     epsilon = torch.finfo(case.dtype).eps
     errors: dict[str, float] = {}
     for provider in sorted(case.providers, key=lambda provider: provider.kind == "ours"):  # peers set the measure
         if not provider.plain or provider.obstacle() is not None:
             continue
-        value, gradients = _tensors(provider.prepare(inputs, case.leaves, BOTH)())
+        value, gradients = _tensors(provider.prepare(inputs, case.leaves, mode)())
         errors[provider.name] = error = _distance(gradients, true_gradients)
         if provider.kind != "ours":
             continue

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from logitless._bench import heads, losses, similarity
+from logitless._bench import heads, losses, search, similarity
 from logitless._bench.limits import limit_case
 from logitless._bench.memory import extra_bytes_apart, give_back
 from logitless._bench.protocol import Case, Row, measure, with_memory
@@ -19,6 +19,7 @@ SECTIONS = {
     "small": "Small calls: the overhead of a call",
     "heads": "Linear heads: hidden states and a weight in place of logits",
     "similarity": "Contrastive losses: pairs of vectors in place of a matrix of similarities",
+    "search": "Exact search: the best rows of a corpus for each query",
 }
 
 
@@ -32,6 +33,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         yield from losses.small_cases()
         yield from heads.head_cases((256, 64, 8192), (256, 64, 16384), (1024, 64, 8192), teacher_features=96)
         yield from similarity.similarity_cases(256, 512, 64)
+        yield from search.search_cases(100, 64, 20_000)
         return
     yield limit_case(losses.LARGE[0])
     yield from losses.cross_entropy_cases(losses.LARGE, dtypes)
@@ -39,6 +41,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from losses.small_cases()
     yield from heads.head_cases(heads.SMOLLM2, heads.GEMMA, heads.LONG, heads.TEACHER_FEATURES)
     yield from similarity.similarity_cases(similarity.PAIRS, similarity.MANY_PAIRS, similarity.FEATURES)
+    yield from search.search_cases(search.QUERIES, search.FEATURES, search.ROWS)
 
 
 def run(case: Case, rounds: int, errors: dict[str, float], note: Callable[[str], None], *, quick: bool) -> list[Row]:

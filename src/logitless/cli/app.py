@@ -49,7 +49,7 @@ def logitless(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Measure language models with logitless: no logits in memory, no network, every number in nats."""
+    """Measure language models, and search by cosines: no logits in memory, no network, every divergence in nats."""
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
         raise typer.Exit(2)
@@ -97,6 +97,49 @@ def score(
     from logitless.cli.score import run_score
 
     run_score(model, text, out, json, max_tokens, window)
+
+
+_MODEL_OF_ITEMS = "A Hugging Face directory of a sentence or image model; else the packaged MiniLM or EfficientNet."
+_FIELD = "Which field of a JSON Lines file holds the text."
+ItemModel = Annotated[Path | None, typer.Option("--model", help=_MODEL_OF_ITEMS)]
+Field = Annotated[str, typer.Option("--field", help=_FIELD)]
+
+
+@app.command()
+def search(
+    corpus: Annotated[
+        Path, typer.Argument(help="A text file (a line an item), a .jsonl file, a folder of pictures, or a .npy file.")
+    ],
+    queries: Annotated[
+        list[str],
+        typer.Argument(metavar="QUERY...", help="Texts, pictures, or .npy files of vectors and numbers of rows."),
+    ],
+    model: ItemModel = None,
+    field: Field = "text",
+    top: Annotated[int, typer.Option("--top", min=1, help="How many items to find for each query.")] = 10,
+    json: Json = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with the texts or pictures that were found.")
+    ] = None,
+) -> None:
+    """Find the items of CORPUS that are most alike each QUERY, exactly; their vectors are kept beside the corpus."""
+    from logitless.cli.search import run_search
+
+    run_search(corpus, queries, model, field, top, json, html)
+
+
+@app.command()
+def similar(
+    a: Annotated[str, typer.Argument(help="A text, a picture, or a list of items as `search` takes it.")],
+    b: Annotated[str, typer.Argument(help="As A; lists are compared pair by pair.")],
+    model: ItemModel = None,
+    field: Field = "text",
+    json: Json = None,
+) -> None:
+    """Say how alike A and B are: their cosine, or for two lists that of each pair and where the other one is found."""
+    from logitless.cli.similar import run_similar
+
+    run_similar(a, b, model, field, json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+_LONGEST = 300  # characters of a text in a table
 _NARROWEST = 100  # columns; a pipe has no width, and a table cut to 80 loses its numbers
 
 
@@ -32,6 +33,33 @@ def print_score(results: dict[str, Any], stream: TextIO) -> None:
         f"{size(memory['logits_would_take'])}; peak of the process, model included, {size(memory['process_peak'])}"
     )
     _print(stream, table, Text(line))
+
+
+def print_found(results: dict[str, Any], stream: TextIO) -> None:
+    """Print what was found for each query."""
+    for query in results["queries"]:
+        table = _table(query["query"], "item")
+        for name in ("score", "rank", "id"):
+            table.add_column(name, justify="right")
+        for hit in query["found"]:
+            score = "–" if math.isnan(hit["score"]) else f"{hit['score']:.4f}"
+            table.add_row(_shortened(hit["item"]), score, str(hit["rank"]), str(hit["id"]))
+        _print(stream, table)
+
+
+def print_similar(results: dict[str, Any], stream: TextIO) -> None:
+    """Print one cosine, or what those of many pairs are and where the other one of a pair is found."""
+    cosines = results["cosines"]
+    if "found" not in results:
+        _print(stream, Text(f"cosine {cosines[0]:.4f}"))
+        return
+    lines = [f"{len(cosines):,} pairs: mean cosine {results['mean']:.4f}, {min(cosines):.4f} to {max(cosines):.4f}"]
+    lines += [f"{name.replace('_', ' ')}: {number(value)}" for name, value in results["found"].items()]
+    _print(stream, Text("\n".join(lines)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def number(value: float | None, digits: int = 4) -> str:

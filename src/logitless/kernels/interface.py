@@ -462,6 +462,34 @@ class Backend(Protocol):
         """Write `first @ second` to `out`, or add it, with sums in float32: matrices of PRODUCT_DTYPES."""
         ...
 
+    def search(
+        self,
+        query: Tensor,
+        rows: Tensor,
+        scores: Tensor,
+        ids: Tensor,
+        *,
+        first_id: int,
+        normalized: bool,
+        allowed: Tensor | None,
+        self_id: int | None,
+    ) -> None:
+        """Bring in the rows that are better than what `scores` and `ids` [queries, k] hold, the best first.
+
+        The score of a row is its product with the query, float32 and contiguous, over the row's length (0 of a zero
+        row), within [-1, 1]; with `normalized` the product alone. The larger score is better, of equal ones the
+        smaller id, and a NaN is worse than any number. The rows are float32, a half precision or int8, with consecutive
+        elements and the ids from `first_id` on, larger than any there. `allowed` is boolean, [rows] or [queries, rows];
+        query i does not find the row of id self_id + i. A place that no row has taken has id -1 and score -inf.
+
+        A score depends on its two vectors alone, and equal rows have equal scores.
+        """
+        ...
+
+    def search_ranks(self, query: Tensor, rows: Tensor, *, first_query: int, normalized: bool) -> Tensor:
+        """Return, from 1, which place row first_query + i, of floats, has in the order of `search` for query i."""
+        ...
+
 
 class WholeCalls(Backend, Protocol):
     """A backend that does torch's own cross-entropy of contiguous rows in one call each way.

@@ -546,3 +546,53 @@ def _placed(
 def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """Refuse: it has no product of its own (PRODUCT_DTYPES is empty), so torch's serves."""
     raise RuntimeError(f"the reference multiplies nothing: {tuple(first.shape)} @ {tuple(second.shape)} is torch's")
+
+
+def _cosines(query: Tensor, rows: Tensor, normalized: bool) -> Tensor:
+    """Return scores [queries, rows]: products in float64, rounded once."""
+    wide = rows.double()
+    if not normalized:
+        lengths = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = torch.where(lengths == 0, 0, wide / lengths)
+    scores = (query.double() @ wide.T).float()
+    return scores if normalized else scores.clamp(-1, 1)
+
+
+def _ordered(scores: Tensor, ids: Tensor) -> Tensor:
+    """Return places in the order of `Backend.search`: of ids that rise from left to right, -1 for a place not taken."""
+    largest_first = torch.sort(scores.nan_to_num(nan=-torch.inf), dim=1, descending=True, stable=True).indices
+    kind = torch.where(ids < 0, 2, scores.isnan().to(ids.dtype)).gather(1, largest_first)
+    return largest_first.gather(1, torch.sort(kind, dim=1, stable=True).indices)
+
+
+def search(
+    query: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    ids: Tensor,
+    *,
+    first_id: int,
+    normalized: bool,
+    allowed: Tensor | None,
+    self_id: int | None,
+) -> None:
+    """Do `Backend.search`: sort all of them, stably, so that equal scores stay in the order of their ids."""
+    later = torch.arange(first_id, first_id + len(rows), device=query.device).repeat(len(query), 1)
+    if self_id is not None:
+        own = torch.arange(self_id, self_id + len(query), device=query.device)
+        later = later.masked_fill(later == own.unsqueeze(1), -1)
+    if allowed is not None:
+        later = later.masked_fill(~allowed, -1)
+    every = torch.cat((scores, _cosines(query, rows, normalized)), 1)
+    numbers = torch.cat((ids, later), 1)
+    best = _ordered(every, numbers)[:, : scores.shape[1]]
+    ids.copy_(numbers.gather(1, best))
+    scores.copy_(every.gather(1, best).masked_fill(ids < 0, -torch.inf))
+
+
+def search_ranks(query: Tensor, rows: Tensor, *, first_query: int, normalized: bool) -> Tensor:
+    """Return `Backend.search_ranks`."""
+    scores = _cosines(query, rows, normalized)
+    numbers = torch.arange(len(rows), device=query.device).expand(len(query), -1)
+    own = torch.arange(first_query, first_query + len(query), device=query.device)
+    return (_ordered(scores, numbers) == own.unsqueeze(1)).int().argmax(1) + 1

@@ -25,6 +25,7 @@ from logitless.kernels.cpu.memory import POOLED_BYTES, empty_like_pooled, empty_
 from logitless.kernels.cpu.pairs import pair_row_grad, pair_row_stats
 from logitless.kernels.cpu.products import product
 from logitless.kernels.cpu.rows import cross_entropy, cross_entropy_grad, row_grad, row_stats
+from logitless.kernels.cpu.search import search, search_ranks
 from logitless.kernels.interface import TileRules
 from logitless.kernels.native import DTYPES, MISSING
 from logitless.kernels.native import extension as _native
@@ -70,6 +71,8 @@ __all__ = [
     "row_grad",
     "row_stats",
     "scalar",
+    "search",
+    "search_ranks",
     "served",
     "tile_rules",
     "workspace_bytes",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from logitless.kernels.interface import TileRules
+from logitless.kernels.reference import search, search_ranks  # sorted by torch, on the device
 from logitless.kernels.triton.cosines import (
     cosine_embedding,
     cosine_embedding_grad,
@@ -58,6 +59,8 @@ __all__ = [
     "row_grad",
     "row_stats",
     "scalar",
+    "search",
+    "search_ranks",
     "served",
     "tile_rules",
     "workspace_bytes",

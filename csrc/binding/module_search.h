@@ -1,0 +1,5 @@
+#pragma once
+
+#include "binding/python.h"
+
+void bind_search(PyObject* module);
