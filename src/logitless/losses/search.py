@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,13 +110,19 @@ def cosine_topk(
     if allowed is not None:
         _check_allowed(allowed, asked.rows, rows.rows)
     tensors = [given if isinstance(given, Tensor) else None for given in (query, corpus, allowed, rescore)]
-    picked = dispatch.pick("cosine_topk", tensors, backend)
+    picked = dispatch.pick("cosine_topk", tensors, backend, obstacle=_obstacle(tensors))
     k = min(k, most_found(asked.rows, rows.rows, allowed, exclude_self))
     first = k if wide is None else min(RESCORED * k, most_found(asked.rows, rows.rows, allowed, exclude_self))
     found = search(SearchPlan(picked, first, max_bytes, normalized, allowed, exclude_self), asked, rows)
     if wide is None or not k:
         return found
     return rescored(SearchPlan(picked, k, max_bytes, normalized, None, False), asked, wide, found[1])
+
+
+def _obstacle(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why no kernel can search these, if there is a reason: kernels of a search are the CPU's alone."""
+    devices = {tensor.device.type for tensor in tensors if tensor is not None} - {"cpu"}
+    return f"no kernel searches on {', '.join(sorted(devices))}" if devices else None
 
 
 def _check_allowed(allowed: Tensor, queries: int, rows: int) -> None:
@@ -160,7 +167,7 @@ def paired_ranks(image: Tensor, text: Tensor, *, normalized: bool = False, backe
             f"paired_ranks: image and text must have one shape, got {(images.rows, images.depth)} and "
             f"{(texts.rows, texts.depth)}"
         )
-    picked = dispatch.pick("paired_ranks", (image, text), backend)
+    picked = dispatch.pick("paired_ranks", (image, text), backend, obstacle=_obstacle((image, text)))
     at_once = 64 if picked.PLAIN else 4096
 
     def ranks(query: Corpus, rows: Corpus) -> Tensor:
