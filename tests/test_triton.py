@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 QUIET = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@pytest.mark.parametrize("name", ["kernels", "package"])
+@pytest.mark.parametrize("name", ["kernels", "package", "mutants"])
 def test_interpreted(name: str) -> None:
     """All tests of a file pass where TRITON_INTERPRET=1 runs the kernels on the CPU."""
     path = TESTS / f"interpreted_{name}.py"
