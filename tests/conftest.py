@@ -2,12 +2,17 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# A test run times products for itself, once for all of its processes: what a user's cache says is not under test.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _caches = tempfile.TemporaryDirectory(prefix="logitless-tests-")
+    os.environ["XDG_CACHE_HOME"] = _caches.name
 
 import pytest
 import torch

@@ -14,7 +14,8 @@ from torch import Tensor
 import logitless as ll
 import logitless.functional as LF
 from logitless._heads import products
-from logitless.kernels import cpu, interface
+from logitless.kernels import interface
+from product_choice import pin_torch
 
 ROWS, WIDTH, CLASSES = 4096, 12, 257
 SCALES = {"GradScaler's": 65536.0, "one": 1.0, "small": 2.0**-20, "odd": 0.3}
@@ -87,7 +88,7 @@ def test_a_loss_scale_finds_gradients_as_they_were(
 def test_a_float16_gradient_is_widened_where_the_backend_has_no_product(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    pin_torch(monkeypatch)
     monkeypatch.setattr(products, "_WIDENED", 1000)
     parts = head(dtype, 200)
     target = TARGET[:200]

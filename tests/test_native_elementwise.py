@@ -283,9 +283,12 @@ def test_bce_tells_which_operand_leaves_the_unit_interval(bad: float, size: int)
     assert kernels.first_outside(good) is None
 
 
-def test_bce_does_not_check_integer_targets() -> None:
-    p, t = torch.rand(5), torch.tensor([0, 1, 2, 1, 0])
-    assert kernels.bce(p, t)[1] == 0
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_bce_checks_integer_targets(dtype: torch.dtype) -> None:
+    p, t = torch.rand(5), torch.tensor([0, 1, 1, 1, 0], dtype=dtype)
+    assert kernels.bce(p, t)[1] == kernels.bce_sum(p, t)[1] == 0
+    t[2] = 2
+    assert kernels.bce(p, t)[1] == kernels.bce_sum(p, t)[1] == 2
     assert ulps(kernels.bce(p, t)[0], bce_truth(p, t), bce_truth(p, t).abs() + 5) <= 4
 
 

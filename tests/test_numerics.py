@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -91,6 +93,15 @@ def test_M5_weights_that_sum_to_zero(functional) -> None:
     arguments = tensor([[1.0, 2.0]]), tensor([0]), tensor([0.0, 1.0])
     assert functional.cross_entropy(*arguments).isnan()
     assert LF.cross_entropy(*arguments, empty="zero") == 0
+
+
+def test_M6_rows_of_no_classes() -> None:
+    logits, target = torch.empty(3, 0), torch.empty(3, 0)
+    assert math.isnan(F.cross_entropy(logits, target))
+    assert LF.cross_entropy(logits, target) == 0
+    for reduction in ("sum", "none"):
+        ours, theirs = (f.cross_entropy(logits, target, reduction=reduction) for f in (LF, F))
+        assert torch.equal(ours, theirs)
 
 
 # Infinite and NaN logits
@@ -193,6 +204,49 @@ def test_I9_ignored_row_of_a_linear_head_is_never_read() -> None:
         assert sum(value) == pytest.approx(sum(clean), rel=1e-6)
         assert of_hidden[6:9] == [0, 0, 0]
         assert of_weight == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_I10_smoothing_alone_where_the_target_is_impossible(dtype: torch.dtype, backend: str | None) -> None:
+    logits, target = tensor([[-INF, 1.0, 2.0], [0.0, 1.0, 2.0]], dtype=dtype), tensor([0, 1])
+    onehot = F.one_hot(target, 3).to(dtype)
+    options = {"reduction": "none", "label_smoothing": 1.0}
+    assert math.isnan(F.cross_entropy(logits, target, **options)[0])
+    assert F.cross_entropy(logits, onehot, **options)[0] == INF
+    flat = F.cross_entropy(logits[1:], target[1:], **options).item()
+    head = ll.linear(torch.eye(2, dtype=dtype), torch.zeros(3, 2, dtype=dtype), logits[0])
+    for given in (target, onehot):
+        losses = LF.cross_entropy(logits, given, **options, backend=backend)
+        assert losses.tolist() == [INF, pytest.approx(flat)]
+        assert LF.cross_entropy(logits, given, label_smoothing=1.0, backend=backend) == INF
+        strided = logits.T.contiguous().T.unsqueeze(0)
+        assert LF.cross_entropy(strided, given.unsqueeze(0), **options, class_dim=-1, backend=backend)[0, 0] == INF
+        assert LF.cross_entropy(head, given, **options, backend=backend).tolist() == [INF, INF]
+        weight = tensor([0.0, 1.0, 1.0], dtype=dtype)
+        assert LF.cross_entropy(logits, given, weight, **options, backend=backend)[0].isfinite()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_I11_infinite_divergence_without_upstream_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGITLESS_BACKEND", backend)
+    p, q = tensor([[0.0, 1.0, 2.0]] * 2), tensor([[0.0, -INF, 1.0], [0.0, 0.5, 1.0]])
+    naive = [x.clone().requires_grad_() for x in (p, q)]
+    p_soft, logs = naive[0].softmax(1), [x.log_softmax(1) for x in naive]
+    divergence = (p_soft * (logs[0] - logs[1])).sum(1)
+    assert math.isnan(torch.autograd.grad(divergence, naive[0], tensor([0.0, 1.0]))[0][0, 0])
+    for measure in (ll.kl, lambda p, q: ll.pair_stats(p, q).kl, lambda p, q: ll.pair_stats(p, q).cross_entropy):
+        given = [x.clone().requires_grad_() for x in (p, q)]
+        alone = [x[1:].clone().requires_grad_() for x in (p, q)]
+        value = measure(*given)
+        assert value[0] == INF
+        grads = torch.autograd.grad(value, given, tensor([0.0, 1.0]))
+        for grad, expected in zip(grads, torch.autograd.grad(measure(*alone).sum(), alone), strict=True):
+            assert grad[0].tolist() == [0, 0, 0]
+            assert grad[1].tolist() == pytest.approx(expected[0].tolist(), rel=1e-5)
+        shown = torch.autograd.grad(measure(*given), given, tensor([1.0, 1.0]))
+        assert not shown[0][0].isfinite().any()
+        assert shown[1][0].isfinite().all()
 
 
 # One class, and losses close to 0
@@ -381,6 +435,25 @@ def test_N3_a_count_of_ones_own() -> None:
         torch.testing.assert_close(parts[0] + parts[1], whole)
     with pytest.raises(ValueError, match="normalizer"):
         LF.cross_entropy(logits, target, reduction="sum", normalizer=4)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_N4_normalizer_weights_with_probabilities_and_smoothing(smoothing: float, backend: str | None) -> None:
+    logits, weight = tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.3]]), tensor([0.5, 2.0, 3.0])
+    target = tensor([2, 0])
+    soft = tensor([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
+    options = {"label_smoothing": smoothing, "backend": backend}
+    head = ll.linear(torch.eye(2), logits.T.contiguous())
+    for given in (logits, head):
+        losses = LF.cross_entropy(given, soft, weight, reduction="none", **options)
+        mean = LF.cross_entropy(given, soft, weight, normalizer="weights", **options)
+        assert mean.item() == pytest.approx((losses.sum() / (soft @ weight).sum()).item(), rel=1e-6)
+        by_index, by_onehot = (
+            LF.cross_entropy(given, t, weight, normalizer="weights", **options)
+            for t in (target, F.one_hot(target, 3).float())
+        )
+        assert by_index.item() == pytest.approx(by_onehot.item(), rel=1e-6)
 
 
 # Gradients that torch does not have
@@ -751,6 +824,94 @@ def test_B11_a_confident_right_answer_keeps_its_digits() -> None:
     assert theirs[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 7, 65, 100_003])
+def test_B12_probability_of_minus_zero(count: int, dtype: torch.dtype) -> None:
+    probabilities = torch.full((count,), -0.0, dtype=dtype)
+    probabilities[count // 2 + 1 :] = 0.0
+    target = torch.ones(count, dtype=dtype)
+    for given in (target, target.long(), target * 0):
+        for options in ({}, {"weight": target}, {"backend": "reference"}):
+            value, (grad,) = value_and_gradients(
+                lambda p, t=given, o=options: LF.binary_cross_entropy(p, t, reduction="none", **o), probabilities
+            )
+            assert value == [100.0 * t for t in given.tolist()]
+            if dtype in (
+                torch.float32,
+                torch.float64,
+            ):  # in half precision torch's 1e-12 is 0, or rounded before it divides
+                theirs = gradient(
+                    lambda p, t=given: F.binary_cross_entropy(p, t.to(dtype), reduction="sum"), probabilities
+                )
+                assert grad == pytest.approx(theirs)
+    mean = LF.binary_cross_entropy(probabilities, target)
+    assert mean == F.binary_cross_entropy(probabilities.float(), target.float())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_B13_integer_target_that_is_no_label(dtype: torch.dtype, backend: str | None) -> None:
+    probabilities = torch.full((3, 5), 0.5)
+    target = torch.ones(3, 5, dtype=dtype)
+    assert LF.binary_cross_entropy(probabilities, target, backend=backend) == pytest.approx(math.log(2))
+    with pytest.raises(RuntimeError, match="Found dtype"):
+        F.binary_cross_entropy(probabilities, target)
+    target[1, 2] = -1 if dtype.is_signed else 255
+    for reduction in ("none", "mean"):
+        with pytest.raises(RuntimeError, match=rf"target\[1, 2\] is {int(target[1, 2])}"):
+            LF.binary_cross_entropy(probabilities, target, reduction=reduction, backend=backend)
+
+
+def test_B14_complex_operands() -> None:
+    real, z = torch.full((3, 4), 0.5), torch.full((3, 4), 0.5 + 0.5j)
+    row, target = z[0], tensor([0, 1, 2])
+    calls = {
+        "x1": lambda: LF.cosine_similarity(z, real),
+        "x2": lambda: LF.cosine_similarity(real, z),
+        "input1": lambda: LF.cosine_embedding_loss(z, z, tensor([1, 1, 1])),
+        "input2": lambda: LF.cosine_embedding_loss(real, z, tensor([1, 1, 1])),
+        "target": lambda: LF.cosine_embedding_loss(real, real, z[:, 0]),
+        "target ": lambda: LF.binary_cross_entropy(real, z),
+        "target  ": lambda: LF.binary_cross_entropy_with_logits(real, z),
+        "weight": lambda: LF.binary_cross_entropy(real, real, z),
+        "weight ": lambda: LF.binary_cross_entropy_with_logits(real, real, z),
+        "pos_weight": lambda: LF.binary_cross_entropy_with_logits(real, real, pos_weight=z),
+        "weight  ": lambda: LF.cross_entropy(real, real, row),
+        "input": lambda: LF.kl_div(z, real, reduction="sum"),
+        "target   ": lambda: LF.kl_div(real, z, reduction="sum"),
+        "q": lambda: ll.kl(real, z),
+        "q ": lambda: ll.pair_stats(real, z),
+        "hidden": lambda: LF.linear_cross_entropy(z, real, target),
+        "weight   ": lambda: ll.linear(real, z),
+        "bias": lambda: ll.linear(real, real, z[:, 0]),
+        "scale": lambda: ll.linear(real, real, scale=z[0, 0]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"argument '{name.strip()}' must be real, got torch.complex64"):
+            call()
+    with pytest.raises(RuntimeError, match="ComplexFloat"):
+        F.binary_cross_entropy(real, z)
+    assert F.binary_cross_entropy_with_logits(real, z).is_complex()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_B15_mixed_dtypes(dtype: torch.dtype) -> None:
+    floating = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    logits = torch.zeros(2, 3, dtype=dtype)
+    for of_target, *others in itertools.product([*floating, torch.int64], [None, *floating], [None, *floating]):
+        target = torch.ones(2, 3, dtype=of_target)
+        weight, positive = (None if other is None else torch.ones(3, dtype=other) for other in others)
+        given = [dtype, *(of for of in (of_target, *others) if of is not None and of.is_floating_point)]
+        for reduction in ("none", "mean"):
+            options = {"weight": weight, "pos_weight": positive, "reduction": reduction}
+            loss = LF.binary_cross_entropy_with_logits(logits, target, **options)
+            assert loss.dtype == functools.reduce(torch.promote_types, given)
+            if of_target.is_floating_point:
+                assert F.binary_cross_entropy_with_logits(logits, target, **options).dtype == of_target
+    with pytest.raises(RuntimeError, match=r"can't be cast|Subtraction|result type"):
+        F.binary_cross_entropy_with_logits(logits, torch.ones(2, 3, dtype=torch.int64))
+
+
 # Cosine similarity
 
 
@@ -822,6 +983,18 @@ def test_C9_embedding_target_with_a_dimension_too_many() -> None:
     assert str(theirs.value) == "0D or 1D target tensor expected, multi-target not supported"
     with pytest.raises(RuntimeError, match=r"multi-target not supported.*\(2, 3\).*\(2, 1\)"):
         LF.cosine_embedding_loss(x, x, target)
+
+
+@pytest.mark.parametrize("length", [1e-12, 3e-9, 0.99e-8])
+def test_C10_gradient_below_eps(length: float) -> None:
+    x = torch.tensor([[0.6, 0.8]], dtype=torch.float64) * length
+    y = torch.tensor([[4.0, 3.0]], dtype=torch.float64)
+    of_formula = (y / 5 / 1e-8).reshape(-1).tolist()
+    for options in ({}, {"backend": "reference"}):
+        assert gradient(lambda x, o=options: LF.cosine_similarity(x, y, **o), x) == pytest.approx(of_formula)
+    cosine = 24 / 25 * length / 1e-8
+    theirs = (y / 5 / 1e-8 - cosine * tensor([0.6, 0.8], dtype=torch.float64) / 1e-8).reshape(-1).tolist()
+    assert gradient(lambda x: F.cosine_similarity(x, y), x) == pytest.approx(theirs)
 
 
 # Entropy

@@ -15,6 +15,7 @@ from logitless import _native
 from logitless._heads import products
 from logitless.kernels import cpu
 from logitless.kernels.native import DTYPES
+from product_choice import pin_kernel, pin_torch
 
 ORDERS = tuple(combinations((False, True), repeat=2))
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -82,7 +83,38 @@ def test_float32(isa: str, shape: tuple[int, int, int], first_transposed: bool, 
     assert_is_product(by_column, first, second)
 
 
-@pytest.mark.skipif(not _native.product_serves(DTYPES[BFLOAT16]), reason="this processor multiplies no bfloat16")
+def tiles_that_serve() -> list[str]:
+    """The tiles (or none: vectors) that multiply bfloat16 here; emulated ones wherever there is AVX-512."""
+    before, found = cpu.native_info()["tiles"], []
+    for name in ("none", "processor", "emulated"):
+        try:
+            _native.select_tiles(name)
+        except RuntimeError:  # this processor has none
+            continue
+        if _native.product_serves(DTYPES[BFLOAT16]):
+            found.append(name)
+    _native.select_tiles(before)
+    return found
+
+
+TILES = tiles_that_serve()
+
+
+@pytest.fixture(params=TILES)
+def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.native_info()["tiles"]
+    _native.select_tiles(request.param)
+    yield request.param
+    _native.select_tiles(before)
+
+
+def test_tiles_are_named() -> None:
+    assert cpu.native_info()["tiles"] in ("none", "processor")
+    with pytest.raises(RuntimeError, match="tiles round: expected none, processor or emulated"):
+        _native.select_tiles("round")
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("first_transposed", "second_transposed"), ORDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16(shape: tuple[int, int, int], first_transposed: bool, second_transposed: bool) -> None:
@@ -119,6 +151,36 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, int, int]) -> None:
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.usefixtures("tiles")
+def test_rows_columns_and_threads_do_not_change_a_bit_of_bfloat16() -> None:
+    """A sum is of its row, its column and the depth alone."""
+    first, second = matrix(1, 131, 1501, BFLOAT16, False), matrix(2, 1501, 77, BFLOAT16, True)
+    whole = poisoned(131, 77, FLOAT32)
+    cpu.product(first, second, whole)
+    threads = torch.get_num_threads()
+    for count, rows, columns in (
+        (1, slice(0, 1), slice(0, 77)),
+        (2, slice(5, 40), slice(3, 36)),
+        (3, slice(0, 131), slice(70, 77)),
+    ):
+        torch.set_num_threads(count)
+        part = poisoned(rows.stop - rows.start, columns.stop - columns.start, FLOAT32)
+        cpu.product(first[rows], second[:, columns], part)
+        assert torch.equal(part, whole[rows, columns])
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_infinities_and_nans_of_bfloat16_pass() -> None:
+    first, second = matrix(1, 40, 70, BFLOAT16, False), matrix(2, 70, 33, BFLOAT16, False)
+    first[3, 5], first[34, 6], second[7, 8] = torch.inf, torch.nan, -torch.inf
+    out = poisoned(40, 33, FLOAT32)
+    cpu.product(first, second, out)
+    truth = first.double() @ second.double()
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out.isinf(), truth.isinf())
+
+
 def test_infinities_and_nans_pass(isa: str) -> None:
     first, second = matrix(1, 20, 40, FLOAT32, False), matrix(2, 40, 33, FLOAT32, False)
     first[3, 5], first[4, 6], second[7, 8] = torch.inf, torch.nan, -torch.inf
@@ -145,7 +207,7 @@ def test_without_depth_a_product_is_0() -> None:
 
 
 def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", cpu.PRODUCT_DTYPES | {FLOAT32})
+    pin_kernel(monkeypatch)
     served = []
     monkeypatch.setattr(cpu, "product", lambda *factors, **_: served.append(factors))
     first, second, out = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(2, 4)
@@ -162,7 +224,7 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_where_torch_serves_sums_of_bfloat16_are_widened_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    pin_torch(monkeypatch)
     assert products.needs_spare(cpu, BFLOAT16)
     assert not products.widens(cpu, BFLOAT16)
     first, second = matrix(1, 50, 20, BFLOAT16, False), matrix(2, 20, 8, BFLOAT16, False)
@@ -179,7 +241,7 @@ def test_where_torch_serves_factors_of_float16_are_widened_part_by_part(
     turned: bool, widened: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of float16 are those of float32, whichever factor is the larger one: none is rounded on the way."""
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", frozenset())
+    pin_torch(monkeypatch)
     monkeypatch.setattr(products, "_WIDENED", widened)
     assert products.widens(cpu, torch.float16)
     assert not products.needs_spare(cpu, torch.float16)

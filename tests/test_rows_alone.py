@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 import logitless as ll
 import logitless.functional as LF
+from logitless import _native
 from logitless.kernels import cpu
+from product_choice import SERVED, pin_kernel, pin_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROWS, SPLITS = 41, 36  # of each number of classes; six of them make more than 200 a dtype
@@ -20,8 +23,8 @@ Call = Callable[[slice | Tensor], Numbers]
 
 @pytest.fixture(autouse=True)
 def products_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the product kernel under test in float32 on every processor; torch's promises nothing of a sum's order."""
-    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", cpu.PRODUCT_DTYPES | {torch.float32})
+    """Put the product kernel under test wherever it serves; torch's promises nothing of a sum's order."""
+    pin_kernel(monkeypatch)
 
 
 def logits_of(rows: int, classes: int, seed: int) -> Tensor:
@@ -124,6 +127,23 @@ def test_rows_of_a_head(dtype: torch.dtype, classes: int) -> None:
     assert differing(lambda rows: measures(z[rows], q[rows], target[rows]), seed=classes) == []
 
 
+@pytest.mark.skipif("avx512" not in cpu.native_info()["supported"], reason="tiles are emulated with AVX-512")
+def test_rows_of_a_bfloat16_head_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the steps that a processor's tiles take, where there are none."""
+    before = cpu.native_info()["tiles"]
+    _native.select_tiles("emulated")
+    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", SERVED | {torch.bfloat16})
+    try:
+        assert differing(lazy(torch.bfloat16, 1000), seed=3) == []
+        hidden, weight, _ = heads(torch.bfloat16, 1000)
+        target = targets_of(ROWS, 1000)
+        nll = ll.token_stats(ll.linear(hidden, weight), target).nll
+        truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, target, reduction="none")
+        assert (nll.double() - truth).abs().max() < 1e-5
+    finally:
+        _native.select_tiles(before)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 20])
 def test_long_rows_are_folded_in_parts_however_many_they_are(rows: int) -> None:
     """From 65536 classes on the parts of few rows are work for several threads."""
@@ -218,3 +238,105 @@ def test_a_call_whose_sums_follow_its_rows_is_found_out() -> None:
         return {"log_sum": (turned - given.amax(1, keepdim=True)).exp().sum(1).log()}
 
     assert differing(mutant, seed=1)
+
+
+def asked_for(z: ll.LazyLogits, q: ll.LazyLogits, target: Tensor) -> Numbers:
+    stats = ll.token_stats(z, target, deterministic=True)
+    pairs = ll.pair_stats(z, q, target.clamp(min=0), deterministic=True)
+    return {
+        **{f"token_stats {name}": value for name, value in stats._asdict().items()},
+        **{f"pair_stats {name}": value for name, value in pairs._asdict().items() if value is not None},
+        "log_probs": ll.log_probs(z, target, deterministic=True),
+        "log_probs of a temperature": ll.log_probs(z, target, temperature=0.7, deterministic=True),
+        "entropy": ll.entropy(z, deterministic=True),
+        "kl": ll.kl(q, z, deterministic=True),
+        "skewed kl": ll.kl(q, z, skew=0.1, deterministic=True),
+        "js": ll.js(z, q, deterministic=True),
+        "weighted js": ll.js(z, q, beta=0.1, deterministic=True),
+        "tv": ll.tv(z, q, deterministic=True),
+    }
+
+
+def heads(dtype: torch.dtype, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(5)
+    hidden, weight, other = (
+        torch.randn(n, 33, generator=make, dtype=torch.float64).to(dtype) for n in (ROWS, classes, classes)
+    )
+    return hidden, weight, other
+
+
+@pytest.mark.parametrize("classes", [7, 1000, 20011])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype in SERVED])
+def test_deterministic_rows_where_torch_multiplies(
+    dtype: torch.dtype, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, other = heads(dtype, classes)
+    target = targets_of(ROWS, classes)
+
+    def call(rows: slice | Tensor) -> Numbers:
+        return asked_for(ll.linear(hidden[rows], weight), ll.linear(hidden[rows], other), target[rows])
+
+    by_the_kernel = ll.log_probs(ll.linear(hidden, weight), target)
+    pin_torch(monkeypatch)
+    assert differing(call, seed=classes) == []
+    assert torch.equal(call(slice(0, ROWS))["log_probs"], by_the_kernel)
+
+
+def test_deterministic_rows_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pin_torch(monkeypatch)
+    hidden, weight, other = heads(torch.float32, 1000)
+    target = targets_of(ROWS, 1000)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden: Tensor) -> list[Tensor]:
+        z, q = ll.linear(hidden, weight), ll.linear(hidden, other)
+        return [
+            ll.token_stats(z, target, deterministic=True).entropy,
+            ll.log_probs(z, target, deterministic=True),
+            ll.kl(q, z, deterministic=True),
+        ]
+
+    z, q = ll.linear(hidden, weight), ll.linear(hidden, other)
+    eager = asked_for(z, q, target)
+    torch._dynamo.reset()
+    found = compiled(hidden)
+    torch._dynamo.reset()
+    for value, name in zip(found, ("token_stats entropy", "log_probs", "kl"), strict=True):
+        assert torch.equal(value, eager[name]), name
+
+
+def test_deterministic_rows_are_differentiated_as_the_others() -> None:
+    hidden, weight, other = heads(torch.float64, 65)
+    target, upstream = targets_of(ROWS, 65), torch.randn(ROWS, dtype=torch.float64)
+    hidden.requires_grad_()
+    for asked in (
+        lambda d: ll.log_probs(ll.linear(hidden, weight), target, deterministic=d),
+        lambda d: ll.js(ll.linear(hidden, weight), ll.linear(hidden, other), beta=0.3, deterministic=d),
+    ):
+        mine, plain = (torch.autograd.grad(asked(d), hidden, upstream)[0] for d in (True, False))
+        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_deterministic_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, other = heads(torch.float32, 65)
+    z, q, target = ll.linear(hidden, weight), ll.linear(hidden, other), targets_of(ROWS, 65)
+    choice = ll.explain(ll.log_probs, z, target, deterministic=True)
+    assert (choice.backend, choice.products) == ("cpu", "the kernel multiplies torch.float32")
+    sparse = ll.SparseLogits.top_k(z, 3)
+    with pytest.raises(RuntimeError, match="kl: deterministic=True cannot be kept: torch's operations serve SparseLog"):
+        ll.kl(sparse, q, deterministic=True)
+    with monkeypatch.context() as patched:
+        patched.setenv("LOGITLESS_BACKEND", "reference")
+        with pytest.raises(RuntimeError, match="entropy: deterministic=True cannot be kept: torch's operations serve"):
+            ll.entropy(z, deterministic=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "FIXED_PRODUCTS", frozenset[torch.dtype]())
+        with pytest.raises(RuntimeError, match=r"no kernel multiplies torch\.float32 on this processor"):
+            ll.log_probs(z, target, deterministic=True)
+        assert ll.log_probs(z.materialize(), target, deterministic=True).shape == target.shape  # nothing is multiplied
+    by_the_kernel = ll.log_probs(z, target, deterministic=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(ll.log_probs(z, target, deterministic=True), by_the_kernel)
+    finally:
+        torch.set_float32_matmul_precision("highest")

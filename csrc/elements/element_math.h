@@ -78,12 +78,12 @@ LL_INLINE Vec<double> log_of_parts(Vec<double> k, Vec<double> f) {
   return k * kLogHigh + (f - (series.half - (series.s * series.rest + k * kLogLow)));
 }
 
-// log(x) for x > 0; below -100 for 0.
+// log(x) for x > 0; below -100 for 0 of either sign.
 template <class Real> LL_INLINE Vec<Real> log_positive(Vec<Real> x) {
   constexpr Real least = sizeof(Real) == 4 ? Real(0x1p-126) : Real(0x1p-1022),
                  up = sizeof(Real) == 4 ? Real(0x1p24) : Real(0x1p54);
   const IntVec<Real> small = x < least;
-  const Parts<Real> p = parts_of(small ? x * up : x);
+  const Parts<Real> p = parts_of(small ? magnitude<Real>(x) * up : x);
   return log_of_parts(small ? p.power - (sizeof(Real) == 4 ? Real(24) : Real(54)) : p.power, p.mantissa - Real(1));
 }
 

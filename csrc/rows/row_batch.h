@@ -99,7 +99,11 @@ template <class T> struct RowBatch {
     if (read && !(__builtin_fabs(sums.max) <= kHuge)) {
       const bool finite = __builtin_fabs(sums.max) < __builtin_inf();
       set<Flags>(i, finite ? fold_huge<T, Flags>(job.template view<Flags>(r), job.args.tile.classes, sums.max) : sums);
-      if (!finite) rest[i] = __builtin_nan("");
+      if (!finite) {
+        // Beside -inf alone a NaN is no largest logit: it must not look like a row that has none above -inf.
+        if (sums.max == -__builtin_inf() && sums.rest != sums.rest) max[i] = __builtin_nan("");
+        rest[i] = __builtin_nan("");
+      }
     } else {
       set<Flags>(i, sums);
     }

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._heads.sigmoid import softplus_gradients, softplus_sum
-from logitless._heads.square import Contrast, Panel, Partitions, Rule, edit, fold, gradients, row_losses
-from logitless._heads.vectors import inverse_norms
+from logitless._heads.square import Contrast, Margin, Panel, Partitions, Rule, fold, gradients, row_losses
+from logitless._heads.vectors import units
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.transforms import transform_reason
@@ -66,16 +66,9 @@ def _plain(
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     grad_output: Tensor,
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of a definition for those inputs that need one, differentiable again."""
-    free = [x for x, want in zip(inputs, needed, strict=True) if want and x is not None]
-
-    def value(*given: Tensor) -> tuple[Tensor]:
-        rest = iter(given)
-        return (function(*(next(rest) if want else x for x, want in zip(inputs, needed, strict=True))),)
-
-    grads = iter(plain_backward(value, free, [grad_output]))
-    return [next(grads) if want else None for want in needed]
+    return plain_backward(lambda *given: (function(*given),), inputs, needed, [grad_output])
 
 
 def sigmoid_contrast(call: Contrast, scale: Tensor | float, bias: Tensor | float, *vectors: Tensor) -> Tensor:
@@ -142,14 +135,14 @@ def sigmoid_definition(
     first, second = (given.to(call.dtype) for given in vectors)
     numbers = [x.to(call.dtype) if isinstance(x, Tensor) else x for x in (scale, bias)]
     logits = (first * numbers[0]) @ second.T + numbers[1]
-    labels = 2 * torch.eye(len(first), dtype=call.dtype, device=first.device) - 1
+    labels = 2 * torch.eye(first.shape[0], dtype=call.dtype, device=first.device) - 1
     return -F.logsigmoid(labels * logits).sum()
 
 
 def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Tensor:
     """Return the loss of each anchor as written, in plain torch: the similarity matrices are built."""
     sides = [
-        _units(given.to(call.dtype)) if normalize else given.to(call.dtype)
+        units(given.to(call.dtype)) if normalize else given.to(call.dtype)
         for given, normalize in zip(vectors, call.normalize, strict=True)
     ]
     scale = scale.to(call.dtype) if isinstance(scale, Tensor) else scale
@@ -158,30 +151,22 @@ def definition(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor])
     for panel in call.panels:
         left, right = sides[panel.left][: panel.height] * scale, sides[panel.right]
         if panel.paired:
-            logits = torch.einsum("nd,nkd->nk", left, right.view(len(left), panel.paired, -1))
+            logits = torch.einsum("nd,nkd->nk", left, right.view(left.shape[0], panel.paired, -1))
         else:
             logits = left @ right[: panel.width].T
-        places = [] if panel.positives is None else list(panel.positives.within(0, panel.height, 0, panel.width))
-        for each in places:
-            positive = positive.index_add(0, each.rows, logits[each])
-        parts[panel.rows].append(_edited(call, panel, panel.row_rule, logits, scale, 1, places))
+        pairs = None
+        if panel.positives is not None:
+            pairs = panel.positives.matrix(panel.height, panel.width, logits.device)
+            positive = positive + torch.where(pairs, logits, 0).sum(1)
+        parts[panel.rows].append(_edited(call, panel, panel.row_rule, logits, scale, 1, pairs))
         if panel.columns is not None:
             rule = panel.row_rule if panel.column_rule is None else panel.column_rule
-            columns = _edited(call, panel, rule, logits, scale, 0, places)[:, : call.anchors]
+            columns = _edited(call, panel, rule, logits, scale, 0, pairs)[:, : call.anchors]
             parts[panel.columns].append(columns.T)
     # An anchor with nothing to sum over has a loss of zero, and no gradient through a sum over nothing.
     counted = call.positives > 0
     sums = [torch.cat(part, 1).masked_fill(~counted.unsqueeze(1), 0).logsumexp(1) for part in parts]
     return (sum(sums[1:], sums[0]) / call.partitions - positive / call.positives.clamp(min=1)).masked_fill(~counted, 0)
-
-
-def _units(vectors: Tensor) -> Tensor:
-    """Return vectors of length 1, and zero vectors as they are; no square overflows."""
-    largest = vectors.detach().abs().amax(1, keepdim=True)
-    zero = largest == 0
-    scaled = vectors / largest.masked_fill(zero, 1)
-    squares = scaled.square().sum(1, keepdim=True)
-    return (scaled / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
 
 
 def _edited(
@@ -191,23 +176,43 @@ def _edited(
     logits: Tensor,
     scale: Tensor | float,
     along: int,
-    places: Sequence[Any],
+    positives: Tensor | None,
 ) -> Tensor:
+    """Return logits with what a rule leaves out at -inf, and with what it adds, a constant; `along` 1: of the rows."""
     if rule.changes_nothing:
         return logits
     value = scale.detach() if isinstance(scale, Tensor) else scale
-    before = logits.detach()
-    after = before.clone()
-    guide = None
-    if rule.margin is not None and rule.margin.guide is not None:
-        first, second = (x.to(call.dtype) * inverse_norms(x, call.dtype) for x in rule.margin.guide)
-        if panel.paired:
-            guide = torch.einsum("nd,nkd->nk", first, second.view(len(first), panel.paired, -1))
-        else:
-            guide = first[: panel.height] @ second[: panel.width].T
-    edit(rule, after, value, 0, 0, along, guide)
-    for each in places:
-        after[each] = before[each]
-    left_out = after == -torch.inf
-    # What is added is a constant, which is 0 where nothing is.
-    return (logits + (after - before).masked_fill(left_out, 0)).masked_fill(left_out, -torch.inf)
+    (rows, columns), device = logits.shape, logits.device
+    added = torch.zeros_like(logits)
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    if rule.hardness is not None:
+        hard = torch.ones_like(left_out)
+        if rule.hardness.own is not None and rule.hardness.which != "all_negatives":
+            own = rule.hardness.own.matrix(rows, columns, device)
+            hard = own if rule.hardness.which == "hard_negatives" else ~own
+        added = torch.where(hard, logits.detach() * (rule.hardness.strength / value), 0)
+    if rule.margin is not None:
+        left_out = left_out | _too_alike(call, panel, rule.margin, logits.detach(), value, along)
+    if rule.mask is not None:
+        left_out = left_out | rule.mask
+    for pairs in rule.pairs:
+        left_out = left_out | pairs.matrix(rows, columns, device)
+    if positives is not None:
+        added, left_out = added.masked_fill(positives, 0), left_out & ~positives
+    return (logits + added.masked_fill(left_out, 0)).masked_fill(left_out, -torch.inf)
+
+
+def _too_alike(
+    call: Contrast, panel: Panel, margin: Margin, logits: Tensor, scale: Tensor | float, along: int
+) -> Tensor:
+    """Say which entries are above the threshold of their anchor; columns that are nobody's have none."""
+    thresholds = margin.thresholds[: logits.shape[1 - along]]
+    if not along and logits.shape[1] > panel.height:
+        thresholds = F.pad(thresholds, (0, logits.shape[1] - panel.height), value=torch.inf)
+    thresholds = thresholds.unsqueeze(along)
+    if margin.guide is None:
+        return logits > thresholds * scale
+    first, second = (units(x.to(call.dtype)) for x in margin.guide)
+    if panel.paired:
+        return torch.einsum("nd,nkd->nk", first, second.view(first.shape[0], panel.paired, -1)) > thresholds
+    return first[: panel.height] @ second[: panel.width].T > thresholds

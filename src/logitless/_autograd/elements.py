@@ -162,7 +162,7 @@ class _Elementwise(torch.autograd.Function):
         input, *operands = everything[: ctx.operands]
         call: ElementwiseCall = put_together(ctx.call, everything) if ctx.call.holds_tensors else ctx.call
         if needs_plain_backward(grad_output):
-            grad = plain_backward(lambda x: (call.definition(x, *operands),), [input], [grad_output])[0]
+            grad = plain_backward(lambda x: (call.definition(x, *operands),), [input], [True], [grad_output])[0]
         else:
             upstream, scale = call.reduction.upstream(call.backend, grad_output)
             grad = call.backend.elements_grad(call.loss, input, *operands, upstream=upstream, scale=scale)
@@ -225,7 +225,11 @@ class _Cosine(torch.autograd.Function):
         call: CosineCall = ctx.call
         wanted = ctx.needs_input_grad[1:3]
         if needs_plain_backward(grad_output):
-            return None, *_plain_cosine_backward(call, (x1, x2), target, wanted, grad_output), None
+
+            def definition(x1: Tensor, x2: Tensor) -> Sequence[Tensor]:
+                return (call.definition(x1, x2) if target is None else call.definition(x1, x2, target),)
+
+            return None, *plain_backward(definition, [x1, x2], wanted, [grad_output]), None
         upstream, scale = call.reduction.upstream(call.backend, grad_output)
         grads = cosine_operators.row_gradients(
             call.backend,
@@ -242,24 +246,6 @@ class _Cosine(torch.autograd.Function):
             wanted=wanted,
         )
         return None, *grads, None
-
-
-def _plain_cosine_backward(
-    call: CosineCall,
-    vectors: tuple[Tensor, Tensor],
-    target: Tensor | None,
-    wanted: Sequence[bool],
-    grad_output: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    def function(*free: Tensor) -> tuple[Tensor]:
-        rest = iter(free)
-        x1, x2 = (next(rest) if want else vector for vector, want in zip(vectors, wanted, strict=True))
-        return (call.definition(x1, x2) if target is None else call.definition(x1, x2, target),)
-
-    free = [vector for vector, want in zip(vectors, wanted, strict=True) if want]
-    grads = iter(plain_backward(function, free, [grad_output]))
-    first, second = (next(grads) if want else None for want in wanted)
-    return first, second
 
 
 # Of fewer bytes torch's own gather is the faster one.
@@ -285,7 +271,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor | None, None, None]:
         input, index = ctx.saved_tensors
         if needs_plain_backward(grad_output):
-            grad = plain_backward(lambda x: (x.gather(ctx.dim, index),), [input], [grad_output])[0]
+            grad = plain_backward(lambda x: (x.gather(ctx.dim, index),), [input], [True], [grad_output])[0]
             return None, grad, None, None
         grad = ctx.backend.empty_like(input).zero_()
         if grad.itemsize == 2:  # torch scatters half precision through a float32 copy of the whole, integers in place

@@ -91,7 +91,7 @@ class _TokenStats(torch.autograd.Function):
         logits, entropy, *_ = ctx.saved_tensors
         backend, target, definition, row_max, log_sum = put_together(ctx.kept, ctx.saved_tensors)
         if needs_plain_backward(*asked):
-            return plain_backward(definition, [logits], grad_outputs)[0], *(None,) * 4
+            return plain_backward(definition, [logits], [True], grad_outputs)[0], *(None,) * 4
         # dH/dz_j = -p_j ((z_j - lse) + H)
         parts = [*(g for g in (nll, lse) if g is not None), *(() if spread is None else (-spread * entropy,))]
         grad = backend.row_grad(
@@ -132,7 +132,7 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         logits, entropy, row_max, log_sum = ctx.saved_tensors
         if needs_plain_backward(grad_output):
-            return plain_backward(ctx.definition, [logits], [grad_output])[0], None, None
+            return plain_backward(ctx.definition, [logits], [True], [grad_output])[0], None, None
         grad = ctx.backend.row_grad(
             logits, row_max, log_sum, upstream=grad_output, a_scale=-1.0, a=entropy, b_scale=-1.0
         )
@@ -198,9 +198,8 @@ class _PairStats(torch.autograd.Function):
             upstream["divergence_grad"] = upstream.pop("divergence")
         need_p, need_q = ctx.needs_input_grad[:2]
         if needs_plain_backward(*upstream.values()):
-            wanted = [logits for logits, need in ((p, need_p), (q, need_q)) if need]
-            grads = iter(plain_backward(lambda *_: call.definition(p, q), wanted, grad_outputs))
-            return next(grads) if need_p else None, next(grads) if need_q else None, None
+            of_p, of_q = plain_backward(call.definition, [p, q], [need_p, need_q], grad_outputs)
+            return of_p, of_q, None
         target = call.target
         grad_p, grad_q = call.backend.pair_row_grad(
             p,

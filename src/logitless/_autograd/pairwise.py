@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import multiply
-from logitless._heads.vectors import inverse_norms
+from logitless._heads.vectors import inverse_norms, units
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.transforms import transform_reason
+from logitless.kernels.definitions import is_sharded
 from logitless.kernels.interface import Backend
 
 
 class PairwiseCall(NamedTuple):
-    """Who multiplies, in which dtype, the least norm, and the dtype of the result."""
+    """Who multiplies, and in which dtype."""
 
     backend: Backend
     dtype: torch.dtype
-    eps: float
-    result: torch.dtype
 
 
 def pairwise(call: PairwiseCall, first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the cosine of each of the first vectors [N, D] with each of the second [M, D]; `out` takes no gradient."""
+    if transform_reason(first, second, out) is not None or is_sharded(first) or is_sharded(second):
+        plain = definition(call, first, second)
+        return plain if out is None else out.copy_(plain)
     if out is not None:
         return cosines(call, first, second, out)
-    if transform_reason(first, second) is not None:
-        return definition(call, first, second)
     made: Tensor = _Pairwise.apply(call, first, second)  # type: ignore[no-untyped-call] # torch types it not
     return made
 
@@ -45,12 +45,10 @@ def cosines(call: PairwiseCall, first: Tensor, second: Tensor, out: Tensor | Non
     made = out if direct else call.backend.empty(shape, call.dtype, first.device)
     assert made is not None
     one = first is second
-    units, _ = _units(call, first)
-    multiply(call.backend, units, (units if one else _units(call, second)[0]).T, made)
+    unit, _ = _units(call, first)
+    multiply(call.backend, unit, (unit if one else _units(call, second)[0]).T, made)
     made.clamp_(-1, 1)
-    if out is None:
-        return made.to(call.result)
-    return out if direct else out.copy_(made)
+    return made if out is None or direct else out.copy_(made)
 
 
 class _Pairwise(torch.autograd.Function):
@@ -66,15 +64,7 @@ class _Pairwise(torch.autograd.Function):
         first, second = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         if needs_plain_backward(grad_output):
-            free = [x for x, want in zip((first, second), wanted, strict=True) if want]
-
-            def made(*given: Tensor) -> tuple[Tensor]:
-                rest = iter(given)
-                sides = (next(rest) if want else x for x, want in zip((first, second), wanted, strict=True))
-                return (definition(call, *sides),)
-
-            grads = iter(plain_backward(made, free, [grad_output]))
-            return None, *(next(grads) if want else None for want in wanted)
+            return None, *plain_backward(lambda *xy: (definition(call, *xy),), [first, second], wanted, [grad_output])
         return None, *_gradients(call, first, second, grad_output, wanted)
 
 
@@ -88,33 +78,20 @@ def _gradients(
         if not wanted[number]:
             found.append(None)
             continue
-        units, inverse = sides[number]
+        unit, inverse = sides[number]
         gradient = torch.empty(vectors.shape, dtype=call.dtype, device=vectors.device)
         multiply(call.backend, given.T if number else given, sides[1 - number][0], gradient)
-        along = (units * gradient).sum(1, keepdim=True)
-        if call.eps > 0:  # what is shorter than eps is divided by a constant
-            along = along.masked_fill(inverse >= 1 / call.eps, 0)
-        found.append(gradient.addcmul_(units, along, value=-1).mul_(inverse).to(vectors.dtype))
+        along = (unit * gradient).sum(1, keepdim=True)
+        found.append(gradient.addcmul_(unit, along, value=-1).mul_(inverse).to(vectors.dtype))
     return found
 
 
 def _units(call: PairwiseCall, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = inverse_norms(vectors, call.dtype, call.eps)
+    inverse = inverse_norms(vectors, call.dtype)
     return vectors * inverse, inverse
 
 
 def definition(call: PairwiseCall, first: Tensor, second: Tensor) -> Tensor:
-    """Return the same in plain torch, which torch differentiates."""
-    sides = [_of_length_one(vectors.to(call.dtype), call.eps) for vectors in (first, second)]
-    return (sides[0] @ sides[1].T).to(call.result)
-
-
-def _of_length_one(vectors: Tensor, eps: float) -> Tensor:
-    """Return x / max(|x|, eps); no square overflows or vanishes, as each vector is divided by its largest element."""
-    largest = vectors.detach().abs().amax(1, keepdim=True)
-    largest = largest.masked_fill(largest == 0, 1)
-    scaled = vectors / largest
-    squares = scaled.square().sum(1, keepdim=True)
-    short = squares <= (eps / largest) ** 2
-    norms = squares.masked_fill(short, 1).sqrt()
-    return torch.where(short, vectors / (eps or 1.0), scaled / norms)
+    """Return the same in plain torch, which torch differentiates; what a rounding puts beyond 1 is taken off again."""
+    made = units(first.to(call.dtype)) @ units(second.to(call.dtype)).T
+    return made - (made.detach() - made.detach().clamp(-1, 1))

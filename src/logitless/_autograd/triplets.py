@@ -38,8 +38,11 @@ class _Triplets(torch.autograd.Function):
         vectors, labels, counted = ctx.saved_tensors
         kind, margin, distance = ctx.options
         if needs_plain_backward(grad_output):
-            grads = plain_backward(lambda x: (definition(x, labels, kind, margin, distance),), [vectors], [grad_output])
-            return grads[0], None, None, None, None
+
+            def value(x: Tensor) -> tuple[Tensor]:
+                return (definition(x, labels, kind, margin, distance),)
+
+            return plain_backward(value, [vectors], [True], [grad_output])[0], None, None, None, None
         gradient = torch.zeros_like(vectors)
         for top, bottom in strips(len(vectors)):
             apart = distances(vectors, top, bottom, distance)

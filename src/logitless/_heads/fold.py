@@ -18,11 +18,12 @@ from torch import Tensor
 
 from logitless._heads.rows import HeadRows, LogitRows
 from logitless._heads.window import opened
-from logitless._rules.derivatives import needs_plain_backward
+from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import no_autocast
 from logitless._rules.transforms import hold_data, transform_reason
 from logitless.kernels import interface
+from logitless.kernels.definitions import is_sharded
 
 # How many tile-sized tensors a source costs the reference row functions and their backward at once, at most.
 _LIVE_TILES = 16
@@ -100,7 +101,8 @@ def fold_rows(
     rows, classes = sources[0].rows, max(source.classes for source in sources)
     plan = _Plan(function, tuple(sources), len(row_inputs), tile_rows(classes, itemsize, len(sources), max_bytes), rows)
     tensors = [tensor for source in sources for tensor in source.tensors] + [*row_inputs, *shared]
-    if transform_reason(*tensors) is not None or not hold_data(*tensors):
+    sharded = any(tensor is not None and is_sharded(tensor) for tensor in tensors)
+    if sharded or transform_reason(*tensors) is not None or not hold_data(*tensors):
         return plan.call(tensors, 0, rows)
     outputs: tuple[Tensor, ...] = _Fold.apply(plan, *tensors)  # type: ignore[no-untyped-call] # torch types it not
     return outputs
@@ -145,30 +147,16 @@ class _Fold(torch.autograd.Function):
         plan: _Plan = put_together(ctx.kept, ctx.saved_tensors)
         with _autocast_off(tensors), plan.opened(tensors):
             if needs_plain_backward(*grad_outputs):
-                return (None, *_differentiable_backward(plan, tensors, needed, grad_outputs))
+
+                def definition(*given: Tensor | None) -> Sequence[Tensor]:
+                    return plan.call(given, 0, plan.rows)
+
+                return (None, *plain_backward(definition, tensors, needed, grad_outputs))
             return (None, *_tiled_backward(plan, tensors, needed, grad_outputs))
 
 
 def _autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[object]:
     return no_autocast(next(tensor for tensor in tensors if tensor is not None))
-
-
-def _differentiable_backward(
-    plan: _Plan, tensors: Sequence[Tensor | None], needed: Sequence[bool], grad_outputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Return gradients that can be differentiated again, from the plain call on all rows."""
-    with torch.enable_grad():
-        outputs = plan.call(tensors, 0, plan.rows)
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    pairs = [
-        (out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None and out.requires_grad
-    ]
-    grads = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(grads) if need else None for need in needed]
 
 
 def _tiled_backward(

@@ -12,7 +12,7 @@ from logitless._heads.rows import HeadRows, at_positions
 from logitless._heads.sweep import HeadCall, Reduction, head_call
 from logitless._heads.work import NO_INDEX, CrossEntropyWork
 from logitless._rules.precision import no_autocast
-from logitless._rules.reduction import Empty, Normalizer, class_denominator, reduce_rows, upstream_divisor
+from logitless._rules.reduction import Empty, Normalizer, class_denominator, count_of, reduce_rows, upstream_divisor
 from logitless._rules.targets import checked_values
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget
@@ -26,6 +26,7 @@ class HeadLoss(NamedTuple):
     normalizer: Normalizer
     max_bytes: int | None
     backend: str | None
+    deterministic: bool = False  # rows whose bits nothing beside them decides
 
 
 class LossRows(NamedTuple):
@@ -63,13 +64,16 @@ class LossRows(NamedTuple):
 
     def everywhere(self, values: Tensor) -> Tensor:
         """Return values of the kept rows among zeros for the others, in the logits' leading shape."""
-        return at_positions(values, self.kept, self.shape.numel()).view(self.shape)
+        return at_positions(values, self.kept, count_of(self.shape)).view(self.shape)
 
 
 def flat_probabilities(meaning: ClassTarget) -> Tensor | None:
     """Return a target's probabilities as [rows, classes]."""
     given = meaning.probabilities
-    return None if given is None else given.movedim(meaning.class_dim, -1).reshape(-1, meaning.classes)
+    if given is None:
+        return None
+    rows = given.movedim(meaning.class_dim, -1)
+    return rows.reshape(count_of(rows.shape[:-1]), meaning.classes)
 
 
 def loss_call(

@@ -12,6 +12,7 @@ from logitless._heads.rows import HeadRows, LogitRows, at_positions
 from logitless._heads.sweep import HeadCall, head_call
 from logitless._heads.work import NO_INDEX, PairWork, TokenWork
 from logitless._rules.precision import no_autocast
+from logitless._rules.reduction import count_of
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget, Divergence
 
@@ -67,7 +68,7 @@ def token_call(
 def placed(values: Sequence[Tensor], kept: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
     """Return values of the kept rows among all, in their shape; 0 elsewhere, or -1 where that is no class."""
     return tuple(
-        at_positions(value, kept, shape.numel(), 0 if value.is_floating_point() else -1).view(
+        at_positions(value, kept, count_of(shape), 0 if value.is_floating_point() else -1).view(
             (*shape, *value.shape[1:])
         )
         for value in values

@@ -27,7 +27,11 @@ class Pairs(Protocol):
         ...
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Return how many each of so many rows has among so many columns."""
+        """Return how many each of so many rows has among so many columns; no shape depends on values."""
+        ...
+
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return the boolean matrix of so many rows and columns, of which no shape depends on values either."""
         ...
 
 
@@ -47,6 +51,10 @@ class Diagonal(NamedTuple):
         """Return one a row."""
         return (torch.arange(rows, device=device) < self.size).to(torch.int64)
 
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return the diagonal."""
+        return _diagonal(rows, columns, device) & (torch.arange(rows, device=device) < self.size).unsqueeze(1)
+
 
 class Listed(NamedTuple):
     """Entries by their numbers, sorted by row: `of` makes one."""
@@ -60,13 +68,6 @@ class Listed(NamedTuple):
         flat = torch.unique(rows.to(torch.int64) * width + columns.to(torch.int64))
         return cls(flat // max(1, width), flat % max(1, width))
 
-    @classmethod
-    def of_index(cls, index: Tensor, width: int) -> Listed:
-        """Return the entries of an index [rows, some], in which -1 stands for none."""
-        index = index.unsqueeze(-1) if index.dim() == 1 else index
-        rows, places = (index >= 0).nonzero(as_tuple=True)
-        return cls.of(rows, index[rows, places], width)
-
     def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
         """Yield the entries of these rows whose column is among these."""
         first, last = torch.searchsorted(self.rows, self.rows.new_tensor((top, bottom))).tolist()
@@ -77,7 +78,43 @@ class Listed(NamedTuple):
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return how many entries each row has."""
-        return torch.bincount(self.rows, minlength=rows)
+        counted = torch.zeros(rows, dtype=torch.int64, device=device)
+        return counted.index_add(0, self.rows, torch.ones_like(self.rows))
+
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return them written out."""
+        there = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        return there.index_put((self.rows, self.columns), torch.ones_like(self.rows, dtype=torch.bool))
+
+
+class Indexed(NamedTuple):
+    """Entries by the columns of each row [rows, some], in order, each once; -1 stands for none: `of` makes one."""
+
+    columns: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor) -> Indexed:
+        """Return the entries of an index [rows] or [rows, some], in which -1 stands for none."""
+        ordered = (index.unsqueeze(-1) if index.dim() == 1 else index).to(torch.int64).sort(1).values
+        again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, ordered.shape[1]), 0))
+        return cls(ordered.masked_fill(again, -1))
+
+    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+        """Yield the entries of these rows whose column is among these."""
+        stretch = self.columns[top:bottom]
+        rows, places = ((stretch >= left) & (stretch < right)).nonzero(as_tuple=True)
+        if len(rows):
+            yield Places(rows, stretch[rows, places] - left)
+
+    def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return how many entries each row has."""
+        return (self.columns >= 0).sum(1)
+
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return them written out; what is none goes to a column that is cut off."""
+        there = torch.zeros(rows, columns + 1, dtype=torch.bool, device=device)
+        places = torch.where(self.columns < 0, columns, self.columns)
+        return there.scatter(1, places, torch.ones_like(places, dtype=torch.bool))[:, :columns]
 
 
 class SameLabel(NamedTuple):
@@ -101,10 +138,16 @@ class SameLabel(NamedTuple):
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return how many columns have the row's label."""
-        known, which = torch.unique(torch.cat((self.rows, self.columns)), return_inverse=True)
-        of_rows, of_columns = which[: len(self.rows)], which[len(self.rows) :]
-        found = torch.bincount(of_columns, minlength=len(known))[of_rows]
+        kind = torch.promote_types(self.rows.dtype, self.columns.dtype)
+        kind = torch.uint8 if kind == torch.bool else kind  # which nothing searches
+        wanted, ordered = self.rows.to(kind).contiguous(), self.columns.to(kind).sort().values
+        found = torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
         return found - 1 if self.others else found
+
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return them written out."""
+        same = self.rows[:rows].unsqueeze(1) == self.columns[:columns]
+        return same & ~_diagonal(rows, columns, device) if self.others else same
 
 
 class Masked(NamedTuple):
@@ -128,8 +171,18 @@ class Masked(NamedTuple):
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return how many entries each row has of so many columns."""
-        size = len(self.mask)
+        size = self.mask.shape[0]
         each = self.mask.sum(1) * (columns // size)
         if self.others:
             each = each - self.mask.diagonal().to(each.dtype)
         return each.repeat(rows // size)
+
+    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return them written out."""
+        size = self.mask.shape[0]
+        there = self.mask.repeat(rows // size, columns // size)
+        return there & ~_diagonal(rows, columns, device) if self.others else there
+
+
+def _diagonal(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, device=device).unsqueeze(1) == torch.arange(columns, device=device)

@@ -176,8 +176,8 @@ def of_classes(rows: HeadRows, classes: int | slice | Tensor) -> HeadRows:
 
 
 def _is_plain(rows: HeadRows) -> bool:
-    """Say whether only plain operations on all rows serve: under transforms, in a graph, where there is no data."""
-    return transform_reason(*rows.tensors) is not None or not hold_data(*rows.tensors)
+    """Say whether only plain operations on all rows serve: in a graph or a transform, without data, without classes."""
+    return rows.classes == 0 or transform_reason(*rows.tensors) is not None or not hold_data(*rows.tensors)
 
 
 def _device(rows: HeadRows) -> torch.device:
@@ -506,22 +506,20 @@ def _gather_backward(
 
 def _plain_gather_backward(
     blocks: _Blocks, tensors: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Tensor
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Return gradients that can be differentiated again."""
-    hidden, weight, bias, _ = tensors
-    assert hidden is not None
-    assert weight is not None
-    wide = _compute(hidden.dtype)
 
-    def definition(*_: Tensor) -> tuple[Tensor]:
+    def definition(*given: Tensor | None) -> tuple[Tensor]:
+        hidden, weight, bias, _ = given
+        assert hidden is not None
+        assert weight is not None
+        wide = _compute(hidden.dtype)
         raw = (hidden.unsqueeze(1).to(wide) * weight[blocks.picks].to(wide)).sum(-1)
         if bias is not None:
             raw = raw + bias[blocks.picks].to(wide)
-        return (blocks.rows.activate(raw, tensors).to(blocks.dtype),)
+        return (blocks.rows.activate(raw, given).to(blocks.dtype),)
 
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    grads = iter(plain_backward(definition, wanted, [grad_output]))
-    return [next(grads) if need else None for need in needed]
+    return plain_backward(definition, tensors, needed, [grad_output])
 
 
 # All logits
@@ -582,8 +580,6 @@ class _Materialized(torch.autograd.Function):
         tensors, call = everything[: len(needed)], put_together(ctx.kept, everything)
         with no_autocast(grad_output):
             if needs_plain_backward(grad_output):
-                wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-                grads = iter(plain_backward(lambda *_: call.definition(*tensors), wanted, [grad_output]))
-                return (None, None, None, None, *(next(grads) if need else None for need in needed))
+                return (None, None, None, None, *plain_backward(call.definition, tensors, needed, [grad_output]))
         nothing = [None for _ in call.ranges()]
         return (None, None, None, None, *row_gradients(call, tensors, needed, [grad_output], nothing))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import multiplier
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend
 
@@ -34,7 +35,8 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    return backend.PRODUCT_BITS_STAND and _serves(backend, weight, hidden)
+    taken = multiplier(backend, hidden.dtype, hidden.shape[1])
+    return taken.PRODUCT_BITS_STAND and _serves(taken, weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:
@@ -64,6 +66,8 @@ def multiply(
     Where the backend's product does not serve and `spare` is given, a flat one, the product goes there first, as many
     rows at a time as fit; it must be given where `out` is wider than the factors.
     """
+    if not out.numel():
+        return
     if not first.shape[1]:
         if not accumulate:
             out.zero_()
@@ -89,7 +93,7 @@ def _serves(backend: Backend, first: Tensor, second: Tensor) -> bool:
     if not backend.PRODUCT_DTYPES.issuperset((first.dtype, second.dtype)):
         return False
     single = first.dtype == second.dtype == torch.float32
-    return not single or torch.get_float32_matmul_precision() == "highest"
+    return not single or backend.PRODUCTS_ARE_FIXED or torch.get_float32_matmul_precision() == "highest"
 
 
 def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -108,4 +112,5 @@ def _multiply_widened(first: Tensor, second: Tensor, out: Tensor, accumulate: bo
 
 
 def _readable(factor: Tensor) -> Tensor:
-    return factor if 1 in factor.stride() else factor.contiguous()
+    # Not contiguous(): of one row and one feature any strides are.
+    return factor if 1 in factor.stride() else factor.clone(memory_format=torch.contiguous_format)

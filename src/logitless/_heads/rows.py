@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless._heads.window import Window
+from logitless._rules.reduction import count_of
 
 
 class LogitRows(Protocol):
@@ -95,7 +96,7 @@ class DenseRows:
 
 def dense_rows(logits: Tensor, scale: float = 1.0) -> DenseRows:
     """Return the rows of a dense tensor (..., classes), times a number."""
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits.reshape(count_of(logits.shape[:-1]), logits.shape[-1])  # of no classes -1 says nothing
     return DenseRows(flat.shape[0], flat.shape[1], (flat,), scale)
 
 

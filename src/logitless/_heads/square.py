@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import multiplier
 from logitless._heads.pairs_of_rows import Pairs, Places
 from logitless._heads.products import multiply
 from logitless._heads.tiles import buffer, view
@@ -259,6 +260,7 @@ class Work:
         backend, dtype = call.backend, call.dtype
         self.scale = scale if isinstance(scale, float) else backend.scalar(scale.detach().to(dtype))
         self._backend, self._call = backend, call
+        self._products = multiplier(backend, dtype, vectors[0].shape[1])
         self.vectors = [
             Vectors(backend, given, dtype, normalize=normalize, wanted=want)
             for given, normalize, want in zip(vectors, call.normalize, needed, strict=True)
@@ -296,7 +298,7 @@ class Work:
                 torch.bmm(right, rows.left.unsqueeze(2), out=logits.unsqueeze(2))
             else:
                 right = right_side.block(first, last, self._right)
-                multiply(self._backend, rows.left, right.T, logits)
+                multiply(self._products, rows.left, right.T, logits)
             found = () if panel.positives is None else panel.positives.within(rows.top, rows.bottom, first, last)
             places = [(each, logits[each].double()) for each in found]
             by_column, columns = None, min(last, self._call.anchors) - first
@@ -343,7 +345,7 @@ class Work:
         if self._guide is None:
             self._guide = torch.empty_like(self._logits)
         tile = view(self._guide, tuple(logits.shape))
-        multiply(self._backend, left, sides[1].block(first, first + logits.shape[1], None).T, tile)
+        multiply(self._products, left, sides[1].block(first, first + logits.shape[1], None).T, tile)
         return tile
 
     def softmaxes(self, tile: Tile, rows: _Side, columns: _Side | None) -> Tensor:
@@ -375,9 +377,9 @@ class Work:
                 own += gradient.unsqueeze(2) * rows.left.unsqueeze(1)
             return
         if to_left is not None:
-            multiply(self._backend, gradient, tile.right, to_left, accumulate=True)
+            multiply(self._products, gradient, tile.right, to_left, accumulate=True)
         if to_right is not None:
-            multiply(self._backend, gradient.T, rows.left, to_right[tile.first : tile.last], accumulate=True)
+            multiply(self._products, gradient.T, rows.left, to_right[tile.first : tile.last], accumulate=True)
 
     def add_left(self, panel: Panel, rows: TileRows, to_left: Tensor) -> None:
         """Add what a stretch of rows has: of the vectors before they were scaled."""

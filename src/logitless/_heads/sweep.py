@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import who_multiplies
 from logitless._heads.products import widens
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
@@ -195,7 +196,14 @@ def forecast(call: HeadCall) -> Forecast:
         if isinstance(source, HeadRows) and call.gradient:
             peak += HeadTiles.accumulator_bytes(call.backend, source, tiles)
     row_bytes = sum(8 + call.dtype.itemsize for _ in call.differentiable)  # outputs, and what the gradient needs
-    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes)
+    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes, _products(call))
+
+
+def _products(call: HeadCall) -> str:
+    """Return who multiplies each head."""
+    factors = [source.tensors[0] for source in call.sources if isinstance(source, HeadRows)]
+    said = [who_multiplies(call.backend, hidden.dtype, hidden.shape[1]) for hidden in factors if hidden is not None]
+    return "; ".join(dict.fromkeys(said))
 
 
 def per_row(call: HeadCall) -> tuple[Tensor, ...]:
@@ -241,7 +249,7 @@ class _PerRow(torch.autograd.Function):
         call: HeadCall = put_together(ctx.kept, everything[:others])
         with no_autocast(_first(tensors)):
             if needs_plain_backward(*grad_outputs):
-                return (None, None, None, *_plain(call.definition, tensors, needed, grad_outputs))
+                return (None, None, None, *plain_backward(call.definition, tensors, needed, grad_outputs))
         saved = put_together(ctx.states, everything[others:])
         return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
 
@@ -376,7 +384,7 @@ class _Reduced(torch.autograd.Function):
                 return (value(define(*given)[0]),)
 
             with no_autocast(_first(tensors)):
-                return (*[None] * _ARGUMENTS, *_plain(definition, tensors, needed, [grad_output]))
+                return (*[None] * _ARGUMENTS, *plain_backward(definition, tensors, needed, [grad_output]))
         late, left_out = put_together(ctx.kept[2:], everything[:others])
         with no_autocast(_first(tensors)):
             factor = late_factor(late, ctx.backend.scalar(grad_output))
@@ -411,18 +419,6 @@ def value_and_gradients(
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor:
     return next(tensor for tensor in tensors if tensor is not None)
-
-
-def _plain(
-    definition: Definition,
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grad_outputs: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Return gradients that can be differentiated again."""
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    grads = iter(plain_backward(lambda *_: definition(*tensors), wanted, grad_outputs))
-    return [next(grads) if need else None for need in needed]
 
 
 def _scaled(

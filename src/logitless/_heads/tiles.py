@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logitless._heads.multiplier import multiplier
 from logitless._heads.products import multiply, needs_spare, widened_bytes, widens
 from logitless._heads.rows import DenseRows, HeadRows
 from logitless._rules.precision import HALF
@@ -137,6 +138,7 @@ class HeadTiles:
         assert hidden is not None
         assert weight is not None
         self._hidden, self._weight = hidden, weight
+        backend = multiplier(backend, hidden.dtype, hidden.shape[1])
         self._backend = backend
         self._scale = rows.scale if scale is None else backend.scalar(scale)
         self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
@@ -180,6 +182,7 @@ class HeadTiles:
         hidden, weight, _, scale = rows.tensors
         assert hidden is not None
         assert weight is not None
+        backend = multiplier(backend, hidden.dtype, hidden.shape[1])
         bytes_held = 0
         if hidden.requires_grad and hidden.dtype in HALF:
             bytes_held += hidden.numel() * 4

@@ -46,7 +46,7 @@ def distances(vectors: Tensor, top: int, bottom: int, kind: Distance) -> Tensor:
 
 def mined(kind: Kind, apart: Tensor, labels: Tensor, top: int, margin: float) -> Strip:
     """Return the losses of a strip of anchors, given their distances from all."""
-    rows = torch.arange(top, top + len(apart), device=labels.device)
+    rows = torch.arange(top, top + apart.shape[0], device=labels.device)
     positive = labels[rows].unsqueeze(1) == labels
     negative = ~positive
     positive[rows - top, rows] = False

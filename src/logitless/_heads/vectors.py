@@ -10,17 +10,33 @@ import torch
 from torch import Tensor
 
 from logitless._heads.tiles import view
+from logitless._rules.transforms import transform_reason
 from logitless.kernels.interface import Backend
 
 BLOCK_ROWS = 1024  # vectors whose copies stay small
 
 
-def inverse_norms(vectors: Tensor, dtype: torch.dtype, eps: float = 0.0) -> Tensor:
-    """Return 1 / max(|x|, eps) of each vector [rows, 1], and 0 of a zero vector where eps is 0."""
-    parts = [torch.linalg.vector_norm(part.double(), dim=1, keepdim=True) for part in vectors.split(BLOCK_ROWS // 4)]
-    norms = torch.cat(parts) if parts else vectors.new_zeros(0, 1, dtype=torch.float64)
-    norms = norms.clamp(min=eps)
+def inverse_norms(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 / |x| of each vector [rows, 1], and 0 of a zero vector."""
+    # What is traced has no blocks: their number would be a constant.
+    blocks = (vectors,) if transform_reason(vectors) is not None else vectors.split(BLOCK_ROWS // 4)
+    norms = torch.cat([torch.linalg.vector_norm(block.double(), dim=1, keepdim=True) for block in blocks])
     return norms.reciprocal().masked_fill_(norms == 0, 0).to(dtype)
+
+
+def units(vectors: Tensor) -> Tensor:
+    """Return vectors of length 1, and zero vectors as they are, in plain torch, which torch differentiates.
+
+    No square overflows or vanishes, as each vector is divided by its largest element; a zero vector has a gradient of
+    zero.
+    """
+    if vectors.shape[1] == 0:
+        return vectors
+    largest = vectors.detach().abs().amax(1, keepdim=True)
+    zero = largest == 0
+    scaled = vectors / largest.masked_fill(zero, 1)
+    squares = scaled.square().sum(1, keepdim=True)
+    return (scaled / squares.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0)
 
 
 class Vectors:

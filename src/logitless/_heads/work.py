@@ -101,9 +101,13 @@ class CrossEntropyWork:
             nll = ((top - at_target) + log_sum).to(real)
         shift = (top - tops) + (log_sum - sums)  # of the row's lse over each part's
 
+        nothing = torch.isneginf(tops)  # of a part's own sums there is none: each class that counts is infinitely far
+        shift = shift.masked_fill(nothing, torch.inf)
+
         def joined(values: Sequence[Tensor | None], weights: Tensor) -> Tensor:
-            each = torch.stack([value.double() for value in values if value is not None])
-            return (each + times_zero_safe(weights, shift)).sum(0).to(real)
+            each = torch.stack([value.double() for value in values if value is not None]).masked_fill(nothing, 0)
+            total = (each + times_zero_safe(weights, shift)).sum(0)
+            return total.masked_fill(broken & (weights != 0).any(0), torch.nan).to(real)
 
         dense_sum = dense_mass = smooth_sum = None
         if self.probabilities is not None:
@@ -112,6 +116,7 @@ class CrossEntropyWork:
             dense_mass = masses_of.sum(0).to(real)
         if self.smoothing > 0:
             smooth_sum = joined([part.smooth_sum for part in parts], self._mass(ranges, tops.device))
+            smooth_sum = smooth_sum.masked_fill(broken, torch.nan)
         stats = parts[0]._replace(
             row_max=top.to(real),
             log_sum=log_sum,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless._operators.rows import backend_of, compute_dtype, one_at_a_time, with_layout_of
+from logitless._operators.rows import backend_of, check_shapes, compute_dtype, one_at_a_time, with_layout_of
 from logitless.kernels.interface import Backend, CosineRows
 
 
@@ -117,7 +117,7 @@ def _cosine(
     kernels = backend_of(backend, x1, x2, target)
     out, saved = rows(kernels, x1, x2, target, sizes=_sizes(x1, x2, target), dim=dim, eps=eps, margin=margin, save=True)
     assert saved is not None
-    return out.sum().double() if summed else out, saved
+    return out.sum(dtype=torch.float64) if summed else out, saved
 
 
 @_cosine.register_fake
@@ -161,14 +161,19 @@ def _cosine_grad(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    sizes = _sizes(x1, x2, target)
+    rows = list(sizes)
+    del rows[dim]
+    check_shapes("cosine_grad", [3, *rows], saved=saved)
+    check_shapes("cosine_grad", rows, upstream=None if summed else upstream)
     kernels = backend_of(backend, x1, x2, target)
     grads = row_gradients(
         kernels,
         x1,
         x2,
         target,
-        saved.contiguous(),
-        sizes=_sizes(x1, x2, target),
+        saved.double().contiguous(),
+        sizes=sizes,
         dim=dim,
         eps=eps,
         margin=margin,

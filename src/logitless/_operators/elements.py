@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless._operators.rows import backend_of, one_at_a_time
+from logitless._operators.rows import backend_of, check_shapes, one_at_a_time
 from logitless._rules.unit_interval import check_within_unit_interval
 from logitless.kernels.interface import Backend, ElementLoss
 
@@ -47,6 +47,7 @@ def _elementwise(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    check_shapes("elementwise", input.shape, target=target)
     kernels = backend_of(backend, input, target, weight, pos_weight)
     if dtype is None:
         total, outside = kernels.elements_sum(loss, input, target, weight, pos_weight)
@@ -89,6 +90,7 @@ def _elementwise_grad(
     *,
     backend: str | None = None,
 ) -> Tensor:
+    check_shapes("elementwise_grad", input.shape, target=target, upstream=None if summed else upstream)
     kernels = backend_of(backend, input, target, weight, pos_weight)
     values, scale = (None, kernels.scalar(upstream)) if summed else (upstream, 1.0)
     return kernels.elements_grad(loss, input, target, weight, pos_weight, upstream=values, scale=scale)

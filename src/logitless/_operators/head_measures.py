@@ -15,9 +15,9 @@ from torch import Tensor
 from logitless._heads.measure_plan import entropy_call, pair_call, placed, token_call
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.sweep import HeadCall, row_gradients, row_values
-from logitless._operators.heads import check_needed, plain_gradients, save_inputs, saved_inputs
+from logitless._operators.heads import check_head, check_needed, plain_gradients, save_inputs, saved_inputs
 from logitless._operators.pairs import divergence_asked, divergence_told
-from logitless._operators.rows import Outputs, backend_of, fake_backend_of, one_at_a_time
+from logitless._operators.rows import Outputs, backend_of, check_shapes, fake_backend_of, one_at_a_time
 from logitless._rules.precision import HALF
 from logitless._rules.targets import checked_values
 from logitless.kernels.interface import Backend, ClassTarget, Divergence, RowStats
@@ -104,8 +104,23 @@ class Measures(NamedTuple):
         """Return the backend of that name, or what takes these tensors."""
         return backend_of(name, *self.parts, self.target)
 
+    def _check(self) -> None:
+        """Raise unless the parts and the target fit each other."""
+        shapes: list[tuple[int, ...]] = []
+        for logits, weight, bias, factor in (self.parts[:4], self.parts[4:]):
+            if weight is not None and logits is not None:
+                check_head(self.caller, logits, weight, bias, factor)
+                shapes.append((logits.shape[0], weight.shape[0]))
+            elif logits is not None:
+                shapes.append(tuple(logits.shape))
+        if any(len(shape) != 2 or shape != shapes[0] for shape in shapes):
+            raise RuntimeError(f"logitless::{self.caller}: expected logits [rows, classes] of one shape, got {shapes}")
+        target = None if self.target is None else self.target.reshape(-1)
+        check_shapes(self.caller, shapes[0][:1], target=target)
+
     def plan(self, backend: Backend, gradient: bool | None = None) -> tuple[HeadCall, Tensor | None]:
         """Plan the pass over the rows, and say which rows it is of (None: all); raise if an index is no class."""
+        self._check()
         p = _put_together(self.parts[:4], self.p_scale, self.p_softcap)
         q = _put_together(self.parts[4:], self.q_scale, self.q_softcap)
         names = tuple(self.names.split(","))
@@ -216,6 +231,11 @@ def _measures_grad(*args: Any, backend: str | None = None) -> Outputs:
     measures, needed = Measures._make(args[:_FIELDS]), args[-_PARTS:]
     saved, *grads = args[_FIELDS:-_PARTS]
     call, kept = measures.plan(measures.backend(backend), gradient=True)
+    rows, numbers = measures.p_logits.shape[0], measures.backend(backend).PAIR_SAVED
+    check_shapes(
+        measures.caller, [len(_TOKEN_SAVED), rows] if measures.q_logits is None else [rows, numbers], saved=saved
+    )
+    check_shapes(measures.caller, [rows], **{f"grad_{at}": grad for at, grad in enumerate(grads)})
     if kept is not None:
         saved, grads = saved[:, kept], [None if grad is None else grad[kept] for grad in grads]
     places = measures.places()
@@ -283,8 +303,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            call, kept = measures.plan(measures.backend(ctx.backend))
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            given = Measures._make((*parts, *measures[_PARTS:]))
+            call, kept = given.plan(given.backend(ctx.backend))
             values = call.definition(*call.tensors)
             return placed(values, kept, measures.p_logits.shape[:1])
 

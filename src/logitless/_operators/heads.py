@@ -26,7 +26,7 @@ from logitless._heads.sweep import (
     value_and_gradients,
 )
 from logitless._heads.tiles import sum_dtype
-from logitless._operators.rows import Outputs, backend_of, one_at_a_time
+from logitless._operators.rows import Outputs, backend_of, check_shapes, one_at_a_time
 from logitless._rules.derivatives import plain_backward
 from logitless._rules.reduction import Empty, Normalizer
 from logitless.kernels.interface import Backend, ClassTarget, RowStats
@@ -73,6 +73,10 @@ class Head(NamedTuple):
     def rows(self, backend: Backend) -> LossRows:
         """Return the rows that are not ignored; raise if an index is no class."""
         source = self.all_rows()
+        check_head(self.caller, self.hidden, self.weight, self.bias, self.factor)
+        check_shapes(self.caller, [source.rows, source.classes], probabilities=self.probabilities)
+        check_shapes(self.caller, [source.classes], class_weight=self.class_weight)
+        check_shapes(self.caller, [source.rows], target=None if self.target is None else self.target.reshape(-1))
         target = ClassTarget(1, source.classes, self.ignore_index, self.target, probabilities=self.probabilities)
         return LossRows.of(self.caller, source, target, torch.Size((source.rows,)), backend)
 
@@ -83,6 +87,10 @@ class Head(NamedTuple):
     def call(self, backend: Backend, rows: LossRows, gradient: bool | None = None) -> HeadCall:
         """Plan the pass over the rows."""
         return loss_call(backend, rows, self.asked(), self.compute, gradient)
+
+    def of_parts(self, parts: Sequence[Tensor | None]) -> Head:
+        """Return the same call on other parts."""
+        return Head._make((*parts, *self[_PARTS:]))
 
     def defined(self, backend: Backend) -> tuple[LossRows, Sequence[Tensor]]:
         """Return the rows and what the call gives for each, in plain operations."""
@@ -218,10 +226,10 @@ def _loss_backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tens
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            kernels = head.backend(ctx.backend)
-            rows, values = head.defined(kernels)
-            return (reduced.reduction_of(kernels, head, rows).value(values[0]),)
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            kernels, given = head.backend(ctx.backend), head.of_parts(parts)
+            rows, values = given.defined(kernels)
+            return (reduced.reduction_of(kernels, given, rows).value(values[0]),)
 
         return plain_gradients(head.parts, needed, definition, [grad_output], len(inputs))
     factor = late_factor(late, grad_output)
@@ -287,6 +295,9 @@ def _head_rows_grad(*args: Any, backend: str | None = None) -> Outputs:
     if rows.kept is not None:
         saved, grad = [value[rows.kept] if value.numel() else value for value in saved], grad[rows.kept]
     row_max, log_sum, dense_mass = saved
+    check_shapes("head_rows_grad", [rows.source.rows], row_max=row_max, log_sum=log_sum, grad=grad)
+    if head.probabilities is not None:
+        check_shapes("head_rows_grad", [rows.source.rows], dense_mass=dense_mass)
     nothing = RowStats._make((None,) * len(RowStats._fields))
     states = [
         nothing._replace(
@@ -324,8 +335,8 @@ def _rows_backward(ctx: Any, grad_losses: Tensor | None, *_: None) -> tuple[Tens
         return (None,) * len(inputs)
     if torch.is_grad_enabled():
 
-        def definition() -> Sequence[Tensor]:
-            rows, values = head.defined(head.backend(ctx.backend))
+        def definition(*parts: Tensor | None) -> Sequence[Tensor]:
+            rows, values = head.of_parts(parts).defined(head.backend(ctx.backend))
             return (rows.everywhere(values[0]),)
 
         return plain_gradients(head.parts, ctx.needed, definition, [grad_losses], len(inputs))
@@ -338,6 +349,17 @@ _head_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 for _operator in (_head_loss, _head_rows, _head_rows_grad):
     _operator.register_vmap(one_at_a_time(_operator))
+
+
+def check_head(
+    operator: str, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None
+) -> None:
+    """Raise unless these are the parts of a head."""
+    if hidden.dim() != 2 or weight is None or weight.dim() != 2:
+        raise RuntimeError(f"logitless::{operator}: expected hidden [rows, features] and weight [classes, features]")
+    check_shapes(operator, [weight.shape[0], hidden.shape[1]], weight=weight)
+    check_shapes(operator, weight.shape[:1], bias=bias)
+    check_shapes(operator, [], scale=factor)
 
 
 def check_needed(name: str, requires_grad: Sequence[bool], needed: Sequence[bool]) -> None:
@@ -360,11 +382,9 @@ def saved_inputs(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
 def plain_gradients(
     parts: Sequence[Tensor | None],
     needed: Sequence[bool],
-    definition: Callable[[], Sequence[Tensor]],
+    definition: Callable[..., Sequence[Tensor]],
     grad_outputs: Sequence[Tensor | None],
     inputs: int,
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that can be differentiated again: of the definition, in plain operations on all rows."""
-    wanted = [part for part, need in zip(parts, needed, strict=True) if need and part is not None]
-    grads = iter(plain_backward(lambda *_: definition(), wanted, grad_outputs))
-    return *(next(grads) if need else None for need in needed), *(None,) * (inputs - len(parts))
+    return *plain_backward(definition, parts, needed, grad_outputs), *(None,) * (inputs - len(parts))

@@ -15,6 +15,8 @@ from logitless._operators.rows import (
     asked_for,
     backend_of,
     batching,
+    check_rows,
+    check_shapes,
     fake_backend_of,
     fake_outputs,
     raise_if_bad,
@@ -78,6 +80,11 @@ def _pair_wanted(
     return [kl, reverse_kl, js, cross_entropy, entropy, entropy, aimed, aimed, alone, True, True]
 
 
+def _check_pairs(operator: str, first: Tensor, second: Tensor, class_dim: int, **rows: Tensor | None) -> None:
+    check_rows(operator, first, class_dim, **rows)
+    check_shapes(operator, first.shape, second=second)
+
+
 @torch.library.custom_op(
     "logitless::pair_row_stats",
     mutates_args=(),
@@ -103,6 +110,7 @@ def _pair_row_stats(
     *,
     backend: str | None = None,
 ) -> Outputs:
+    _check_pairs("pair_row_stats", first, second, class_dim, target=target)
     stats = backend_of(backend, first, second, target).pair_row_stats(
         first,
         second,
@@ -168,10 +176,16 @@ def _pair_row_grad(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grads = backend_of(backend, first, second, target).pair_row_grad(
+    upstream = {"kl": kl, "reverse_kl": reverse_kl, "js": js, "cross_entropy": cross_entropy}
+    upstream |= {"entropy_p": entropy_p, "entropy_q": entropy_q, "nll_p": nll_p, "nll_q": nll_q}
+    upstream["divergence_grad"] = divergence_grad
+    _check_pairs("pair_row_grad", first, second, class_dim, target=target, **upstream)
+    kernels = backend_of(backend, first, second, target)
+    check_shapes("pair_row_grad", [*row_shape(first, class_dim), kernels.PAIR_SAVED], saved=saved)
+    grads = kernels.pair_row_grad(
         first,
         second,
-        saved.contiguous(),
+        saved.double().contiguous(),
         target,
         class_dim=class_dim,
         ignore_index=ignore_index,

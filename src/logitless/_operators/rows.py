@@ -96,6 +96,35 @@ def with_placeholders(
     )
 
 
+def check_shapes(operator: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
+    """Raise unless each of these tensors has this shape: kernels read as much of one as the logits say there is."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise RuntimeError(
+                f"logitless::{operator}: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}"
+            )
+
+
+def check_rows(
+    operator: str,
+    logits: Tensor,
+    class_dim: int,
+    class_weight: Tensor | None = None,
+    dense_target: Tensor | None = None,
+    **rows: Tensor | None,
+) -> None:
+    """Raise unless what lies beside logits fits them; `rows` hold a value a row."""
+    if not -logits.dim() <= class_dim < logits.dim():
+        raise IndexError(f"logitless::{operator}: class_dim={class_dim} of logits of {logits.dim()} dimensions")
+    check_shapes(operator, row_shape(logits, class_dim), **rows)
+    check_shapes(operator, logits.shape[class_dim : class_dim + 1 or None], class_weight=class_weight)
+    check_shapes(operator, logits.shape, dense_target=dense_target)
+    if dense_target is not None and dense_target.dtype != logits.dtype:
+        raise RuntimeError(
+            f"logitless::{operator}: expected dense_target in {logits.dtype}, as the logits, got {dense_target.dtype}"
+        )
+
+
 def raise_if_bad(
     bad_row: int, caller: str, logits: Tensor, target: Tensor | None, class_dim: int, ignore_index: int
 ) -> None:
@@ -189,6 +218,7 @@ def _row_stats(
     *,
     backend: str | None = None,
 ) -> Outputs:
+    check_rows("row_stats", logits, class_dim, class_weight, dense_target, target=target)
     stats = backend_of(backend, logits, target, class_weight, dense_target).row_stats(
         logits,
         target,
@@ -246,10 +276,12 @@ def _row_grad(
     backend: str | None = None,
 ) -> Tensor:
     """dz_j = p_j (a + b (z_j - lse)) + c [j = target] + e t_j w_j + f w_j, a coefficient that is None being 0."""
+    rows = {"row_max": row_max, "log_sum": log_sum, "target": target, "a": a, "b": b, "c": c, "e": e, "f": f}
+    check_rows("row_grad", logits, class_dim, class_weight, dense_target, **rows)
     grad = backend_of(backend, logits, target, class_weight, dense_target).row_grad(
         logits,
-        row_max.contiguous(),
-        log_sum.contiguous(),
+        row_max.to(compute_dtype(logits)).contiguous(),
+        log_sum.double().contiguous(),
         target,
         class_dim=class_dim,
         ignore_index=ignore_index,

@@ -14,9 +14,13 @@ from torch import Tensor
 from logitless._rules.transforms import TRACED, compile_reason, transform_reason
 from logitless.kernels import cpu, native, reference, triton
 from logitless.kernels.interface import Backend, WholeCalls
+from logitless.kernels.products import of_fixed_order
 
 # In the order in which they are tried; the last one takes what the others do not. A new backend is a line here.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
+# What the name of a backend ends in that takes no product but those of a fixed order.
+_FIXED = ", deterministic"
+_DETERMINISTIC = {name: of_fixed_order(backend, name + _FIXED) for name, backend in BACKENDS.items()}
 # The one whose calls torch differentiates.
 DEFINITION = reference.NAME
 # The backend that spares small calls all that stands around its kernels.
@@ -24,10 +28,14 @@ WHOLE_CALLS: WholeCalls = cpu
 
 
 class Forecast(NamedTuple):
-    """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes."""
+    """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes.
+
+    And who multiplies, with the reason.
+    """
 
     tile: tuple[int, int]
     peak_bytes: int
+    products: str
 
 
 class _Answer(NamedTuple):
@@ -38,23 +46,26 @@ class _Answer(NamedTuple):
 class Choice(_Answer):
     """The backend a call takes, and the reason: `backend, reason = explain(...)`.
 
-    Of logits that are not built, also the `tile` (rows, classes) and the `peak_bytes` beyond inputs and gradients; None
-    where the call holds a few numbers a row, or where the reference serves it.
+    Of logits that are not built, also the `tile` (rows, classes), the `peak_bytes` beyond inputs and gradients, and
+    whose `products` are taken and why; None where the call holds a few numbers a row, or the reference serves it.
     """
 
     tile: tuple[int, int] | None
     peak_bytes: int | None
+    products: str | None
 
     def __new__(cls, backend: str, reason: str, forecast: Forecast | None = None) -> Choice:
         """Return the pair, with what was forecast beside it."""
         choice = super().__new__(cls, backend, reason)
-        choice.tile, choice.peak_bytes = (None, None) if forecast is None else forecast
+        choice.tile, choice.peak_bytes, choice.products = (None, None, None) if forecast is None else forecast
         return choice
 
     def __repr__(self) -> str:
         """Say all of it."""
-        tile = "" if self.tile is None else f", tile={self.tile}, peak_bytes={self.peak_bytes}"
-        return f"Choice(backend={self.backend!r}, reason={self.reason!r}{tile})"
+        held = ""
+        if self.tile is not None:
+            held = f", tile={self.tile}, peak_bytes={self.peak_bytes}, products={self.products!r}"
+        return f"Choice(backend={self.backend!r}, reason={self.reason!r}{held})"
 
 
 class BackendStatus(NamedTuple):
@@ -99,7 +110,8 @@ def whole_calls() -> WholeCalls | None:
 
 def named(backend: str) -> Backend:
     """Return a backend by its name, as an operator in a compiled graph has it."""
-    return BACKENDS[backend]
+    name, _, fixed = backend.partition(_FIXED)
+    return _DETERMINISTIC[name] if fixed else BACKENDS[name]
 
 
 def serving(*tensors: Tensor | None) -> Backend:
@@ -127,9 +139,12 @@ def pick(
     obstacle: str | None = None,
     forecast: Callable[[Backend], Forecast] | None = None,
     compiles: bool = False,
+    deterministic: Sequence[Tensor | None] | None = None,
 ) -> Backend:
     """Return the backend for an operation on these tensors; raise if the one asked for cannot serve it.
 
+    `deterministic` asks for rows whose bits nothing beside them decides, and names the factors of their products, if
+    any: it raises where nobody promises that.
     `obstacle` is the caller's own reason why no kernel can, where there is one; `forecast` says what a backend will
     hold if it can; `compiles` says that the operation reaches kernels by an operator of `_operators` in a graph that is
     being compiled.
@@ -141,9 +156,11 @@ def pick(
     asked = backend if backend is not None else os.environ.get("LOGITLESS_BACKEND") or None
     by = "backend=" if backend is not None else "LOGITLESS_BACKEND"
     picked, reason = _asked_for(operation, asked, by, tensors, obstacle) if asked else _first_fit(tensors, obstacle)
+    if deterministic is not None:
+        picked = _deterministic(operation, picked, reason, deterministic)
     if explaining:
         foreseen = None if picked.PLAIN or forecast is None else forecast(picked)
-        raise _Explained(Choice(picked.NAME, reason, foreseen))
+        raise _Explained(Choice(picked.NAME.removesuffix(_FIXED), reason, foreseen))
     return picked
 
 
@@ -179,6 +196,20 @@ def _first_fit(tensors: Sequence[Tensor | None], obstacle: str | None) -> tuple[
             return backend, backend.served()
         first_reason = first_reason or reason
     raise RuntimeError(f"no backend serves this call: {first_reason}")
+
+
+def _deterministic(operation: str, picked: Backend, reason: str, factors: Sequence[Tensor | None]) -> Backend:
+    """Return the backend with products of a fixed order for these factors; raise where it has none."""
+    if picked.PLAIN:
+        reason = f"torch's operations serve this call ({reason}), and promise no order of their sums"
+        raise RuntimeError(f"{operation}: deterministic=True cannot be kept: {reason}")
+    kinds = {factor.dtype for factor in factors if factor is not None}
+    for dtype in kinds - picked.FIXED_PRODUCTS:
+        raise RuntimeError(
+            f"{operation}: deterministic=True cannot be kept: no kernel multiplies {dtype} on this processor, and "
+            "torch's product promises no order of its sums; a head in float32 can be multiplied everywhere"
+        )
+    return _DETERMINISTIC.get(picked.NAME, picked)  # of one that multiplies nothing, itself
 
 
 def _obstacle(backend: Backend, tensors: Sequence[Tensor | None], obstacle: str | None) -> str | None:

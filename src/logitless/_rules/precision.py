@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -67,6 +68,28 @@ def no_autocast(tensor: HasDtype) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False)
 
 
+def check_real(name: str, **tensors: HasDtype | None) -> None:
+    """Raise if one of these is complex, nested or masked: a loss compares and adds real numbers, one in each place."""
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name}: argument '{argument}' must not be a nested tensor; pass its values() and those of the "
+                "others, or pad it (torch.nested.to_padded_tensor) and ignore the padding"
+            )
+        if isinstance(tensor, MaskedTensor):
+            raise TypeError(
+                f"{name}: argument '{argument}' must not be a MaskedTensor; use {argument}.get_data(), and "
+                "ignore_index or weights of 0 for what the mask leaves out"
+            )
+        if tensor.is_complex():
+            raise TypeError(
+                f"{name}: argument '{argument}' must be real, got {tensor.dtype}; "
+                f"use {argument}.real or {argument}.abs()"
+            )
+
+
 def check_input(name: str, input: object, target: object) -> None:
     """Raise, as torch does, unless both are tensors and the input has a floating dtype.
 
@@ -75,5 +98,7 @@ def check_input(name: str, input: object, target: object) -> None:
     for argument, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor) and not hasattr(value, "materialize"):
             raise TypeError(f"{name}: argument '{argument}' must be Tensor, not {type(value).__name__}")
+        if isinstance(value, Tensor) and not value.is_complex():
+            check_real(name, **{argument: value})
     if isinstance(input, Tensor) and not input.dtype.is_floating_point:
         raise NotImplementedError(f"{name}: input must have a floating dtype, got {input.dtype}; use input.float()")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 Empty = Literal["nan", "zero"]
 Normalizer = Literal["weights", "rows"] | float | Tensor | None
+
+
+def count_of(sizes: Sequence[int]) -> int:
+    """Return how many elements these sizes have.
+
+    Not `torch.Size.numel`: it makes a size that a program leaves open (torch.export) a constant.
+    """
+    return math.prod(sizes)
 
 
 def resolve_reduction(
@@ -68,7 +76,11 @@ def class_denominator(rows: ClassRows, meaning: ClassTarget, normalizer: Normali
         return rows.loss.numel()
 
     default = "rows" if meaning.indices is None else "weights"
-    return mean_denominator(normalizer, default=default, weights=rows.weight.sum, rows=kept)
+
+    def weights() -> Tensor:
+        return rows.weight.sum(dtype=sum_dtype(rows.weight))
+
+    return mean_denominator(normalizer, default=default, weights=weights, rows=kept)
 
 
 def check_empty(empty: str) -> None:
@@ -77,13 +89,18 @@ def check_empty(empty: str) -> None:
         raise ValueError(f"empty must be 'nan' (torch's answer) or 'zero', got {empty!r}")
 
 
+def sum_dtype(rows: Tensor) -> torch.dtype | None:
+    """Return what many rows are added up in: on the CPU float64, where float32 sums depend on the number of threads."""
+    return torch.float64 if rows.device.type == "cpu" and rows.dtype.is_floating_point else None
+
+
 def reduce_rows(
     rows: Tensor, reduction: str, *, denominator: Tensor | float, dtype: torch.dtype, empty: Empty = "nan"
 ) -> Tensor:
     """Reduce per-row (or per-element) losses held in an accumulation dtype, and round once to `dtype`."""
     if reduction == "none":
         return rows.to(dtype)
-    total = rows.sum()
+    total = rows.sum(dtype=sum_dtype(rows))
     if reduction == "sum":
         return total.to(dtype)
     if empty == "zero":

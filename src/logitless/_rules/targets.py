@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from logitless._rules.precision import check_real
 from logitless._rules.transforms import may_be_waited_for, values_are_readable
 from logitless.kernels.interface import ClassTarget
 
@@ -26,6 +27,7 @@ def check_class_weight(name: str, weight: Tensor | None, classes: int) -> None:
     """Raise unless the class weight is one number a class."""
     if weight is None:
         return
+    check_real(name, weight=weight)
     if weight.dim() != 1 or weight.numel() != classes:
         raise RuntimeError(
             f"{name}: weight tensor should be defined either for all {classes} classes or no classes "

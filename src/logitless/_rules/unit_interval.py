@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from logitless._rules.transforms import values_are_readable
 
 
 def check_within_unit_interval(input: Tensor, target: Tensor) -> None:
-    """Raise unless both, where they are floating and can be looked at, lie within [0, 1]."""
+    """Raise unless both, where they can be looked at, lie within [0, 1]."""
     for name, tensor in (("input", input), ("target", target)):
-        if not tensor.dtype.is_floating_point or not values_are_readable(tensor):
+        if tensor.dtype == torch.bool or not values_are_readable(tensor):
             continue
         outside = ~((tensor >= 0) & (tensor <= 1))
         if not bool(outside.any()):

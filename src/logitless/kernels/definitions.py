@@ -25,6 +25,22 @@ from torch import Tensor
 from logitless.kernels.interface import ClassTarget, Divergence, times_zero_safe
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor lies in several processes, without a wait for that part of torch to be read."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def beside(made: Tensor, given: Tensor) -> Tensor:
+    """Return a constant as an operand of what was given: over all processes where that is a DTensor."""
+    if not is_sharded(given):
+        return made
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(given, DTensor)
+    mesh = given.device_mesh
+    return DTensor.from_local(made, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 class LogSumExp(NamedTuple):
     """`lse = top + log_sum`, kept apart; both keep the class dimension."""
 
@@ -33,9 +49,12 @@ class LogSumExp(NamedTuple):
 
 
 def log_sum_exp(logits: Tensor, dim: int) -> LogSumExp:
-    """Return the log-sum-exp of each row in two parts."""
+    """Return the log-sum-exp of each row in two parts; of no classes it is -inf."""
+    if logits.shape[dim] == 0:
+        nothing = logits.sum(dim, keepdim=True)
+        return LogSumExp(nothing - math.inf, nothing)
     top, argmax = logits.max(dim, keepdim=True)
-    classes = torch.arange(logits.shape[dim], device=logits.device)
+    classes = beside(torch.arange(logits.shape[dim], device=logits.device), logits)
     classes = classes.view([-1 if axis == dim % logits.dim() else 1 for axis in range(logits.dim())])
     others = torch.exp(logits - top).masked_fill(classes == argmax, 0)
     # 1, or NaN where the top is infinite: an overflow shows itself in the value and in every gradient.
@@ -61,6 +80,8 @@ def cross_entropy(logits: Tensor, target: ClassTarget, weight: Tensor | None, la
     if target.probabilities is not None:
         return _soft_cross_entropy(logits, target, weight, label_smoothing)
     dim, indices = target.class_dim, _kept_dim(target)
+    if target.classes == 0:
+        return _of_no_classes(logits, target)
     if target.ignored is not None:
         logits = logits.masked_fill(target.ignored.view_as(indices), 0)
     top, log_sum = log_sum_exp(logits, dim)
@@ -71,7 +92,8 @@ def cross_entropy(logits: Tensor, target: ClassTarget, weight: Tensor | None, la
         surprise = (top - logits) + log_sum
         if weight is not None:
             surprise = times_zero_safe(_along(weight, logits, dim), surprise)
-        loss = (1 - label_smoothing) * loss + label_smoothing / target.classes * surprise.sum(dim)
+        kept = (1 - label_smoothing) * loss if label_smoothing < 1 else 0.0  # not 0 * inf
+        loss = kept + label_smoothing / target.classes * surprise.sum(dim)
     return _without_ignored(ClassRows(loss, row_weight), target)
 
 
@@ -87,6 +109,8 @@ def nll(
     `gather` is torch's or one of the same result.
     """
     dim, indices = target.class_dim, _kept_dim(target)
+    if target.classes == 0:
+        return _of_no_classes(log_probs.to(dtype), target)
     picked = gather(log_probs, dim, indices).squeeze(dim).to(dtype)
     if target.ignored is not None:
         picked = picked.masked_fill(target.ignored.view_as(picked), 0)
@@ -99,12 +123,21 @@ def _soft_cross_entropy(
 ) -> ClassRows:
     dim, probabilities = target.class_dim, target.probabilities
     assert probabilities is not None
-    probabilities = probabilities.to(logits.dtype)
+    given = coefficient = probabilities.to(logits.dtype)
     if label_smoothing > 0:
-        probabilities = probabilities * (1 - label_smoothing) + label_smoothing / target.classes
-    coefficient = probabilities if weight is None else probabilities * _along(weight, logits, dim)
+        coefficient = given * (1 - label_smoothing) + label_smoothing / target.classes
+    if weight is not None:
+        along = _along(weight, logits, dim)
+        given, coefficient = given * along, coefficient * along
     loss = times_zero_safe(coefficient, negative_log_softmax(logits, dim)).sum(dim)
-    return ClassRows(loss, coefficient.sum(dim))
+    # A mean counts a row by its target, as one of class indices: smoothing spreads the loss, not the row's weight.
+    return ClassRows(loss, given.sum(dim))
+
+
+def _of_no_classes(logits: Tensor, target: ClassTarget) -> ClassRows:
+    """Return the rows of a target that can name no class: those that are there are ignored."""
+    nothing = logits.sum(target.class_dim)
+    return _without_ignored(ClassRows(nothing, nothing.detach()), target)
 
 
 def _kept_dim(target: ClassTarget) -> Tensor:
@@ -119,8 +152,13 @@ def _along(weight: Tensor, logits: Tensor, dim: int) -> Tensor:
 def _row_weight(target: ClassTarget, weight: Tensor | None, logits: Tensor) -> Tensor:
     assert target.indices is not None
     if weight is None:
-        return torch.ones(target.indices.shape, dtype=logits.dtype, device=logits.device)
-    return weight.to(logits.dtype)[target.indices]
+        return torch.ones_like(target.indices, dtype=logits.dtype)
+    return weight_at(weight.to(logits.dtype), target.indices)
+
+
+def weight_at(weight: Tensor, indices: Tensor) -> Tensor:
+    """Return the class weight at each index; of one index too, whose value an index of no dimensions would read."""
+    return weight[indices.unsqueeze(0)].squeeze(0)
 
 
 def _without_ignored(rows: ClassRows, target: ClassTarget) -> ClassRows:
@@ -150,7 +188,9 @@ def binary_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
 def binary_cross_entropy_with_logits(logits: Tensor, target: Tensor, pos_weight: Tensor | None) -> Tensor:
     """Return `-(w t log sigmoid(z) + (1 - t) log sigmoid(-z))`: two terms of one sign, nothing cancels."""
     positive = target if pos_weight is None else target * pos_weight
-    return times_zero_safe(positive, -F.logsigmoid(logits)) + times_zero_safe(1 - target, -F.logsigmoid(-logits))
+    # Softplus, as logsigmoid has no gradient where it is distributed; above 40 no rounding is left of what it adds.
+    missed, alarmed = F.softplus(-logits, threshold=40), F.softplus(logits, threshold=40)
+    return times_zero_safe(positive, missed) + times_zero_safe(1 - target, alarmed)
 
 
 def kl_div(log_probs: Tensor, target: Tensor, log_target: bool) -> Tensor:
@@ -178,8 +218,14 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int, eps: float) -> Tensor:
     return cosine + (cosine.clamp(-1, 1) - cosine).detach()
 
 
+def _largest(x: Tensor, dim: int) -> Tensor:
+    """Return the size of each vector's largest element; 0 of none."""
+    size = x.detach().abs()
+    return size.amax(dim) if x.shape[dim] else size.sum(dim)
+
+
 def _scaled(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
-    largest = x.detach().abs().amax(dim)
+    largest = _largest(x, dim)
     largest = torch.where((largest == 0) | torch.isinf(largest), 1, largest)
     unit = x / largest.unsqueeze(dim)
     return unit, torch.maximum(torch.linalg.vector_norm(unit, dim=dim), eps / largest)
@@ -190,8 +236,7 @@ def cosine_embedding_loss(x1: Tensor, x2: Tensor, target: Tensor, margin: float,
 
     torch's own rule for small vectors stands: 1e-12 is added to each squared norm.
     """
-    large1 = x1.detach().abs().amax(dim).clamp(min=1)
-    large2 = x2.detach().abs().amax(dim).clamp(min=1)
+    large1, large2 = _largest(x1, dim).clamp(min=1), _largest(x2, dim).clamp(min=1)
     u1, u2 = x1 / large1.unsqueeze(dim), x2 / large2.unsqueeze(dim)
     norm1 = torch.sqrt((u1 * u1).sum(dim) + 1e-12 / large1**2)
     norm2 = torch.sqrt((u2 * u2).sum(dim) + 1e-12 / large2**2)
@@ -217,6 +262,9 @@ def token_stats(logits: Tensor, target: ClassTarget, top_k: int = 0) -> tuple[Te
     With a `top_k` also the log-probabilities of the k largest, without a gradient, and their classes.
     """
     indices = _kept_dim(target)
+    if target.classes == 0:  # all rows are ignored
+        nothing, none = logits.sum(1), torch.full_like(indices.squeeze(1), -1)
+        return nothing, nothing, nothing, none, none
     if target.ignored is not None:
         logits = logits.masked_fill(target.ignored.view_as(indices), 0)
     top, log_sum = log_sum_exp(logits, 1)
@@ -258,6 +306,19 @@ def pair_of(logits_p: Tensor, logits_q: Tensor) -> Pair:
     return Pair(torch.exp(-surprise_p), torch.exp(-surprise_q), surprise_p, surprise_q, log_ratio)
 
 
+def _times_infinite(coefficient: Tensor, value: Tensor) -> Tensor:
+    """Return `coefficient * value` where a zero coefficient wins over an infinite value, and a zero upstream gradient.
+
+    The coefficient's gradient is upstream times the value: where that is infinite it is reached in two finite steps, so
+    that nothing times it stays nothing. So a row whose divergence is infinite can be masked out of a loss.
+    """
+    infinite = torch.isinf(value) & (coefficient != 0)
+    plain = times_zero_safe(coefficient.masked_fill(infinite, 0), value)
+    most = torch.finfo(value.dtype).max
+    slope = (coefficient - coefficient.detach()) * most * most * value.detach().sign()
+    return torch.where(infinite, coefficient.detach() * value + slope, plain)
+
+
 def _divergence_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     """Return `p (exp(r) - 1 - r) = q - p - p r` with `r = log q - log p`: never negative, 0 where r is 0.
 
@@ -268,7 +329,7 @@ def _divergence_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     series = r * r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7)))))
     bracket = torch.where(r.abs() < 0.02, series, torch.expm1(r) - r)
     absent = p == 0
-    far = (q - p) - p * log_ratio.masked_fill(absent, 0)
+    far = (q - p) - _times_infinite(p, log_ratio)
     return torch.where(near, p * bracket, torch.where(absent, q, far))
 
 
@@ -296,6 +357,12 @@ def _jensen_shannon(pair: Pair) -> Tensor:
     from_p = _divergence_terms(pair.p, mixture, torch.where(q_smaller, to_larger, to_smaller))
     from_q = _divergence_terms(pair.q, mixture, torch.where(q_smaller, to_smaller, to_larger))
     return (from_p.sum(-1) + from_q.sum(-1)) / 2
+
+
+def _same_top(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    if logits_p.shape[-1] == 0:
+        return torch.ones(logits_p.shape[:-1], dtype=torch.bool, device=logits_p.device)
+    return logits_p.argmax(-1) == logits_q.argmax(-1)
 
 
 def divergence(logits_p: Tensor, logits_q: Tensor, asked: Divergence) -> Tensor:
@@ -345,14 +412,14 @@ def pair_stats(logits_p: Tensor, logits_q: Tensor, target: ClassTarget | None) -
         _divergence_terms(pair.p, pair.q, pair.log_ratio).sum(-1),
         _divergence_terms(pair.q, pair.p, -pair.log_ratio).sum(-1),
         _jensen_shannon(pair),
-        times_zero_safe(pair.p, pair.surprise_q).sum(-1),
+        _times_infinite(pair.p, pair.surprise_q).sum(-1),
         times_zero_safe(pair.p, pair.surprise_p).sum(-1),
         times_zero_safe(pair.q, pair.surprise_q).sum(-1),
-        logits_p.argmax(-1) == logits_q.argmax(-1),
+        _same_top(logits_p, logits_q),
     ]
     if target is not None:
         for surprise in (pair.surprise_p, pair.surprise_q):
-            picked = surprise.gather(-1, _kept_dim(target)).squeeze(-1)
+            picked = surprise.gather(-1, _kept_dim(target)).squeeze(-1) if target.classes else surprise.sum(-1)
             if target.ignored is not None:
                 picked = picked.masked_fill(target.ignored, 0)
             if target.impossible is not None:

@@ -72,7 +72,8 @@ class ClassTarget:
 class RowStats(NamedTuple):
     """One value per row, of the logits' shape without the class dimension; what was not asked for is None.
 
-    lse = row_max + log_sum; log_sum is float64 always, so that the gradient can be right to an ulp. An ignored row
+    lse = row_max + log_sum; of a row of -inf alone these are -inf and NaN, of one with a NaN row_max is not -inf and
+    log_sum is NaN. log_sum is float64 always, so that the gradient can be right to an ulp. An ignored row
     has 0 everywhere and -1 for argmax and rank. `bad_row` is the first row (in row-major order) whose target is
     neither a class nor ignore_index, or -1; such rows have NaN. A backend that would have to wait for it says -1.
     """
@@ -97,7 +98,8 @@ class RowStats(NamedTuple):
             loss = times_zero_safe(row_weight, loss)
         if smoothing > 0:
             assert self.smooth_sum is not None
-            loss = (1 - smoothing) * loss + smoothing / classes * self.smooth_sum
+            kept = (1 - smoothing) * loss if smoothing < 1 else 0.0  # not 0 * inf
+            loss = kept + smoothing / classes * self.smooth_sum
         return loss
 
 
@@ -181,6 +183,21 @@ class Backend(Protocol):
         ...
 
     @property
+    def MEASURED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of these the ones whose product by torch may be faster, so that both are timed."""
+        ...
+
+    @property
+    def FIXED_PRODUCTS(self) -> frozenset[torch.dtype]:  # noqa: N802
+        """Of which it has a product, be it the slower one, whose sums have an order that the depth alone decides."""
+        ...
+
+    @property
+    def PRODUCTS_ARE_FIXED(self) -> bool:  # noqa: N802
+        """Whether they are taken where torch's float32_matmul_precision would allow less than float32, too."""
+        ...
+
+    @property
     def PRODUCT_BITS_STAND(self) -> bool:  # noqa: N802
         """Whether an element of `product` has the same bits in a call of whatever shape."""
         ...
@@ -219,6 +236,10 @@ class Backend(Protocol):
 
     def workspace_bytes(self) -> int:
         """Return what its products hold beside the tiles."""
+        ...
+
+    def product_facts(self) -> str:
+        """Return what decides how fast its products are, beside the processor: what a time of them is kept under."""
         ...
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -461,14 +482,15 @@ class WholeCalls(Backend, Protocol):
         ignore_index: int,
         smoothing: float,
         mean: bool,
+        result: Tensor | None,
         losses: Tensor | None,
         save: bool,
     ) -> tuple[int, float, float, bytes]:
         """Return (bad_row, loss, denominator, saved): the reduced loss of contiguous rows [rows, classes].
 
         The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in
-        the compute dtype; `losses`, in it too, gets each row's own. The denominator is torch's with `mean`, else 1,
-        and `saved` is for `cross_entropy_grad`, and empty unless `save`.
+        the compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. The denominator is torch's
+        with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless `save`.
         """
         ...
 

@@ -29,6 +29,9 @@ READS_VALUES = True
 # `pair_row_grad` makes everything again.
 PAIR_SAVED = 1
 PRODUCT_DTYPES: frozenset[torch.dtype] = frozenset()
+MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+FIXED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+PRODUCTS_ARE_FIXED = False
 PRODUCT_BITS_STAND = False
 NARROWS = False
 
@@ -73,6 +76,11 @@ def tile_rules() -> TileRules:
 def workspace_bytes() -> int:
     """Return 0: torch's products hold what they hold."""
     return 0
+
+
+def product_facts() -> str:
+    """Return nothing: there is no product to be timed."""
+    return ""
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

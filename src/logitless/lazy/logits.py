@@ -17,7 +17,8 @@ from logitless._heads.fold import fold_gradients
 from logitless._heads.rows import HeadRows
 from logitless._heads.window import Window, is_freed, opened
 from logitless._rules import dispatch
-from logitless._rules.precision import no_autocast, under_autocast
+from logitless._rules.precision import check_real, no_autocast, under_autocast
+from logitless._rules.reduction import count_of
 from logitless._rules.targets import first_outside
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
@@ -169,7 +170,7 @@ class HeadLogits:
         if not self._last or not self._is_class_dim(dim) or not fits or index.dim() != z.dim():
             return self.fall_back("gather", dim, index)
         check_classes(index, self.num_classes)
-        return self.picked("gather", picks.gather, index.reshape(index.shape[:-1].numel(), index.shape[-1]))
+        return self.picked("gather", picks.gather, index.reshape(count_of(index.shape[:-1]), index.shape[-1]))
 
     # Arithmetic
 
@@ -284,7 +285,7 @@ def _rows_of(
 ) -> HeadRows:
     flat = hidden
     if hidden.dim() != 2:
-        flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+        flat = hidden.reshape(count_of(hidden.shape[:-1]), hidden.shape[-1])
     factor = scale if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else scale
     return HeadRows(flat.shape[0], weight.shape[0], (flat, weight, bias, factor), number, softcap, window)
@@ -684,7 +685,8 @@ def gradients_of_rows(
         again = torch.is_grad_enabled()
         with torch.enable_grad(), opened(window, parts):
             leaves = [
-                p if p is None or again else p.detach().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)
+                p if p is None else p.view_as(p) if again else p.detach().requires_grad_(w)  # no part within another
+                for p, w in zip(parts, wanted, strict=True)
             ]
             value = kind.dense_values(leaves, settings)
             value = value if function is None else function(value)
@@ -716,7 +718,8 @@ def _made(
     """Return logits as the surroundings have them: a tensor of torch's, or where a graph is traced the plain parts."""
     factor = scale if isinstance(scale, Tensor) else None
     if not is_eager(hidden, weight, bias, factor):
-        if not torch.is_grad_enabled():
+        # A trace is the same in either grad mode.
+        if not torch.is_grad_enabled() and not torch._C._is_tracing():
             hidden, weight = hidden.detach(), weight.detach()
             bias = None if bias is None else bias.detach()
             scale = scale if factor is None else factor.detach()
@@ -749,12 +752,12 @@ def linear(
     Args:
         hidden: (..., features), floating.
         weight: (classes, features), the dtype of hidden.
-        bias: (classes,), or None.
+        bias: (classes,), or one number for all classes as a tensor (1,) or (), or None.
         scale: a number or a 0-d tensor that gradients flow to (an inverse temperature, CLIP's logit scale).
         softcap: a positive number, or None.
 
     Raises:
-        TypeError: a tensor is none.
+        TypeError: a tensor is none, or complex. RuntimeError: the tensors are on several devices.
         ValueError: a shape or dtype does not fit, or the softcap is not positive.
 
     Source: `torch.nn.functional.linear`; the softcap is Gemma 2's (arXiv:2408.00118, section 2).
@@ -805,11 +808,25 @@ def _checked(
                 f"linear: {name} is a DTensor, sharded over several processes (parallelize_module): a sharded head has "
                 "no lazy logits yet; leave the head out of the plan, or take lazy_head's handle off (handle.remove())"
             )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"linear: bias must be Tensor or None, not {type(bias).__name__}")
+    check_real("linear", hidden=hidden, weight=weight, bias=bias, scale=scale if isinstance(scale, Tensor) else None)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "linear: expected hidden (..., features) and weight (classes, features), "
             f"got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
         )
+    if bias is not None and bias.numel() == 1 and bias.dim() < 2:
+        bias = bias.expand(weight.shape[0])  # one number for all classes, as torch's linear takes it
+    # Of the scale torch takes one number from the host.
+    factor = scale if isinstance(scale, Tensor) and scale.device.type != "cpu" else None
+    given: list[tuple[str, Tensor | None]] = [("weight", weight), ("bias", bias), ("scale", factor)]
+    for name, part in given:
+        if part is not None and part.device != hidden.device:
+            raise RuntimeError(
+                f"linear: expected all tensors on one device, got hidden on {hidden.device} and {name} on "
+                f"{part.device}; use {name}.to(hidden.device)"
+            )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: expected bias ({weight.shape[0]},), got {tuple(bias.shape)}")
     if softcap is not None and not softcap > 0:

@@ -39,13 +39,19 @@ class Kind(Protocol):
         ...
 
 
+def _graphless(gradient: Tensor) -> Tensor:
+    """Return a gradient outside its graph, where none is recorded; gradients that come in a batch have no `detach`."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return gradient.view_as(gradient) if batched else gradient.detach()
+
+
 class _PackGradient(torch.autograd.Function):
     """The parts' gradients to the lazy tensor's; differentiable, as its own gradient is unpacked the same way."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, *gradients: Tensor | None) -> LazyGradient:
         ctx.set_materialize_grads(False)
-        return LazyGradient.of(form, [None if g is None else g.detach() for g in gradients])
+        return LazyGradient.of(form, [None if g is None else _graphless(g) for g in gradients])
 
     @staticmethod
     def backward(ctx: Any, gradient: LazyGradient | None) -> Any:
@@ -61,7 +67,7 @@ class _UnpackGradient(torch.autograd.Function):
     def forward(ctx: Any, gradient: LazyGradient) -> tuple[Tensor | None, ...]:
         ctx.form = form_of(gradient)
         ctx.set_materialize_grads(False)
-        return tuple(None if part is None else part.detach() for part in gradient.parts)
+        return tuple(None if part is None else _graphless(part) for part in gradient.parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:

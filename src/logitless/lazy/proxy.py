@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitless._rules.reduction import count_of
+
 # Tensors up to this size are computed without a warning: a prompt's last row, a test's toy model.
 _SMALL_BYTES = 2**20
 
@@ -80,7 +82,7 @@ class TensorProxy:
 
     def numel(self) -> int:
         """Return how many numbers the tensor would be."""
-        return self.shape.numel()
+        return count_of(self.shape)
 
     def element_size(self) -> int:
         """Return how many bytes one number would be."""

@@ -18,8 +18,16 @@ from logitless._autograd.elements import (
 from logitless._heads.fold import fold_rows
 from logitless._heads.sweep import HeadCall, forecast
 from logitless._rules import dispatch
-from logitless._rules.precision import check_input, no_autocast, precision_of
-from logitless._rules.reduction import Normalizer, check_normalizer, mean_denominator, reduce_rows, resolve_reduction
+from logitless._rules.precision import check_input, check_real, no_autocast, precision_of
+from logitless._rules.reduction import (
+    Normalizer,
+    check_normalizer,
+    count_of,
+    mean_denominator,
+    reduce_rows,
+    resolve_reduction,
+)
+from logitless._rules.transforms import dense_of
 from logitless._rules.unit_interval import check_within_unit_interval
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ElementLoss, times_zero_safe
@@ -59,7 +67,8 @@ def binary_cross_entropy(
         A scalar, or with "none" the input's shape; in the input's dtype (float32 under autocast).
 
     Raises:
-        ValueError: the shapes differ. RuntimeError: a value outside [0, 1] or NaN: names it and its position.
+        ValueError: the shapes differ. RuntimeError: a value outside [0, 1] or NaN, of a target of any dtype: names
+            it and its position. TypeError: a complex dtype.
 
     Source: `torch.nn.functional.binary_cross_entropy`. In training the gradient is `(p - t) / (p (1 - p))`, which a
     sigmoid before it cancels; `binary_cross_entropy_with_logits` does that without losing it to rounding.
@@ -83,6 +92,7 @@ def binary_cross_entropy(
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy", input, target)
+    check_real("binary_cross_entropy", target=target, weight=weight)
     if target.shape != input.shape:
         raise ValueError(
             f"Using a target size ({target.shape}) that is different to the input size ({input.shape}) is "
@@ -137,7 +147,7 @@ def binary_cross_entropy_with_logits(
         logit of the right label costs 0.
 
     Raises:
-        ValueError: the shapes differ. RuntimeError: a weight does not broadcast.
+        ValueError: the shapes differ. RuntimeError: a weight does not broadcast. TypeError: a complex dtype.
 
     Source: `torch.nn.functional.binary_cross_entropy_with_logits`. In training the gradient is
     `sigmoid(input) - target`: each class is its own question, and confident right answers stop moving.
@@ -164,11 +174,12 @@ def binary_cross_entropy_with_logits(
     reduction = resolve_reduction(reduction, size_average, reduce)
     check_normalizer(normalizer, reduction)
     check_input("binary_cross_entropy_with_logits", input, target)
+    check_real("binary_cross_entropy_with_logits", target=target, weight=weight, pos_weight=pos_weight)
     if target.shape != input.shape:
         raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
     if target.layout != torch.strided:
         _check_sparse(target)
-        target = target if isinstance(input, HeadLogits) and reduction != "none" else target.to_dense()
+        target = target if isinstance(input, HeadLogits) and reduction != "none" else dense_of(target)
     weight = _broadcastable("weight", weight, input.shape, class_dim)
     pos_weight = _broadcastable("pos_weight", pos_weight, input.shape, class_dim)
     if isinstance(input, HeadLogits):
@@ -221,7 +232,7 @@ def _lazy_binary_cross_entropy(
     if not picked.PLAIN:
         kept = _kernel_reduction(picked, reduction, input.shape, weight, normalizer, precision.result)
         return head_binary.binary_cross_entropy(plan(picked), kept)
-    target = target if dense else target.to_dense()
+    target = target if dense else dense_of(target)
     per_row: list[Tensor | None] = [target.reshape(-1, input.num_classes)]
     shared: list[Tensor | None] = []
     along: list[bool] = []
@@ -300,7 +311,9 @@ def _kernel_reduction(
     """Return how the kernels' elements are reduced."""
 
     def weights() -> Tensor | float:
-        return sizes.numel() if weight is None else weight.sum(dtype=torch.float64) * (sizes.numel() // weight.numel())
+        return (
+            count_of(sizes) if weight is None else weight.sum(dtype=torch.float64) * (count_of(sizes) // weight.numel())
+        )
 
     denominator = _denominator(normalizer, sizes, weights) if reduction == "mean" else 1.0
     if isinstance(denominator, Tensor) and not torch.compiler.is_compiling():
@@ -325,6 +338,7 @@ def _reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.d
 def _denominator(normalizer: Normalizer, sizes: torch.Size, weights: Callable[[], Tensor | float]) -> Tensor | float:
     """Return what the mean divides by: torch's number of elements where nothing else is asked for."""
     if normalizer is None:
-        return float(sizes.numel())
-    rows = float(sizes[0]) if sizes else 1.0
+        count: float = torch.sym_float(count_of(sizes))  # float() would make an open size a constant
+        return count
+    rows = torch.sym_float(sizes[0]) if sizes else 1.0
     return mean_denominator(normalizer, default="rows", weights=weights, rows=lambda: rows)

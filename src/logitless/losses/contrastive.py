@@ -11,13 +11,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from logitless._autograd.contrastive import contrast, sigmoid_contrast
-from logitless._heads.pairs_of_rows import Diagonal, Listed, Masked, Pairs, SameLabel
+from logitless._heads.pairs_of_rows import Diagonal, Indexed, Listed, Masked, Pairs, SameLabel
 from logitless._heads.square import Contrast, Hardness, Margin, Panel, Rule
 from logitless._heads.vectors import BLOCK_ROWS, inverse_norms
 from logitless._rules import dispatch
-from logitless._rules.precision import no_autocast, precision_of
+from logitless._rules.precision import check_real, no_autocast, precision_of
 from logitless._rules.reduction import Empty, reduce_rows, resolve_reduction
-from logitless._rules.transforms import values_are_readable
+from logitless._rules.sharding import of_the_whole
+from logitless._rules.transforms import transform_reason, values_are_readable
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -26,6 +27,7 @@ Positives = Tensor | tuple[Tensor, Tensor] | None
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -97,13 +99,14 @@ def info_nce(
     """
     reduction = resolve_reduction(reduction, None, None)
     _check_vectors("info_nce", query, key)
-    options = _Directions.of(directions, partition, symmetric, positives, len(query), len(key))
+    queries, keys = query.shape[0], key.shape[0]
+    options = _Directions.of(directions, partition, symmetric, positives, queries, keys)
     factor = _scale("info_nce", temperature, scale)
     _check_hardness(hardness, hardness_strength)
     own = _own_negatives(query, negatives, negative_mode, negatives_mask)
     vectors = [query, key] if own is None else [query, key, own.vectors]
     picked = dispatch.pick("info_nce", (*vectors, factor if isinstance(factor, Tensor) else None), backend)
-    pairs = _positive_pairs(positives, len(query), len(key), query.device)
+    pairs = _positive_pairs(positives, queries, keys, query.device)
     precision = precision_of(*vectors)
 
     guides = None if guide is None else _guides(guide, query, key, own)
@@ -118,7 +121,7 @@ def info_nce(
             return Rule(left_out, mask)
         return Rule(left_out, mask, Margin(margin, None if guides is None else (guides[first], guides[second])))
 
-    excluded, matrix = _excluded(mask, len(query), len(key))
+    excluded, matrix = _excluded(mask, queries, keys)
     plain = rule(0, 1, left_out=excluded, mask=matrix)
     hard = hardness if strength is not None else None
     row_rule = plain
@@ -129,8 +132,8 @@ def info_nce(
         Panel(
             0,
             1,
-            len(query),
-            len(key),
+            queries,
+            keys,
             columns=columns,
             row_rule=row_rule,
             column_rule=plain if columns is not None and (margin is not None or row_rule is not plain) else None,
@@ -143,23 +146,23 @@ def info_nce(
             Panel(
                 0,
                 2,
-                len(query),
+                queries,
                 own.width,
                 row_rule=replace(rule(0, 2, mask=own.absent), hardness=hardened),
                 paired=own.paired,
             )
         )
     if options.queries:
-        panels.append(Panel(0, 0, len(query), len(query), row_rule=rule(0, 0, left_out=(Diagonal(len(query)),))))
+        panels.append(Panel(0, 0, queries, queries, row_rule=rule(0, 0, left_out=(Diagonal(queries),))))
     if options.documents:
-        panels.append(Panel(1, 1, len(query), len(key), row_rule=rule(1, 1, left_out=(Diagonal(len(query)),))))
+        panels.append(Panel(1, 1, queries, keys, row_rule=rule(1, 1, left_out=(Diagonal(queries),))))
         if own is not None and not own.paired:
             same = () if own.owners is None else (own.owners,)
-            panels.append(Panel(1, 2, len(query), own.width, row_rule=rule(1, 2, left_out=same, mask=own.absent)))
-    counts = pairs.counts(len(query), len(key), query.device)
+            panels.append(Panel(1, 2, queries, own.width, row_rule=rule(1, 2, left_out=same, mask=own.absent)))
+    counts = pairs.counts(queries, keys, query.device)
     call = Contrast(
         picked,
-        len(query),
+        queries,
         tuple(panels),
         options.partitions,
         (normalize,) * len(vectors),
@@ -168,7 +171,7 @@ def info_nce(
     )
     with no_autocast(query):
         losses = contrast(call, factor, *vectors)
-        counted: Tensor | float = float(len(query)) if positives is None else (counts > 0).sum()
+        counted: Tensor | float = torch.sym_float(queries) if positives is None else (counts > 0).sum()
         empty: Empty = "nan" if positives is None else "zero"
         return reduce_rows(losses, reduction, denominator=counted, dtype=precision.compute, empty=empty)
 
@@ -194,6 +197,7 @@ def clip_loss(
     backend: str | None = None,
 ) -> dict[str, Tensor]: ...
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -241,7 +245,7 @@ def clip_loss(
     call = Contrast(picked, rows, (panel,), 2, (False, False), dtype, counts)
     with no_autocast(image_features):
         losses = contrast(call, factor, image_features, text_features)
-        loss = reduce_rows(losses, "mean", denominator=float(rows), dtype=dtype)
+        loss = reduce_rows(losses, "mean", denominator=torch.sym_float(rows), dtype=dtype)
         if isinstance(logit_bias, Tensor):
             loss = loss + (logit_bias * 0).sum().to(dtype)  # data-parallel training refuses a parameter without one
     return {"contrastive_loss": loss} if output_dict else loss
@@ -268,6 +272,7 @@ def siglip_loss(
     backend: str | None = None,
 ) -> dict[str, Tensor]: ...
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -315,11 +320,12 @@ def siglip_loss(
     call = Contrast(picked, rows, (panel,), 0, (False, False), dtype, counts)
     with no_autocast(image_features):
         total = sigmoid_contrast(call, factor, bias, image_features, text_features)
-        loss = reduce_rows(total, "mean", denominator=float(rows), dtype=dtype)
+        loss = reduce_rows(total, "mean", denominator=torch.sym_float(rows), dtype=dtype)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -368,6 +374,7 @@ def supcon_loss(
     if not isinstance(features, Tensor) or not features.is_floating_point():
         given = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"supcon_loss: features must be a Tensor of a floating dtype, got {given}")
+    check_real("supcon_loss", features=features)
     if features.dim() not in (2, 3):
         raise ValueError(f"supcon_loss: features must be (B, V, D) or (B, D), got {tuple(features.shape)}")
     if contrast_mode not in ("all", "one"):
@@ -377,19 +384,19 @@ def supcon_loss(
     views = features if features.dim() == 3 else features.unsqueeze(1)
     samples, count, width = views.shape
     flat = views.transpose(0, 1).reshape(samples * count, width)
-    anchors = len(flat) if contrast_mode == "all" else samples
+    anchors = flat.shape[0] if contrast_mode == "all" else samples
     factor = 1 / one_number("supcon_loss", "temperature", temperature)
     picked = dispatch.pick("supcon_loss", (flat, factor if isinstance(factor, Tensor) else None), backend)
     pairs = _class_pairs(labels, mask, samples, count, anchors, features.device)
-    counts = pairs.counts(anchors, len(flat), features.device)
-    panel = Panel(0, 0, anchors, len(flat), row_rule=Rule((Diagonal(anchors),)), positives=pairs)
+    counts = pairs.counts(anchors, flat.shape[0], features.device)
+    panel = Panel(0, 0, anchors, flat.shape[0], row_rule=Rule((Diagonal(anchors),)), positives=pairs)
     dtype = precision_of(features).compute
     call = Contrast(picked, anchors, (panel,), 1, (normalize,), dtype, counts)
     with no_autocast(features):
         losses = contrast(call, factor, flat)
         if base_temperature is not None:
             losses = losses * (temperature / base_temperature)
-        counted = (counts > 0).sum() if without_positive == "left_out" else float(anchors)
+        counted = (counts > 0).sum() if without_positive == "left_out" else torch.sym_float(anchors)
         return reduce_rows(losses, reduction, denominator=counted, dtype=dtype, empty="zero")
 
 
@@ -488,9 +495,10 @@ def _own_negatives(
         return None
     if mode not in (None, "paired", "unpaired"):
         raise ValueError(f"info_nce: negative_mode must be 'paired' or 'unpaired', got {mode!r}")
+    check_real("info_nce", negatives=negatives)
     rows, features = query.shape
     fits = negatives.dim() in (2, 3) and negatives.shape[-1] == features
-    if not fits or (negatives.dim() == 3 and len(negatives) != rows) or (negatives.dim() == 2 and mode == "paired"):
+    if not fits or (negatives.dim() == 3 and negatives.shape[0] != rows) or (negatives.dim() == 2 and mode == "paired"):
         raise ValueError(
             f"info_nce: negatives must be (K, {features}), shared, or ({rows}, K, {features}), each query's own; got "
             f"{tuple(negatives.shape)}" + (f" with negative_mode={mode!r}" if mode else "")
@@ -509,7 +517,8 @@ def _own_negatives(
                 f"info_nce: negatives_mask must be boolean {expected}, got {present.dtype} {tuple(present.shape)}"
             )
         absent = ~present
-        if absent.numel() == len(flat):  # padding may hold anything, and a probability of 0 times that is not always 0
+        # Padding may hold anything, and a probability of 0 times that is not always 0.
+        if absent.numel() == flat.shape[0]:
             flat = flat.masked_fill(absent.reshape(-1, 1), 0)
     if each and mode != "unpaired":
         if not width:
@@ -520,7 +529,7 @@ def _own_negatives(
         every = torch.arange(rows * width, device=query.device)
         owners = Listed(every // max(1, width), every)
         absent = None if absent is None else absent.reshape(-1)
-    return _Negatives(flat, len(flat), 0, absent, owners)
+    return _Negatives(flat, flat.shape[0], 0, absent, owners)
 
 
 def _check_vectors(name: str, first: Tensor, second: Tensor, names: tuple[str, str] = ("query", "key")) -> None:
@@ -529,6 +538,7 @@ def _check_vectors(name: str, first: Tensor, second: Tensor, names: tuple[str, s
             raise TypeError(f"{name}: argument '{argument}' must be Tensor, not {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: {argument} must have a floating dtype, got {tensor.dtype}")
+        check_real(name, **{argument: tensor})
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(
             f"{name}: {names[0]} must be (N, D) and {names[1]} (M, D), got {tuple(first.shape)} and "
@@ -539,9 +549,9 @@ def _check_vectors(name: str, first: Tensor, second: Tensor, names: tuple[str, s
 def _rows_of_both(name: str, images: Tensor, texts: Tensor) -> int:
     """Return how many pairs there are; raise where these are no features of pairs."""
     _check_vectors(name, images, texts, ("image_features", "text_features"))
-    if len(texts) != len(images):
-        raise ValueError(f"{name}: expected as many texts as images, got {len(texts)} and {len(images)}")
-    return len(images)
+    if texts.shape[0] != images.shape[0]:
+        raise ValueError(f"{name}: expected as many texts as images, got {texts.shape[0]} and {images.shape[0]}")
+    return images.shape[0]
 
 
 def one_number(name: str, argument: str, value: Tensor | float, *, positive: bool = True) -> Tensor | float:
@@ -575,8 +585,8 @@ def _check_hardness(hardness: str | None, strength: float) -> None:
         raise ValueError(f"info_nce: hardness_strength must be 0 or more, got {strength}")
 
 
-def _indices(name: str, index: Tensor, rows: int, keys: int) -> Listed:
-    if index.dim() not in (1, 2) or len(index) != rows or index.is_floating_point() or index.dtype == torch.bool:
+def _indices(name: str, index: Tensor, rows: int, keys: int) -> Indexed:
+    if index.dim() not in (1, 2) or index.shape[0] != rows or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"info_nce: {name} must hold indices ({rows},) or ({rows}, some) of keys, got {index.dtype} "
             f"{tuple(index.shape)}"
@@ -587,7 +597,7 @@ def _indices(name: str, index: Tensor, rows: int, keys: int) -> Listed:
             raise ValueError(
                 f"info_nce: {name} must be from 0 to {keys - 1}, or -1 for none; got {least if least < -1 else most}"
             )
-    return Listed.of_index(index, keys)
+    return Indexed.of(index)
 
 
 def _positive_pairs(positives: Positives, rows: int, keys: int, device: torch.device) -> Pairs:
@@ -625,11 +635,11 @@ def _guides(guide: Sequence[Tensor], query: Tensor, key: Tensor, own: _Negatives
     """Return a guide's vectors, one matrix for each of the loss's."""
     sides = [("query", query), ("key", key)] + ([] if own is None else [("negatives", own.vectors)])
     flat = [each.detach().reshape(-1, each.shape[-1]) for each in guide]
-    expected = [len(side) for _, side in sides]
-    if [len(each) for each in flat] != expected:
+    expected = [side.shape[0] for _, side in sides]
+    if [each.shape[0] for each in flat] != expected:
         names = ", ".join(name for name, _ in sides)
         raise ValueError(
-            f"info_nce: guide must hold vectors for {names}: {expected} of them, got {[len(each) for each in flat]}"
+            f"info_nce: guide must hold vectors for {names}: {expected} of them, got {[each.shape[0] for each in flat]}"
         )
     return flat
 
@@ -649,14 +659,18 @@ def _thresholds(
         if not isinstance(positives, Tensor) or positives.layout != torch.strided or positives.dim() != 1:
             raise ValueError("info_nce: a margin or guide needs one positive a query: positives=None or (N,) indices")
         second = second[positives.clamp(min=0)]
-    rows = len(query)
-    parts = []
-    for start in range(0, rows, BLOCK_ROWS):
-        pair = [side[start : min(start + BLOCK_ROWS, rows)].double() for side in (first, second)]
-        similarity = (pair[0] * pair[1]).sum(1)
+    second = second[: query.shape[0]]
+
+    def similarities(first: Tensor, second: Tensor) -> Tensor:
+        found = (first.double() * second.double()).sum(1)
         if normalize or guide is not None:
-            for side in pair:
-                similarity = similarity * inverse_norms(side, torch.float64).squeeze(1)
-        parts.append(similarity)
-    found = torch.cat(parts) if parts else query.new_zeros(0, dtype=torch.float64)
+            for side in (first, second):
+                found = found * inverse_norms(side, torch.float64).squeeze(1)
+        return found
+
+    if transform_reason(first, second) is not None:
+        found = similarities(first, second)
+    else:
+        parts = zip(first.split(BLOCK_ROWS), second.split(BLOCK_ROWS), strict=True)
+        found = torch.cat([similarities(*part) for part in parts])
     return (found - margin).to(precision_of(query, key).compute)

@@ -17,8 +17,8 @@ from logitless._autograd.elements import (
     of_few_numbers,
 )
 from logitless._rules import dispatch
-from logitless._rules.precision import check_input, no_autocast, precision_of
-from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.precision import check_input, check_real, no_autocast, precision_of
+from logitless._rules.reduction import count_of, reduce_rows, resolve_reduction
 from logitless._rules.targets import resolve_class_dim
 from logitless.kernels import definitions
 from logitless.kernels.interface import ElementLoss
@@ -62,7 +62,8 @@ def kl_div(
         a gradient of 0, whatever the input.
 
     Raises:
-        RuntimeError: an integer dtype, or shapes that do not broadcast. ValueError: an unknown reduction.
+        RuntimeError: an integer dtype, or shapes that do not broadcast. TypeError: a complex dtype. ValueError: an
+            unknown reduction.
 
     Source: `torch.nn.functional.kl_div`; Kullback and Leibler (1951). In training with a fixed target it has the
     gradient of cross-entropy: it draws the prediction onto the whole target distribution.
@@ -85,6 +86,7 @@ def kl_div(
         summed = partial(kl_div, log_target=log_target)
         return of_few_numbers(quick, loss, summed, input, target, _denominator(reduction, input, input.shape, None))
     reduction = resolve_reduction(reduction, size_average, reduce, extra=("batchmean", "rowmean"))
+    check_real("kl_div", input=input, target=target)
     for tensor in (input, target):
         if isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
             raise RuntimeError(f"kl_div: Integral inputs not supported, got {tensor.dtype}")
@@ -97,7 +99,7 @@ def kl_div(
             "torch; expand one of them if that is meant"
         )
     precision = precision_of(input, target)
-    denominator = float(_denominator(reduction, input, sizes, class_dim))
+    denominator = torch.sym_float(_denominator(reduction, input, sizes, class_dim))
     kind = reduction if reduction in ("none", "sum") else "mean"
 
     def definition(input: Tensor, target: Tensor) -> Tensor:
@@ -125,5 +127,5 @@ def _denominator(reduction: str, input: Tensor, sizes: torch.Size, class_dim: in
         return input.shape[0] if input.dim() else 1
     if reduction == "rowmean":
         classes = sizes[resolve_class_dim("kl_div", len(sizes), class_dim)] if sizes else 1
-        return sizes.numel() // max(classes, 1)
-    return sizes.numel() if reduction == "mean" else 1
+        return count_of(sizes) // max(classes, 1)
+    return count_of(sizes) if reduction == "mean" else 1

@@ -99,6 +99,7 @@ def _picked(
         obstacle=_obstacle(meaning, asked),
         forecast=foreseen,
         compiles=compiles,
+        deterministic=source.tensors[:2] if asked.deterministic else None,
     )
 
 
@@ -128,6 +129,8 @@ def _arguments(
 
 def _obstacle(target: ClassTarget, asked: HeadLoss) -> str | None:
     """Return what about this call the compiled kernels do not do, if anything."""
+    if target.classes == 0:
+        return "there are no classes"
     if target.impossible is not None:
         return "the targets' values cannot be read"
     if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from logitless._heads.rows import LogitRows, dense_rows
 from logitless._heads.sweep import HeadCall, Reduction, per_row, reduced
 from logitless._operators import head_measures as operators
 from logitless._rules.precision import precision_of
-from logitless._rules.reduction import reduce_rows
+from logitless._rules.reduction import count_of, reduce_rows
 from logitless._rules.targets import checked_values
 from logitless.kernels.interface import Backend, ClassTarget, Divergence
 from logitless.lazy.logits import HeadLogits, LazyLogits
@@ -76,7 +76,7 @@ def result(call: HeadCall, shape: torch.Size, reduction: str) -> Tensor:
     """Return the one planned measure, reduced."""
     if reduction == "none":
         return rows(call, shape)[0]
-    count = float(shape.numel()) if reduction == "mean" else 1.0
+    count = torch.sym_float(count_of(shape)) if reduction == "mean" else 1.0
 
     def value(each: Tensor) -> Tensor:
         return reduce_rows(each, reduction, denominator=count, dtype=each.dtype)

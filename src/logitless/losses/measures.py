@@ -18,8 +18,8 @@ from logitless._heads.measure_plan import PairFunction, pair_function
 from logitless._heads.rows import HeadRows, LogitRows, at_positions, dense_rows
 from logitless._heads.sweep import forecast
 from logitless._rules import dispatch
-from logitless._rules.precision import check_input, no_autocast, precision_of
-from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.precision import check_input, check_real, no_autocast, precision_of
+from logitless._rules.reduction import count_of, reduce_rows, resolve_reduction
 from logitless._rules.targets import checked_values, class_target
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, ClassTarget, Divergence
@@ -74,11 +74,22 @@ class PairStats(NamedTuple):
 
 @overload
 def token_stats(
-    logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100, temperature: float = 1.0
+    logits: Tensor | LazyLogits,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    deterministic: bool = False,
 ) -> TokenStats: ...
 @overload
 def token_stats(
-    logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100, temperature: float = 1.0, top_k: int
+    logits: Tensor | LazyLogits,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    top_k: int,
+    deterministic: bool = False,
 ) -> TopTokenStats: ...
 @overload
 def token_stats(
@@ -88,6 +99,7 @@ def token_stats(
     ignore_index: int = -100,
     temperature: float = 1.0,
     top_k: int | None = None,
+    deterministic: bool = False,
 ) -> TokenStats | TopTokenStats: ...
 def token_stats(
     logits: Tensor | LazyLogits,
@@ -96,6 +108,7 @@ def token_stats(
     ignore_index: int = -100,
     temperature: float = 1.0,
     top_k: int | None = None,
+    deterministic: bool = False,
 ) -> TokenStats | TopTokenStats:
     """Return each row's negative log-likelihood, log-sum-exp, entropy, top class and the target's rank.
 
@@ -111,6 +124,7 @@ def token_stats(
             argmax and rank -1, and so their top log-probabilities and classes.
         temperature: what the logits are divided by, above 0.
         top_k: how many of the largest to give, or None.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         TokenStats, with a `top_k` TopTokenStats, of the target's shape: nll, lse and entropy in nats, float32 (float64
@@ -137,12 +151,18 @@ def token_stats(
     )
     if top_k is not None and not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"token_stats: expected top_k between 1 and {logits.shape[-1]} classes, got {top_k}")
-    stats = _token_stats("token_stats", logits, meaning, _inverse("token_stats", temperature), top_k or 0)
+    scale = _inverse("token_stats", temperature)
+    stats = _token_stats("token_stats", logits, meaning, scale, top_k or 0, deterministic)
     return TopTokenStats(*stats) if top_k else TokenStats(*stats)
 
 
 def _token_stats(
-    name: str, logits: Tensor | LazyLogits, meaning: ClassTarget, scale: float, top_k: int
+    name: str,
+    logits: Tensor | LazyLogits,
+    meaning: ClassTarget,
+    scale: float,
+    top_k: int,
+    deterministic: bool,
 ) -> Sequence[Tensor]:
     """Return the fields of TokenStats, or with a `top_k` those of TopTokenStats."""
     logits, scale = _scaled(_computed(logits), scale)
@@ -152,13 +172,14 @@ def _token_stats(
 
     if not isinstance(logits, HeadLogits) and scale == 1.0:
         tensors = (logits, meaning.indices)
-        backend = dispatch.pick(name, tensors, obstacle=_kernel_obstacle(logits), compiles=True)
+        backend = _picked(name, tensors, _kernel_obstacle(logits), factors=_factors(deterministic))
         if backend.PLAIN:
             return definition(logits)
         return dense_measures.token_stats(backend, logits, meaning, definition, top_k)
     source = head_measures.rows_of(logits, scale)
     plan = head_measures.token_plan(source, head_measures.wide_dtype(logits), meaning, top_k)
-    backend = _picked(name, (*source.tensors, meaning.indices), _kernel_obstacle(logits), lambda taken: plan(taken)[0])
+    obstacle, factors = _kernel_obstacle(logits), _factors(deterministic, source)
+    backend = _picked(name, (*source.tensors, meaning.indices), obstacle, lambda taken: plan(taken)[0], factors)
     if backend.PLAIN:
         return definition(logits)
     if torch.compiler.is_compiling():
@@ -168,7 +189,12 @@ def _token_stats(
 
 
 def log_probs(
-    logits: Tensor | LazyLogits, target: Tensor, *, ignore_index: int = -100, temperature: float = 1.0
+    logits: Tensor | LazyLogits,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    deterministic: bool = False,
 ) -> Tensor:
     """Return each row's log-probability of its target: what a policy says of a token that was sampled.
 
@@ -180,6 +206,7 @@ def log_probs(
         target: class indices (...), any integer dtype.
         ignore_index: rows with this index are never read: 0, with no gradient.
         temperature: what the logits are divided by, above 0.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         The target's shape, in nats, float32 (float64 for float64 logits), differentiable with any upstream gradients.
@@ -202,10 +229,10 @@ def log_probs(
     )
     logits, scale = _scaled(_computed(logits), _inverse("log_probs", temperature))
     if scale != 1.0:
-        return 0.0 - _token_stats("log_probs", logits, meaning, scale, 0)[0]
+        return 0.0 - _token_stats("log_probs", logits, meaning, scale, 0, deterministic)[0]
     dtype = precision_of(logits).compute
     if isinstance(logits, HeadLogits):
-        asked = HeadLoss(None, 0.0, None, None, None)
+        asked = HeadLoss(None, 0.0, None, None, None, deterministic)
         return 0.0 - head_classification.cross_entropy("log_probs", logits, meaning, asked, "none", dtype, "nan")
 
     def definition(z: Tensor) -> Tensor:
@@ -213,7 +240,7 @@ def log_probs(
         with no_autocast(z):
             return definitions.cross_entropy(z.to(dtype), checked, None, 0.0).loss
 
-    backend = dispatch.pick("log_probs", (logits, target), obstacle=_kernel_obstacle(logits), compiles=True)
+    backend = _picked("log_probs", (logits, target), _kernel_obstacle(logits), factors=_factors(deterministic))
     if backend.PLAIN:
         return 0.0 - definition(logits)
     call = CrossEntropyCall(backend, "log_probs", meaning, None, 0.0, lambda rows: Reduced(rows.loss, 1.0), definition)
@@ -221,7 +248,12 @@ def log_probs(
 
 
 def pair_stats(
-    p: Tensor | LazyLogits, q: Tensor | LazyLogits, target: Tensor | None = None, *, temperature: float = 1.0
+    p: Tensor | LazyLogits,
+    q: Tensor | LazyLogits,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    deterministic: bool = False,
 ) -> PairStats:
     """Return each row's divergences between two distributions, their entropies, and whether their tops agree.
 
@@ -233,6 +265,7 @@ def pair_stats(
         p, q: logits (..., classes) of one shape, each dense or LazyLogits (of any hidden width).
         target: class indices (...) for nll_p and nll_q, or None.
         temperature: what both logits are divided by, above 0.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         PairStats of shape (...), in nats, float32 (float64 if either is), differentiable but for same_top. A
@@ -251,6 +284,7 @@ def pair_stats(
     (tensor([0.4621]), tensor([0.1109]), tensor([False]))
     """
     check_input("pair_stats", p, q)
+    check_real("pair_stats", q=q)
     _check_pair("pair_stats", p, q)
     meaning = None
     if target is not None:
@@ -258,11 +292,14 @@ def pair_stats(
             "pair_stats", p.shape, target, ignore_index=-100, class_dim=-1, probabilities_allowed=False
         )
     outputs = PairStats._fields if target is not None else PairStats._fields[:-2]
-    stats = _pair("pair_stats", outputs, p, q, meaning, scale=_inverse("pair_stats", temperature))
+    scale = _inverse("pair_stats", temperature)
+    stats = _pair("pair_stats", outputs, p, q, meaning, scale=scale, deterministic=deterministic)
     return PairStats(*stats, *([None, None] if target is None else []))
 
 
-def entropy(logits: Tensor | LazyLogits, *, temperature: float = 1.0, reduction: str = "none") -> Tensor:
+def entropy(
+    logits: Tensor | LazyLogits, *, temperature: float = 1.0, reduction: str = "none", deterministic: bool = False
+) -> Tensor:
     """Return the entropy of each row's distribution.
 
     Equals `torch.distributions.Categorical(logits=logits / temperature).entropy()`.
@@ -271,6 +308,7 @@ def entropy(logits: Tensor | LazyLogits, *, temperature: float = 1.0, reduction:
         logits: (..., classes), floating, or LazyLogits.
         temperature: what the logits are divided by, above 0.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         (...), or a scalar, in nats, float32 (float64 for float64 logits): 0 for a certain outcome, log(classes) for a
@@ -294,7 +332,7 @@ def entropy(logits: Tensor | LazyLogits, *, temperature: float = 1.0, reduction:
     given, plan = _given(logits, scale), None
     if not isinstance(given, Tensor):
         plan = head_measures.entropy_plan(given, head_measures.wide_dtype(logits))
-    backend = _picked("entropy", _parts(given), _kernel_obstacle(logits), plan)
+    backend = _picked("entropy", _parts(given), _kernel_obstacle(logits), plan, _factors(deterministic, given))
     if backend.PLAIN:
         return _reduced(_entropy_rows(logits, scale)[0], reduction)
     if plan is None:
@@ -312,6 +350,7 @@ def kl(
     skew: float = 0.0,
     temperature: float = 1.0,
     reduction: str = "none",
+    deterministic: bool = False,
 ) -> Tensor:
     """Return the Kullback-Leibler divergence of each row from logits: KL(p || q), or KL(p || skew p + (1 - skew) q).
 
@@ -325,6 +364,7 @@ def kl(
             KL(q || skew q + (1 - skew) p), is `kl(q, p, skew=skew)`.
         temperature: what both logits are divided by, above 0; a factor of its square is the caller's.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; never negative, 0 for
@@ -342,7 +382,9 @@ def kl(
     tensor([0.4621])
     """
     skew = _share("kl", "skew", skew, most="excluded")
-    return _divergence("kl", p, q, reduction, temperature, Divergence("skewed_kl", skew) if skew else "kl")
+    return _divergence(
+        "kl", p, q, reduction, temperature, deterministic, Divergence("skewed_kl", skew) if skew else "kl"
+    )
 
 
 def js(
@@ -352,6 +394,7 @@ def js(
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "none",
+    deterministic: bool = False,
 ) -> Tensor:
     """Return the Jensen-Shannon divergence of each row, from logits, of any weight of p.
 
@@ -365,6 +408,7 @@ def js(
         beta: what p weighs in the mixture, 0 to 1.
         temperature: what both logits are divided by, above 0; a factor of its square is the caller's.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         (...), or a scalar, in nats, float32 (float64 if either is); differentiable in both; for `0 < beta < 1` between
@@ -385,15 +429,19 @@ def js(
     """
     beta = _share("js", "beta", beta, most="included")
     if beta == 0:
-        return _divergence("js", p, q, reduction, temperature, "kl")
+        return _divergence("js", p, q, reduction, temperature, deterministic, "kl")
     if beta == 1:
         if not isinstance(p, SparseLogits) and not isinstance(q, SparseLogits):
             _check_pair("js", p, q)
-        return _divergence("js", q, p, reduction, temperature, "kl")
-    return _divergence("js", p, q, reduction, temperature, "js" if beta == 0.5 else Divergence("weighted_js", beta))
+        return _divergence("js", q, p, reduction, temperature, deterministic, "kl")
+    return _divergence(
+        "js", p, q, reduction, temperature, deterministic, "js" if beta == 0.5 else Divergence("weighted_js", beta)
+    )
 
 
-def tv(p: Logits, q: Logits, *, temperature: float = 1.0, reduction: str = "none") -> Tensor:
+def tv(
+    p: Logits, q: Logits, *, temperature: float = 1.0, reduction: str = "none", deterministic: bool = False
+) -> Tensor:
     """Return the total variation distance of each row, from logits.
 
     Equals `(p.softmax(-1) - q.softmax(-1)).abs().sum(-1) / 2`.
@@ -402,6 +450,7 @@ def tv(p: Logits, q: Logits, *, temperature: float = 1.0, reduction: str = "none
         p, q: logits (..., classes) of one shape, each dense or LazyLogits; one may be SparseLogits, as for `ll.kl`.
         temperature: what both logits are divided by, above 0.
         reduction: "none", "mean" (over the rows) or "sum": a scalar of LazyLogits takes a product less to train.
+        deterministic: have a row's bits whatever other rows there are, on every machine; see docs/numerics.md.
 
     Returns:
         (...), or a scalar, between 0 and 1, float32 (float64 if either is); symmetric, and differentiable in both: a
@@ -417,7 +466,7 @@ def tv(p: Logits, q: Logits, *, temperature: float = 1.0, reduction: str = "none
     >>> ll.tv(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([0.4621])
     """
-    return _divergence("tv", p, q, reduction, temperature, Divergence("total_variation"))
+    return _divergence("tv", p, q, reduction, temperature, deterministic, Divergence("total_variation"))
 
 
 def _divergence(
@@ -426,18 +475,25 @@ def _divergence(
     q: Logits,
     reduction: str,
     temperature: float,
+    deterministic: bool,
     asked: str | Divergence,
 ) -> Tensor:
     """Return a divergence: one of the kernels' own names, or another."""
     reduction, scale = resolve_reduction(reduction, None, None), _inverse(name, temperature)
     if isinstance(p, SparseLogits) or isinstance(q, SparseLogits):
+        if deterministic:
+            raise RuntimeError(
+                f"{name}: deterministic=True cannot be kept: torch's operations serve SparseLogits, and promise no "
+                "order of their sums"
+            )
         function = pair_function((asked,)) if isinstance(asked, str) else pair_function(("divergence",), asked)
         return _reduced(sparse.divergence(name, _of_two(function), p, q, scale), reduction)
     check_input(name, p, q)
+    check_real(name, q=q)
     _check_pair(name, p, q)
     if isinstance(asked, Divergence):
-        return _pair(name, ("divergence",), p, q, None, reduction, asked, scale)[0]
-    return _pair(name, (asked,), p, q, None, reduction, scale=scale)[0]
+        return _pair(name, ("divergence",), p, q, None, reduction, asked, scale, deterministic)[0]
+    return _pair(name, (asked,), p, q, None, reduction, None, scale, deterministic)[0]
 
 
 def _of_two(function: PairFunction) -> definitions.PairMeasure:
@@ -479,7 +535,7 @@ def _share(name: str, keyword: str, share: float, *, most: str) -> float:
 
 
 def _reduced(rows: Tensor, reduction: str) -> Tensor:
-    denominator = float(rows.numel()) if reduction == "mean" else 1.0
+    denominator = torch.sym_float(rows.numel()) if reduction == "mean" else 1.0
     return reduce_rows(rows, reduction, denominator=denominator, dtype=rows.dtype)
 
 
@@ -499,6 +555,7 @@ def _pair(
     reduction: str = "none",
     divergence: Divergence | None = None,
     scale: float = 1.0,
+    deterministic: bool = False,
 ) -> Sequence[Tensor]:
     """Return measures of two rows and a target, by whichever backend serves the call.
 
@@ -522,7 +579,7 @@ def _pair(
     obstacle = _kernel_obstacle(p, q if plan is None else None)
     if obstacle is None and divergence is not None and divergence.weight < _LEAST_WEIGHT:
         obstacle = f"p weighs less than {_LEAST_WEIGHT} in the mixture"
-    backend = _picked(name, tensors, obstacle, plan)
+    backend = _picked(name, tensors, obstacle, plan, _factors(deterministic, *given))
     rows: Sequence[Tensor]
     if backend.PLAIN:
         rows = definition(p, q)
@@ -542,7 +599,7 @@ def _pair(
 
 def _kernel_obstacle(logits: Tensor | LazyLogits, other: Tensor | LazyLogits | None = None) -> str | None:
     """Return what about this call the compiled kernels do not do, if anything."""
-    if logits.shape.numel() == 0:
+    if count_of(logits.shape) == 0:
         return "there is nothing to compute"
     if other is not None and other.dtype != logits.dtype:
         return f"p and q differ in dtype ({logits.dtype}, {other.dtype})"
@@ -569,7 +626,7 @@ def _token_rows(logits: Tensor | LazyLogits, target: ClassTarget, scale: float, 
     shape = logits.shape[:-1]
     stats = fold_rows(function, [rows], [indices, ignored, impossible])
     return tuple(
-        at_positions(value, kept, shape.numel(), 0 if value.is_floating_point() else -1).view(
+        at_positions(value, kept, count_of(shape), 0 if value.is_floating_point() else -1).view(
             (*shape, *value.shape[1:])
         )
         for value in stats
@@ -615,10 +672,18 @@ def _picked(
     tensors: Sequence[Tensor | None],
     obstacle: str | None,
     plan: head_measures.Plan | None = None,
+    factors: Sequence[Tensor | None] | None = None,
 ) -> Backend:
-    """Return the backend; `plan` is what a call on logits that are not built will do."""
+    """Return the backend; `plan` is what a call on logits that are not built will do, `factors` as `_factors` says."""
     foreseen = None if plan is None else lambda backend: forecast(plan(backend))
-    return dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True)
+    return dispatch.pick(name, tensors, obstacle=obstacle, forecast=foreseen, compiles=True, deterministic=factors)
+
+
+def _factors(deterministic: bool, *given: LogitRows | Tensor) -> Sequence[Tensor | None] | None:
+    """Return what the products are made of whose order of sums is asked for; None where it is not."""
+    if not deterministic:
+        return None
+    return [factor for rows in given if isinstance(rows, HeadRows) for factor in rows.tensors[:2]]
 
 
 def _given(logits: Tensor | LazyLogits, scale: float = 1.0) -> LogitRows | Tensor:

@@ -11,12 +11,14 @@ from torch._compile import _disable_dynamo
 
 from logitless._autograd.triplets import triplets
 from logitless._heads.triplets import Distance, Kind
-from logitless._rules.precision import no_autocast, precision_of
+from logitless._rules.precision import check_real, no_autocast, precision_of
+from logitless._rules.sharding import of_the_whole
 from logitless.losses.contrastive import one_number
 from logitless.losses.similarity import cosine_similarity
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def cosent_loss(scores: Tensor | Sequence[Tensor], labels: Tensor, *, scale: Tensor | float = 20.0) -> Tensor:
     """Return CoSENT's loss: how far pairs are from being ordered by similarity as their labels order them.
 
@@ -43,12 +45,15 @@ def cosent_loss(scores: Tensor | Sequence[Tensor], labels: Tensor, *, scale: Ten
     """
     if not isinstance(scores, Tensor):
         first, second = scores
+        check_real("cosent_loss", scores=first)
+        check_real("cosent_loss", scores=second)
         if first.dim() != 2 or first.shape != second.shape:
             raise ValueError(
                 f"cosent_loss: pairs must be two tensors (N, D), got {tuple(first.shape)} and {tuple(second.shape)}"
             )
         compute = precision_of(first, second).compute
         scores = cosine_similarity(first.to(compute), second.to(compute))
+    check_real("cosent_loss", scores=scores)
     if not scores.is_floating_point():
         raise TypeError(f"cosent_loss: scores must have a floating dtype, got {scores.dtype}")
     if scores.dim() != 1 or labels.shape != scores.shape:
@@ -64,11 +69,12 @@ def cosent_loss(scores: Tensor | Sequence[Tensor], labels: Tensor, *, scale: Ten
         sums = logits.logcumsumexp(0)[(below - 1).clamp(min=0)]
         # Far below every float64 logit, so that a sum over nothing is one, without a gradient.
         each = (sums - logits).masked_fill(below == 0, -1e300)
-        total = each.logsumexp(0) if len(each) else logits.sum() - 1e300
+        total = each.logsumexp(0) if each.shape[0] else logits.sum() - 1e300
         return torch.logaddexp(total, torch.zeros_like(total)).to(precision_of(scores).compute)
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
+@of_the_whole
 def batch_triplet_loss(
     features: Tensor,
     labels: Tensor,
@@ -109,7 +115,8 @@ def batch_triplet_loss(
     if not isinstance(features, Tensor) or not features.is_floating_point():
         given = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"batch_triplet_loss: features must be a Tensor of a floating dtype, got {given}")
-    if features.dim() != 2 or labels.shape != (len(features),):
+    check_real("batch_triplet_loss", features=features)
+    if features.dim() != 2 or labels.shape != features.shape[:1]:
         raise ValueError(
             f"batch_triplet_loss: features must be (N, D) and labels (N,), got {tuple(features.shape)} and "
             f"{tuple(labels.shape)}"

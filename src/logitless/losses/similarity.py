@@ -7,9 +7,10 @@ from torch import Tensor
 
 from logitless._autograd.elements import CosineCall, Reduction, cosine
 from logitless._autograd.pairwise import PairwiseCall, pairwise
+from logitless._heads.multiplier import multiplier
 from logitless._rules import dispatch
-from logitless._rules.precision import no_autocast, precision_of
-from logitless._rules.reduction import reduce_rows, resolve_reduction
+from logitless._rules.precision import check_real, no_autocast, precision_of
+from logitless._rules.reduction import count_of, reduce_rows, resolve_reduction
 from logitless.kernels import definitions
 
 
@@ -30,7 +31,8 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
         vector, and right for vectors whose squares overflow or vanish.
 
     Raises:
-        RuntimeError: an integer dtype, a negative eps, shapes that do not broadcast. IndexError: no such dimension.
+        RuntimeError: an integer dtype, a negative eps, shapes that do not broadcast. TypeError: a complex dtype.
+        IndexError: no such dimension.
 
     Source: `torch.nn.functional.cosine_similarity`. In training its gradient is orthogonal to each vector: it turns
     them and never changes their length to first order.
@@ -42,6 +44,7 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
     for name, tensor in (("x1", x1), ("x2", x2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"cosine_similarity: argument '{name}' must be Tensor, not {type(tensor).__name__}")
+    check_real("cosine_similarity", x1=x1, x2=x2)
     if not (x1.is_floating_point() or x2.is_floating_point()):
         raise RuntimeError(
             "cosine_similarity: expected common dtype to be floating point, yet common dtype is "
@@ -64,7 +67,7 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
             first, second = torch.broadcast_tensors(x1.to(precision.compute), x2.to(precision.compute))
             return definitions.cosine_similarity(first, second, dim, eps).to(precision.result)
 
-    obstacle = _obstacle(sizes, x1, x2)
+    obstacle = _obstacle(sizes)
     picked = dispatch.pick("cosine_similarity", (x1, x2), backend, obstacle=obstacle, compiles=True)
     if picked.PLAIN:
         return definition(x1, x2)
@@ -106,6 +109,7 @@ def pairwise_cosine(
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"pairwise_cosine: {name} must be a Tensor of a floating dtype, got {given}")
+        check_real("pairwise_cosine", **{name: tensor})
     if x.dim() != 2 or other.dim() != 2 or x.shape[1] != other.shape[1]:
         raise ValueError(
             f"pairwise_cosine: x must be (N, D) and y (M, D), got {tuple(x.shape)} and {tuple(other.shape)}"
@@ -120,7 +124,7 @@ def pairwise_cosine(
     picked = dispatch.pick("pairwise_cosine", (x, other, out), backend)
     dtype = precision_of(x, other).compute
     with no_autocast(x):
-        return pairwise(PairwiseCall(picked, dtype, 0.0, dtype), x, other, out)
+        return pairwise(PairwiseCall(multiplier(picked, dtype, x.shape[1]), dtype), x, other, out)
 
 
 def cosine_embedding_loss(
@@ -152,7 +156,8 @@ def cosine_embedding_loss(
         A scalar, or with "none" (N,); in the inputs' promoted dtype (float32 under autocast).
 
     Raises:
-        RuntimeError: shapes that do not fit, as torch raises. ValueError: an unknown reduction.
+        RuntimeError: shapes that do not fit, as torch raises. ValueError: an unknown reduction. TypeError: a complex
+            dtype.
 
     Source: `torch.nn.functional.cosine_embedding_loss`. In training it turns similar pairs towards each other and
     others apart until their cosine is below the margin.
@@ -165,6 +170,7 @@ def cosine_embedding_loss(
     for name, tensor in (("input1", input1), ("input2", input2), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"cosine_embedding_loss: argument '{name}' must be Tensor, not {type(tensor).__name__}")
+    check_real("cosine_embedding_loss", input1=input1, input2=input2, target=target)
     shapes = f"input1 {tuple(input1.shape)}, input2 {tuple(input2.shape)}, target {tuple(target.shape)}"
     if target.dim() > 1:
         raise RuntimeError(
@@ -176,7 +182,7 @@ def cosine_embedding_loss(
         )
     sizes = torch.broadcast_shapes(input1.shape, input2.shape, (*target.shape, 1))
     precision = precision_of(input1, input2)
-    denominator = float(sizes[:-1].numel())
+    denominator = torch.sym_float(count_of(sizes[:-1]))
 
     def definition(input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         with no_autocast(input1):
@@ -184,7 +190,7 @@ def cosine_embedding_loss(
             loss = definitions.cosine_embedding_loss(first, second, target, float(margin), target.dim())
         return reduce_rows(loss, reduction, denominator=denominator, dtype=precision.result)
 
-    obstacle = _obstacle(sizes, input1, input2, target)
+    obstacle = _obstacle(sizes)
     tensors = (input1, input2, target)
     picked = dispatch.pick("cosine_embedding_loss", tensors, backend, obstacle=obstacle, compiles=True)
     if picked.PLAIN:
@@ -195,12 +201,10 @@ def cosine_embedding_loss(
     return cosine(call, *_of_one_dtype(input1, input2), target)
 
 
-def _obstacle(sizes: torch.Size, *tensors: Tensor) -> str | None:
+def _obstacle(sizes: torch.Size) -> str | None:
     """Return what about these vectors of broadcast shape `sizes` the compiled kernels do not do, if anything."""
-    if not sizes or sizes.numel() == 0:
+    if not sizes or count_of(sizes) == 0:
         return "there are no vectors, or none with elements"
-    if any(tensor.is_complex() for tensor in tensors):
-        return "a tensor is complex"
     return None
 
 

@@ -6,6 +6,7 @@ the kernel, which reports the first bad row. `float32` is the compute type of fl
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ from logitless.kernels.native import extension as _native
 __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
+    "FIXED_PRODUCTS",
+    "MEASURED_PRODUCTS",
     "NAME",
     "NARROWS",
     "PAIR_SAVED",
     "PLAIN",
     "POOLED_BYTES",
+    "PRODUCTS_ARE_FIXED",
     "PRODUCT_BITS_STAND",
     "PRODUCT_DTYPES",
     "READS_VALUES",
@@ -62,6 +66,7 @@ __all__ = [
     "pair_row_stats",
     "pool_clear",
     "product",
+    "product_facts",
     "row_grad",
     "row_stats",
     "scalar",
@@ -80,23 +85,30 @@ PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
 WHOLE_DTYPES = frozenset(DTYPES)
 
 
-def _product_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes whose products are the kernel's: those faster than torch's, or what LOGITLESS_PRODUCT says.
+# Of which the kernel has a product, on the instruction set chosen at the start.
+FIXED_PRODUCTS = frozenset(dtype for dtype, code in DTYPES.items() if _native and _native.product_serves(code))
 
-    "native" takes it wherever it serves, for sums whose order depends on the depth alone; "torch" takes it nowhere.
+
+def _products() -> tuple[frozenset[torch.dtype], frozenset[torch.dtype]]:
+    """Return the dtypes whose products are the kernel's, and those of them that torch may multiply faster.
+
+    LOGITLESS_PRODUCT says which without measuring: "native" wherever the kernel serves, for sums whose order depends on
+    the depth alone; "torch" nowhere. A half precision is never measured: the kernel does not round it, and torch does.
     """
     asked = os.environ.get("LOGITLESS_PRODUCT", "")
     if asked not in ("", "native", "torch"):
         raise ValueError(f"LOGITLESS_PRODUCT: expected native or torch, got {asked!r}")
     if _native is None or asked == "torch":
-        return frozenset()
-    serves = _native.product_serves if asked else _native.product_is_faster
-    return frozenset(dtype for dtype, code in DTYPES.items() if serves(code))
+        return frozenset(), frozenset()
+    if asked == "native":
+        return FIXED_PRODUCTS, frozenset()
+    measured = FIXED_PRODUCTS & {torch.float32, torch.float64}
+    return measured | {d for d in FIXED_PRODUCTS if _native.product_is_faster(DTYPES[d])}, measured
 
 
-# A set that the instruction set chosen at the start decides: a graph that is being compiled can ask it, and not the
-# extension.
-PRODUCT_DTYPES = _product_dtypes()
+# Sets that are known from the start: a graph that is being compiled can ask them, and not the extension.
+PRODUCT_DTYPES, MEASURED_PRODUCTS = _products()
+PRODUCTS_ARE_FIXED = False
 
 # What a thread's share of a product packs its operands into, measured.
 _WORKSPACE_BYTES = 3 * 10**6
@@ -159,6 +171,11 @@ def tile_rules() -> TileRules:
 def workspace_bytes() -> int:
     """Return what the products of all threads pack their factors into."""
     return _WORKSPACE_BYTES * torch.get_num_threads()
+
+
+def product_facts() -> str:
+    """Return the instruction set and the version of the kernels."""
+    return f"logitless {version('logitless')} {native_info()['isa']}"
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

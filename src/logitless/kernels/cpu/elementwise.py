@@ -155,18 +155,17 @@ def bce(
 ) -> tuple[Tensor, int]:
     """Return `-weight (t log p + (1 - t) log(1 - p))` of each element, each logarithm at least -100, and what is wrong.
 
-    The second value is 0, or has bit 0 set where an input and bit 1 where a (floating) target is NaN or outside
+    The second value is 0, or has bit 0 set where an input and bit 1 where a target is NaN or outside
     [0, 1]: the first value is then to be discarded, and `first_outside` finds the culprit.
     """
     out = _like(input, dtype)
     _, outside = _elementwise(_BCE, input, target, weight, None, None, 1.0, out)
-    return out, outside if target.is_floating_point() else outside & 1
+    return out, outside
 
 
 def bce_sum(input: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, int]:
     """Return the sum of `bce` over all elements, with its second value; reads each operand once and writes nothing."""
-    total, outside = _elementwise(_BCE, input, target, weight, None, None, 1.0, None)
-    return total, outside if target.is_floating_point() else outside & 1
+    return _elementwise(_BCE, input, target, weight, None, None, 1.0, None)
 
 
 def bce_grad(

@@ -15,9 +15,9 @@ def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = Fa
     is float32 beside a half precision, which `accumulate` needs. There is a depth.
     """
     rows, columns = out.shape
-    if out.stride(1) == 1 and first.dtype in (second.dtype, torch.float32):
+    if (out.stride(1) == 1 or columns == 1) and first.dtype in (second.dtype, torch.float32):
         left, right, row, column, line = first, second, 0, 1, out.stride(0)
-    elif out.stride(0) == 1:  # out.T = second.T @ first.T, said by strides: a view would be a tensor more
+    elif out.stride(0) == 1 or rows == 1:  # out.T = second.T @ first.T, said by strides: a view would be a tensor more
         left, right, row, column, line = second, first, 1, 0, out.stride(1)
         rows, columns = columns, rows
     else:

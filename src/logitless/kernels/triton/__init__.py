@@ -28,10 +28,13 @@ from logitless.kernels.triton.rows import row_grad, row_stats
 
 __all__ = [
     "DEVICE_TYPES",
+    "FIXED_PRODUCTS",
+    "MEASURED_PRODUCTS",
     "NAME",
     "NARROWS",
     "PAIR_SAVED",
     "PLAIN",
+    "PRODUCTS_ARE_FIXED",
     "PRODUCT_BITS_STAND",
     "PRODUCT_DTYPES",
     "READS_VALUES",
@@ -51,6 +54,7 @@ __all__ = [
     "pair_row_grad",
     "pair_row_stats",
     "product",
+    "product_facts",
     "row_grad",
     "row_stats",
     "scalar",
@@ -66,6 +70,9 @@ READS_VALUES = False
 PRODUCT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # The libraries choose another order of sums for other shapes.
 PRODUCT_BITS_STAND = False
+MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+FIXED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+PRODUCTS_ARE_FIXED = False
 NARROWS = True
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
@@ -140,6 +147,11 @@ def tile_rules() -> TileRules:
 def workspace_bytes() -> int:
     """Return what the libraries' products hold: cuBLAS keeps 32 MB, on every GPU since Hopper."""
     return 32 * 2**20
+
+
+def product_facts() -> str:
+    """Return nothing: its products are torch's, and nothing is timed beside them."""
+    return ""
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,44 @@
+"""A backend beside another: with its kernels, and its own products of some dtypes alone."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from logitless.kernels.interface import Backend, TileRules
+
+
+class _Multiplying:
+    """Another backend in all but the dtypes that it multiplies, which nobody measures any more."""
+
+    def __init__(self, backend: Backend, dtypes: frozenset[torch.dtype]) -> None:
+        self._backend = backend
+        self.PRODUCT_DTYPES = dtypes
+        self.MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class _Fixed(_Multiplying):
+    """One whose rows' bits nothing beside them decides: its own products alone, and rows that are not cut."""
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        super().__init__(backend, backend.FIXED_PRODUCTS)
+        self.NAME = name
+        self.PRODUCTS_ARE_FIXED = True
+
+    def tile_rules(self) -> TileRules:
+        rules = self._backend.tile_rules()
+        return rules._replace(least_rows=rules.line)
+
+
+def multiplying(backend: Backend, dtypes: frozenset[torch.dtype]) -> Backend:
+    """Return the backend with its own products of these dtypes alone."""
+    return cast(Backend, _Multiplying(backend, dtypes))
+
+
+def of_fixed_order(backend: Backend, name: str) -> Backend:
+    """Return the backend, by another name, for rows that have the same bits beside whatever others."""
+    return cast(Backend, _Fixed(backend, name))
