@@ -447,9 +447,8 @@ def verdicts(results: dict[tuple[str, str], Timing], copy: float) -> Iterator[st
 
 def model() -> None:
     """Print bytes and products, counted, and the time they would take at the ceilings."""
-    print(
-        f"A model, not a measurement: bytes over {COPY_BYTES / 1e12} TB/s, products over {PRODUCT_FLOPS / 1e12:.0f} TFLOP/s"
-    )
+    ceilings = f"bytes over {COPY_BYTES / 1e12} TB/s, products over {PRODUCT_FLOPS / 1e12:.0f} TFLOP/s"
+    print(f"A model, not a measurement: {ceilings}")
     print(f"{'case':58} {'bytes':>10} {'products':>12} {'ms':>8} {'of products':>11}")
 
     def line(name: str, moved: float, flops: float = 0.0) -> None:

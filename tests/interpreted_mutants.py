@@ -212,6 +212,7 @@ def test_the_checks_reject_the_mutant(name: str, tmp_path: Path, monkeypatch: py
         mutant.check()
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_checks_pass_what_is_not_broken(name: str) -> None:
-    MUTANTS[name].check()
+@pytest.mark.parametrize("check", [far_rows, ties, short_vectors, close_pairs])
+def test_the_checks_pass_what_is_not_broken(check: Callable[[], None]) -> None:
+    """The others are tests of interpreted_kernels.py."""
+    check()
