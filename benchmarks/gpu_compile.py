@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from logitless.kernels.interface import Divergence
+from logitless.kernels.interface import Divergence, ElementLoss
 from logitless.kernels.triton import cosines, element_losses, pairs, rows
 from logitless.kernels.triton.launching import COMPILED, warps_of
 
@@ -95,6 +95,8 @@ def variants() -> Iterator[Variant]:
     """Every way in which the package launches a kernel, at sizes that are typical of it."""
     for dtype in NAMES:
         yield from variants_of(dtype)
+    for name, z in {"one row": meta(1, LONG), "one class": meta(4096, 1), "one number": meta(1, 1)}.items():
+        yield from variants_of_few(name, z)
     tile = meta(1024, LONG)
     narrow = tile.view(torch.bfloat16)[:, :LONG]
     yield Variant(
@@ -117,6 +119,23 @@ def variants() -> Iterator[Variant]:
         ),
         False,
     )
+
+
+def variants_of_few(name: str, z: Tensor) -> Iterator[Variant]:
+    """The kernels of a size of which Triton makes a constant, since it is 1."""
+    of_rows, wide = meta(z.shape[0]), meta(z.shape[0], dtype=torch.float64)
+    index = meta(z.shape[0], dtype=torch.int64)
+    every = {"lse": True, "entropy": True, "argmax": True, "rank": True}
+    saved = meta(z.shape[0], pairs.PAIR_SAVED, dtype=torch.float64)
+    yield Variant(name, lambda: rows.row_stats(z, index, **every), False)
+    yield Variant(
+        f"gradient of {name}", lambda: rows.row_grad(z, of_rows, wide, index, a_scale=1.0, c_scale=-1.0), False
+    )
+    yield Variant(f"pair of {name}", lambda: pairs.pair_row_stats(z, z, index, js=True, entropy=True), False)
+    yield Variant(f"gradient of pair of {name}", lambda: pairs.pair_row_grad(z, z, saved, index, nll_p=of_rows), False)
+    loss: ElementLoss = "binary_cross_entropy_with_logits"
+    yield Variant(f"elements of {name}", lambda: element_losses.elements_sum(loss, z, z, of_rows.unsqueeze(1)), False)
+    yield Variant(f"cosine of {name}", lambda: cosines.cosine_similarity(z, z, save=True), False)
 
 
 def variants_of(dtype: torch.dtype) -> Iterator[Variant]:

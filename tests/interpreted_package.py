@@ -48,13 +48,6 @@ def test_compiled_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test_backends.assert_close(got, test_backends.results(loss, drawn))
 
 
-@pytest.mark.parametrize("name", [name for name in test_backends.CALLS if name not in test_backends.READS])
-def test_no_value_is_read_on_the_host(name: str) -> None:
-    """By torch's operations, that is: the interpreter itself reads everything."""
-    with test_backends.NoHostReads():
-        test_backends.results(test_backends.CALLS[name][0], test_backends.drawn())
-
-
 @pytest.mark.parametrize("name", [name for name in test_devices.CASES if name not in NO_KERNEL])
 def test_against_float64(name: str) -> None:
     test_devices.test_value_and_gradients("cpu", name, torch.float32)

@@ -23,6 +23,7 @@ TARGET = torch.randint(CLASSES, (ROWS,), generator=torch.Generator().manual_seed
 TARGET[::6] = -100
 WEIGHT = draw(8, CLASSES).abs() + 0.25
 SIDES = draw(9, ROWS).sign()
+LABELS = (draw(10, ROWS, CLASSES) > 2).double()
 
 
 def like(constant: Tensor, tensor: Tensor) -> Tensor:
@@ -44,6 +45,19 @@ def js(p: Tensor, q: Tensor) -> Tensor:
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def mixed(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    return (weight * p.softmax(1) + (1 - weight) * q.softmax(1)).log()
+
+
+def kl_of(p: Tensor, log_m: Tensor) -> Tensor:
+    return F.kl_div(log_m, p.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def pair_stats(p: Tensor, q: Tensor) -> Tensor:
+    cross = -(p.softmax(1) * q.log_softmax(1)).sum(1)
+    return torch.stack([kl(p, q), kl(q, p), js(p, q), cross, entropy(p), entropy(q)])
 
 
 # What it is, what is taken, the same in plain torch.
@@ -96,6 +110,41 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
     "entropy": (ll.entropy, entropy, (3 * draw(1, ROWS, CLASSES),)),
     "kl": (ll.kl, kl, (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES))),
     "js": (ll.js, js, (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES))),
+    "log_probs": (
+        lambda z: ll.log_probs(z, like(TARGET, z), temperature=0.7),
+        lambda z: -token_losses(z / 0.7),
+        (3 * draw(1, ROWS, CLASSES),),
+    ),
+    "pair_stats": (
+        lambda p, q: torch.stack([v for v in ll.pair_stats(p, q) if v is not None and v.is_floating_point()]),
+        pair_stats,
+        (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES)),
+    ),
+    "js of another weight": (
+        lambda p, q: ll.js(p, q, beta=0.9),
+        lambda p, q: 0.9 * kl_of(p, mixed(p, q, 0.9)) + 0.1 * kl_of(q, mixed(p, q, 0.9)),
+        (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES)),
+    ),
+    "skewed kl": (
+        lambda p, q: ll.kl(p, q, skew=0.1),
+        lambda p, q: kl_of(p, mixed(p, q, 0.1)),
+        (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES)),
+    ),
+    "tv": (
+        ll.tv,
+        lambda p, q: (p.softmax(1) - q.softmax(1)).abs().sum(1) / 2,
+        (draw(1, ROWS, CLASSES), 2 * draw(2, ROWS, CLASSES)),
+    ),
+    "binary cross-entropy of a head": (
+        lambda h, w: LF.binary_cross_entropy_with_logits(ll.linear(h, w), like(LABELS, h), reduction="sum"),
+        lambda h, w: F.binary_cross_entropy_with_logits(h @ w.T, like(LABELS, h), reduction="sum"),
+        (draw(1, ROWS, WIDTH), draw(2, CLASSES, WIDTH)),
+    ),
+    "softcapped head with a bias": (
+        lambda h, w, b: LF.cross_entropy(ll.linear(h, w, b, softcap=5.0), like(TARGET, h), weight=like(WEIGHT, h)),
+        lambda h, w, b: F.cross_entropy(5 * torch.tanh((h @ w.T + b) / 5), like(TARGET, h), weight=like(WEIGHT, h)),
+        (draw(1, ROWS, WIDTH), draw(2, CLASSES, WIDTH), draw(3, CLASSES)),
+    ),
     "linear_cross_entropy": (
         lambda h, w: LF.linear_cross_entropy(h, w, like(TARGET, h)),
         lambda h, w: F.cross_entropy(h @ w.T, like(TARGET, h)),
@@ -119,7 +168,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_value_and_gradients(device: str, name: str, dtype: torch.dtype) -> None:

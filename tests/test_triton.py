@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 QUIET = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@pytest.mark.parametrize("name", ["kernels", "package"])
+@pytest.mark.parametrize("name", ["kernels", "package", "mutants"])
 def test_interpreted(name: str) -> None:
     """All tests of a file pass where TRITON_INTERPRET=1 runs the kernels on the CPU."""
     path = TESTS / f"interpreted_{name}.py"
@@ -125,6 +125,7 @@ def test_explain_foresees_a_head_on_a_gpu(
     tile = choice.tile
     assert tile[1] == classes
     assert tile[0] >= 1024
+    assert choice.products == "torch multiplies: half-precision factors with sums and results in float32"
     assert tile[0] % 128 == 0
     tiles = 2 if name == "kl" else 1
     assert 4 * tile[0] * classes * tiles <= max(512 * 2**20, 4 * 1024 * classes * tiles)

@@ -62,6 +62,8 @@ def who_multiplies(backend: Backend, dtype: torch.dtype, depth: int) -> str:
     """Return who does, and why, in words."""
     if dtype not in backend.PRODUCT_DTYPES:
         return f"torch multiplies: the kernel's product of {dtype} does not serve, or is known to be slower here"
+    if not backend.PRODUCT_BITS_STAND:
+        return f"torch multiplies: {backend.product_facts()}"
     if dtype not in backend.MEASURED_PRODUCTS or depth == 0:
         return f"the kernel multiplies {dtype}"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

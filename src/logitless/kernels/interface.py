@@ -239,7 +239,10 @@ class Backend(Protocol):
         ...
 
     def product_facts(self) -> str:
-        """Return what decides how fast its products are, beside the processor: what a time of them is kept under."""
+        """Return what decides how fast its products are, beside the processor: what a time of them is kept under.
+
+        Of products that are torch's, how these are made.
+        """
         ...
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -108,8 +108,6 @@ def served() -> str:
     """Return why a call goes to the kernels."""
     if INTERPRETED:
         return "TRITON_INTERPRET=1: the kernels are interpreted"
-    if torch.version.hip is not None:
-        return "the tensors are on a GPU; products of half-precision factors are of float32 copies, a part at a time"
     return "the tensors are on a GPU"
 
 
@@ -153,8 +151,10 @@ def workspace_bytes() -> int:
 
 
 def product_facts() -> str:
-    """Return nothing: its products are torch's, and nothing is timed beside them."""
-    return ""
+    """Return how torch makes them; nothing is timed beside it."""
+    if torch.version.hip is not None or INTERPRETED:
+        return "half-precision factors by way of float32 copies, a part at a time"
+    return "half-precision factors with sums and results in float32"
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -67,7 +67,8 @@ def shape_of(
     widest = max(1, numbers // _INNER_ROWS) if rows_are_next_to_each_other else numbers
     block = min(power_of_two(classes), widest)
     rows = max(1, numbers // block) if rows_are_next_to_each_other or block < numbers // 4 else 1
-    return Shape(rows, block, max(1, min(8, rows * block // (32 * each))))
+    rows = min(rows, numbers // each)  # what is one number a row is in registers too: two of them in a thread
+    return Shape(rows, block, max(1, min(8, max(rows * block // (32 * each), rows // 64))))
 
 
 def parts_of(classes: int, part_classes: int) -> int:
