@@ -42,7 +42,7 @@ def main() -> None:
     native = loaded(sys.argv[1]) if len(sys.argv) > 1 else _native
     logits, target, grad = torch.randn(1, 4), torch.zeros(1, dtype=torch.int64), torch.empty(1, 4)
     rows = (0, 1, logits.data_ptr(), 1, 4, target.data_ptr(), -100, 0, 0, 0.0)
-    forward = (*rows, True, 0, True)
+    forward = (*rows, True, 0, 0, True)
     _, _, denominator, saved = native.cross_entropy(*forward)
     operand = (logits.data_ptr(), 0, (4, 1))
     calls: dict[str, tuple[Any, ...]] = {

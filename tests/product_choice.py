@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from logitless.kernels import cpu
-from logitless.kernels.native import DTYPES
-from logitless.kernels.native import extension as _native
 
-SERVED = frozenset(dtype for dtype, code in DTYPES.items() if _native.product_serves(code))
+SERVED = cpu.FIXED_PRODUCTS
 
 
 def pin_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

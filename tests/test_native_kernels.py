@@ -1065,7 +1065,7 @@ def test_gradients_of_any_size_of_upstream(dtype: torch.dtype, classes: int, ups
 def whole_losses(logits: Tensor, target: Tensor, save: bool = True) -> tuple[Tensor, bytes]:
     """Each row's loss, into memory that held NaN, and what the gradient needs."""
     losses = torch.full((len(logits),), NAN, dtype=real_of(logits.dtype))
-    bad_row, loss, rows, saved = cpu.cross_entropy(logits, target, None, -100, 0.0, True, losses, save)
+    bad_row, loss, rows, saved = cpu.cross_entropy(logits, target, None, -100, 0.0, True, None, losses, save)
     assert (bad_row, rows) == (-1, float((target != -100).sum()))
     if rows:
         assert loss == pytest.approx(float(losses.double().sum() / rows), rel=1e-6, nan_ok=True)

@@ -134,7 +134,7 @@ WRONG: dict[Callable[..., Any], dict[str, Tensor]] = {
     },
     pair_stats: {"second": Y[:2], "target": SHORT},
     pair_grad: {
-        **{name: torch.ones(4) for name in UPSTREAM},
+        **{name: torch.ones(1) for name in UPSTREAM},
         "second": Y[:2],
         "saved": torch.zeros(5, 1, dtype=D),
         "target": SHORT,

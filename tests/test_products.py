@@ -83,7 +83,38 @@ def test_float32(isa: str, shape: tuple[int, int, int], first_transposed: bool, 
     assert_is_product(by_column, first, second)
 
 
-@pytest.mark.skipif(not _native.product_serves(DTYPES[BFLOAT16]), reason="this processor multiplies no bfloat16")
+def tiles_that_serve() -> list[str]:
+    """The tiles (or none: vectors) that multiply bfloat16 here; emulated ones wherever there is AVX-512."""
+    before, found = cpu.native_info()["tiles"], []
+    for name in ("none", "processor", "emulated"):
+        try:
+            _native.select_tiles(name)
+        except RuntimeError:  # this processor has none
+            continue
+        if _native.product_serves(DTYPES[BFLOAT16]):
+            found.append(name)
+    _native.select_tiles(before)
+    return found
+
+
+TILES = tiles_that_serve()
+
+
+@pytest.fixture(params=TILES)
+def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.native_info()["tiles"]
+    _native.select_tiles(request.param)
+    yield request.param
+    _native.select_tiles(before)
+
+
+def test_tiles_are_named() -> None:
+    assert cpu.native_info()["tiles"] in ("none", "processor")
+    with pytest.raises(RuntimeError, match="tiles round: expected none, processor or emulated"):
+        _native.select_tiles("round")
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("first_transposed", "second_transposed"), ORDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16(shape: tuple[int, int, int], first_transposed: bool, second_transposed: bool) -> None:
@@ -118,6 +149,36 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, int, int]) -> None:
         cpu.product(first, second, outs[-1])
     torch.set_num_threads(threads)
     assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.usefixtures("tiles")
+def test_rows_columns_and_threads_do_not_change_a_bit_of_bfloat16() -> None:
+    """A sum is of its row, its column and the depth alone."""
+    first, second = matrix(1, 131, 1501, BFLOAT16, False), matrix(2, 1501, 77, BFLOAT16, True)
+    whole = poisoned(131, 77, FLOAT32)
+    cpu.product(first, second, whole)
+    threads = torch.get_num_threads()
+    for count, rows, columns in (
+        (1, slice(0, 1), slice(0, 77)),
+        (2, slice(5, 40), slice(3, 36)),
+        (3, slice(0, 131), slice(70, 77)),
+    ):
+        torch.set_num_threads(count)
+        part = poisoned(rows.stop - rows.start, columns.stop - columns.start, FLOAT32)
+        cpu.product(first[rows], second[:, columns], part)
+        assert torch.equal(part, whole[rows, columns])
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_infinities_and_nans_of_bfloat16_pass() -> None:
+    first, second = matrix(1, 40, 70, BFLOAT16, False), matrix(2, 70, 33, BFLOAT16, False)
+    first[3, 5], first[34, 6], second[7, 8] = torch.inf, torch.nan, -torch.inf
+    out = poisoned(40, 33, FLOAT32)
+    cpu.product(first, second, out)
+    truth = first.double() @ second.double()
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out.isinf(), truth.isinf())
 
 
 def test_infinities_and_nans_pass(isa: str) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 import logitless as ll
 import logitless.functional as LF
+from logitless import _native
 from logitless.kernels import cpu
 from product_choice import SERVED, pin_kernel, pin_torch
 
@@ -123,6 +125,23 @@ def test_rows_of_a_head(dtype: torch.dtype, classes: int) -> None:
     z = lazy(dtype, classes)(slice(0, ROWS))["values"]
     q, target = z.flip(0), targets_of(ROWS, classes)
     assert differing(lambda rows: measures(z[rows], q[rows], target[rows]), seed=classes) == []
+
+
+@pytest.mark.skipif("avx512" not in cpu.native_info()["supported"], reason="tiles are emulated with AVX-512")
+def test_rows_of_a_bfloat16_head_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the steps that a processor's tiles take, where there are none."""
+    before = cpu.native_info()["tiles"]
+    _native.select_tiles("emulated")
+    monkeypatch.setattr(cpu, "PRODUCT_DTYPES", SERVED | {torch.bfloat16})
+    try:
+        assert differing(lazy(torch.bfloat16, 1000), seed=3) == []
+        hidden, weight, _ = heads(torch.bfloat16, 1000)
+        target = targets_of(ROWS, 1000)
+        nll = ll.token_stats(ll.linear(hidden, weight), target).nll
+        truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, target, reduction="none")
+        assert (nll.double() - truth).abs().max() < 1e-5
+    finally:
+        _native.select_tiles(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 20])

@@ -236,7 +236,7 @@ spec.loader.exec_module(native)
 logits, target = (ctypes.c_float * 3)(), (ctypes.c_int64 * 1)(1)
 address = ctypes.addressof
 bad, loss, rows, saved = native.cross_entropy(
-    0, 1, address(logits), 1, 3, address(target), -100, 0, 0, 0.0, True, 0, True
+    0, 1, address(logits), 1, 3, address(target), -100, 0, 0, 0.0, True, 0, 0, True
 )
 gradient = (ctypes.c_float * 3)()
 native.cross_entropy_grad(

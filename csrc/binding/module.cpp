@@ -117,6 +117,7 @@ LL_PYTHON(Object, native_info) {
   const PoolInfo pool = pool_info();
   Object info(PyDict_New());
   set(info, "isa", Object(to_python(isa_name())));
+  set(info, "tiles", Object(to_python(tiles_name())));
   set(info, "compiled", std::move(compiled));
   set(info, "supported", std::move(supported));
   set(info, "openmp", Object(to_python(openmp)));

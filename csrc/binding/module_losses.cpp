@@ -103,9 +103,10 @@ template <class Real> double weight_sum(const Problem& p) {
   return weight ? std::accumulate(weight, weight + p.classes, 0.0) : static_cast<double>(p.classes);
 }
 
-// Cross-entropy over contiguous rows, reduced: their mean, or their sum, and into `losses` unless that is null each
-// row's loss. Returns (bad_row, loss, denominator, saved), the last for cross_entropy_grad and empty unless asked for.
-template <class Real> Object reduced(const Problem& p, bool mean, Address losses, bool save) {
+// Cross-entropy over contiguous rows, reduced: their mean, or their sum, into `result` too unless that is null, and
+// into `losses` unless that is null each row's loss. Returns (bad_row, loss, denominator, saved), the last for
+// cross_entropy_grad and empty unless asked for.
+template <class Real> Object reduced(const Problem& p, bool mean, Address result, Address losses, bool save) {
   // nll or dense_sum, and smooth_sum: one each a row
   const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
   Real* const loss = scratch.get();
@@ -142,8 +143,9 @@ template <class Real> Object reduced(const Problem& p, bool mean, Address losses
   if (bad_row >= 0) return make_tuple(bad_row, 0.0, 0.0, std::move(bytes));
   const double denominator = mean ? sum.denominator : 1.0;
   // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
-  return make_tuple(bad_row, static_cast<double>(static_cast<Real>(sum.total / denominator)), denominator,
-                    std::move(bytes));
+  const Real value = static_cast<Real>(sum.total / denominator);
+  if (result) *at<Real>(result) = value;
+  return make_tuple(bad_row, static_cast<double>(value), denominator, std::move(bytes));
 }
 
 Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
@@ -162,10 +164,11 @@ Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::
 
 LL_PYTHON(Object, cross_entropy, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
           Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
-          Address losses, bool save) {
+          Address result, Address losses, bool save) {
   const Problem p =
       problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, losses, save) : reduced<float>(p, mean, losses, save);
+  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, result, losses, save)
+                                    : reduced<float>(p, mean, result, losses, save);
 }
 
 // The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.

@@ -38,6 +38,7 @@ LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std
   args.c = at<void>(c);
   args.c_row_stride = c_row_stride;
   args.accumulate = accumulate;
+  args.tiles = tiles_in_use();
   without_gil(rows * columns * depth, [&] { kernels().product(args); });
 }
 
@@ -45,6 +46,7 @@ LL_PYTHON(void, product, int a_dtype, int b_dtype, int c_dtype, int threads, std
 
 void bind_product(PyObject* module) {
   LL_DEFINE(module, product);
+  Exposed<&select_tiles>::add_to(module, "select_tiles", "const char* name");
   Exposed<&product_serves>::add_to(module, "product_serves", "int dtype");
   Exposed<&product_is_faster>::add_to(module, "product_is_faster", "int dtype");
 }

@@ -32,6 +32,7 @@
 #include "kernels.h"
 #include "memory/pool.h"
 #include "parallel.h"
+#include "product/processor_tiles.h"
 #include "product/tile.h"
 
 namespace logitless::LL_ISA {
@@ -49,24 +50,44 @@ struct Range {
   int64_t wide() const { return right - left; }
 };
 
-// T: the type that is multiplied; A and B: the ones that a and b are stored in; Out: that of c.
-template <class T, class A, class B, class Out> struct Product {
-  static constexpr int64_t kAcross = kColumns<T>;
+// What a type that is multiplied is packed as; the rows of a tile; and how many units of depth are multiplied at once.
+template <class Multiplied> struct Form {
+  using Packed = Multiplied;
+  struct Engine {
+    struct Use {};
+  };
+  static constexpr int64_t kTall = kRows, kUnits = 1;
+};
+#if defined(__AVX512F__)
+template <class Of> struct Form<Tiled<Of>> {
+  using Packed = BFloat16;
+  using Engine = Of;
+  static constexpr int64_t kTall = kTiledRows, kUnits = kBlock;
+};
+#endif
+
+// Multiplied: the type that is multiplied; A and B: the ones that a and b are stored in; Out: that of c.
+template <class Multiplied, class A, class B, class Out> struct Product {
+  using T = typename Form<Multiplied>::Packed;
+  using Engine = typename Form<Multiplied>::Engine;
+  static constexpr int64_t kAcross = kColumns<T>, kTall = Form<Multiplied>::kTall, kUnits = Form<Multiplied>::kUnits;
   const ProductArgs& args;
   const Factor<A> a{static_cast<const A*>(args.a), args.a_row_stride, args.a_depth_stride};
   const Factor<B> b{static_cast<const B*>(args.b), args.b_column_stride, args.b_depth_stride};
   const int64_t threads = args.threads > 1 ? args.threads : 1;
-  const int64_t tiles_down = pieces(args.rows, kRows), tiles_across = pieces(args.columns, kAcross);
+  const int64_t tiles_down = pieces(args.rows, kTall), tiles_across = pieces(args.columns, kAcross);
   // The depth in units; how many steps it is cut into; what a step has, in units and in elements.
   const int64_t depth_units = pieces(args.depth, kPerUnit<T>);
   const int64_t steps = sizeof(Out) < sizeof(Compute<T>) ? 1 : pieces(depth_units, kDepth);
-  const int64_t step_units = pieces(depth_units, steps), step = step_units * kPerUnit<T>;
+  const int64_t step_units = whole(pieces(depth_units, steps)), step = step_units * kPerUnit<T>;
   const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(Out)) +
                         args.depth * (args.rows + args.columns) * static_cast<int64_t>(sizeof(T));
   // Packed sizes, in units: a panel of b, and the panels of a that are packed together.
   const int64_t panel_units = kAcross * step_units;
-  const int64_t a_units = smaller(kTilesAnItem, tiles_down) * kRows * step_units;
+  const int64_t a_units = smaller(kTilesAnItem, tiles_down) * kTall * step_units;
 
+  // Units up to what is multiplied at once.
+  static constexpr int64_t whole(int64_t units) { return pieces(units, kUnits) * kUnits; }
   // Where tiles begin: rows are spread evenly over the tiles.
   int64_t row_of(int64_t tile) const { return args.rows * tile / tiles_down; }
   int64_t depth_of(int64_t s) const { return smaller(step, args.depth - s * step); }
@@ -154,12 +175,30 @@ template <class T, class A, class B, class Out> struct Product {
     const auto column_of = [&](int64_t across) { return smaller((left + across) * kAcross, args.columns); };
     pack_panels<T>(b.at(0, s * step + begin), right - left, column_of, smaller(count * kPerUnit<T>, depth), kAcross,
                    to + skip * kAcross, panel_units);
+    const int64_t end = pieces(depth_of(s), kPerUnit<T>), rest = whole(end) - end;
+    if (rest && end <= skip + count)
+      for (int64_t panel = 0; panel < right - left; ++panel)
+        memset(to + panel * panel_units + end * kAcross, 0, static_cast<size_t>(rest * kAcross) * sizeof(Unit<T>));
+  }
+
+  // The panels of a from lane_of(0) to lane_of(panels), by a step's depth.
+  template <class Lanes> void pack_rows(int64_t s, int64_t panels, const Lanes& lane_of, Unit<T>* to) const {
+#if defined(__AVX512F__)
+    if constexpr (kUnits > 1) {
+      for (int64_t p = 0; p < panels; ++p)
+        pack_tiles(a.at(lane_of(p), s * step), lane_of(p + 1) - lane_of(p), depth_of(s), to + p * kTall * step_units,
+                   kTall / 2 * step_units);
+      return;
+    }
+#endif
+    pack_panels<T>(a.at(0, s * step), panels, lane_of, depth_of(s), 0, to, kTall * step_units);
   }
 
   // 3. Steps [first, first + count) of a range, whose columns are packed in `columns`; `rows` is room for panels of a.
   // The tiles ask for the parts of next_a and next_b by turns, all of them by the last tile.
   void multiply(const Range& range, int64_t first, int64_t count, const Unit<T>* columns, Unit<T>* rows,
                 const Sheet& next_a, const Sheet& next_b) const {
+    [[maybe_unused]] const typename Engine::Use use;
     const int64_t turns = range.tall() * range.wide() * count;
     const int64_t parts_a = next_a.parts(step_units), parts = parts_a + next_b.parts(step_units);
     int64_t turn = 0;
@@ -168,7 +207,7 @@ template <class T, class A, class B, class Out> struct Product {
       for (int64_t s = 0; s < count; ++s) {
         const int64_t depth = depth_of(first + s);
         const auto first_row = [&](int64_t i) { return row_of(tile + i); };
-        pack_panels<T>(a.at(0, (first + s) * step), last - tile, first_row, depth, 0, rows, kRows * step_units);
+        pack_rows(first + s, last - tile, first_row, rows);
         for (int64_t across = 0; across < range.wide(); ++across) {
           const int64_t column = (range.left + across) * kAcross;
           const Corner corner{args.columns - column, args.accumulate || first + s > 0};
@@ -179,8 +218,17 @@ template <class T, class A, class B, class Out> struct Product {
                                 : part < parts_a ? part_of(next_a, part, step_units)
                                                  : part_of(next_b, part - parts_a, step_units);
             Out* const c = static_cast<Out*>(args.c) + row_of(i) * args.c_row_stride + column;
-            sums_of_height<T>(row_of(i + 1) - row_of(i), pieces(depth, kPerUnit<T>),
-                              rows + (i - tile) * kRows * step_units, panel, c, args.c_row_stride, corner, ahead);
+            const Unit<T>* const own = rows + (i - tile) * kTall * step_units;
+#if defined(__AVX512F__)
+            if constexpr (kUnits > 1) {
+              tiled_sums_of<Engine>(row_of(i + 1) - row_of(i), whole(pieces(depth, kPerUnit<T>)) / kUnits, own,
+                                    kTall / 2 * step_units, panel, c, args.c_row_stride, corner);
+              continue;
+            }
+#endif
+            if constexpr (kUnits == 1)
+              sums_of_height<T>(row_of(i + 1) - row_of(i), pieces(depth, kPerUnit<T>), own, panel, c, args.c_row_stride,
+                                corner, ahead);
           }
         }
       }
@@ -198,7 +246,43 @@ template <class T, class A, class B, class Out> struct Product {
   }
 };
 
+#if defined(__AVX512F__)
+template <class Multiplied> void of_bfloat16(const ProductArgs& args) {
+  const bool narrow = static_cast<DType>(args.c_dtype) == DType::kBFloat16;
+  if (static_cast<DType>(args.a_dtype) != DType::kFloat32) {
+    if (narrow) return Product<Multiplied, BFloat16, BFloat16, BFloat16>{args}.run();
+    return Product<Multiplied, BFloat16, BFloat16, float>{args}.run();
+  }
+  if (narrow) return Product<Multiplied, float, BFloat16, BFloat16>{args}.run();
+  return Product<Multiplied, float, BFloat16, float>{args}.run();
+}
+#endif
+
 }  // namespace
+
+#if defined(__AVX512F__)
+bool processor_tiles_agree() {
+  // Memory of its own: a process that asks this may have been forked from one with many threads.
+  static uint32_t a[2][2][kTileUnits], b[2 * kBlock][kTiledColumns];
+  uint32_t bits = 1;
+  const auto drawn = [&] {  // two numbers of size 1/2 to 4, of either sign
+    bits = bits * 1664525u + 1013904223u;
+    return (bits & 0x80ff80ffu) | 0x3f003f00u;
+  };
+  for (auto& half : a)
+    for (auto& block : half)
+      for (uint32_t& unit : block) unit = drawn();
+  for (auto& row : b)
+    for (uint32_t& unit : row) unit = drawn();
+  alignas(64) static TiledSums found, expected;
+  {
+    const Processor::Use use;
+    Processor::multiply(2, a[0][0], a[1][0], b[0], found);
+  }
+  Emulated::multiply(2, a[0][0], a[1][0], b[0], expected);
+  return memcmp(found, expected, sizeof found) == 0;
+}
+#endif
 
 void product(const ProductArgs& args) {
   if (args.rows == 0 || args.columns == 0) return;
@@ -206,13 +290,9 @@ void product(const ProductArgs& args) {
   const bool wide_a = static_cast<DType>(args.a_dtype) == DType::kFloat32;
   if (static_cast<DType>(args.b_dtype) == DType::kFloat64) return Product<double, double, double, double>{args}.run();
   if (static_cast<DType>(args.b_dtype) == DType::kBFloat16) {
-    const bool narrow = static_cast<DType>(args.c_dtype) == DType::kBFloat16;
-    if (!wide_a) {
-      if (narrow) return Product<BFloat16, BFloat16, BFloat16, BFloat16>{args}.run();
-      return Product<BFloat16, BFloat16, BFloat16, float>{args}.run();
-    }
-    if (narrow) return Product<BFloat16, float, BFloat16, BFloat16>{args}.run();
-    return Product<BFloat16, float, BFloat16, float>{args}.run();
+    if (args.tiles == Tiles::kProcessor) return of_bfloat16<Tiled<Processor>>(args);
+    if (args.tiles == Tiles::kEmulated) return of_bfloat16<Tiled<Emulated>>(args);
+    return of_bfloat16<BFloat16>(args);
   }
   if (static_cast<DType>(args.b_dtype) == DType::kFloat16) {
     const bool narrow = static_cast<DType>(args.c_dtype) == DType::kFloat16;

@@ -5,6 +5,10 @@
 
 namespace logitless {
 
+// Which tiles multiply bfloat16 (product/processor_tiles.h): none, so that vectors do, the processor's, or emulated
+// ones.
+enum class Tiles : int { kNone = 0, kProcessor = 1, kEmulated = 2 };
+
 // c[i, j] (+)= sum_k a[i, k] b[k, j]. Strides are in elements; of each of a's and b's two, one is 1. The columns of c
 // are consecutive.
 struct ProductArgs {
@@ -20,7 +24,14 @@ struct ProductArgs {
   void* c;
   int64_t c_row_stride;
   bool accumulate;  // needs c in float32 or float64
+  Tiles tiles;      // of bfloat16
 };
+
+// The tiles in use: the processor's where it has them, the system lets them be used, and they were seen to multiply as
+// they should; LOGITLESS_AMX=0 leaves them alone. Tests select others.
+Tiles tiles_in_use();
+const char* tiles_name();
+void select_tiles(const char* name);
 
 // Whether the instruction set in use has a product of this dtype.
 bool product_serves(int dtype);

@@ -8,6 +8,7 @@ from typing import TypedDict, type_check_only
 @type_check_only
 class NativeInfo(TypedDict):
     isa: str
+    tiles: str
     compiled: list[str]
     supported: list[str]
     openmp: bool
@@ -159,6 +160,7 @@ def pair_row_grad(
 def pool_block(dtype: int, shape: tuple[int, ...], /) -> object: ...  # a DLPack capsule
 def pool_clear() -> None: ...
 def select_isa(name: str, /) -> None: ...
+def select_tiles(name: str, /) -> None: ...
 def native_info() -> NativeInfo: ...
 def cross_entropy(
     dtype: int,
@@ -172,6 +174,7 @@ def cross_entropy(
     dense_target: int,
     smoothing: float,
     mean: bool,
+    result: int,
     losses: int,
     save: bool,
     /,

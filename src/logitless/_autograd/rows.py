@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from logitless._operators import rows as operators
 from logitless._rules import dispatch
@@ -158,6 +159,8 @@ def _row_weight(target: ClassTarget, weight: Tensor | None, loss: Tensor) -> Ten
 _FEW_BYTES = 1 << 14
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+# What a scalar is made like: in a third less time than of a number.
+_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def whole_cross_entropy(
@@ -174,12 +177,7 @@ def whole_cross_entropy(
     Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
     `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(logits) not in _PLAIN
-        or type(target) is not Tensor
-        or not (weight is None or type(weight) in _PLAIN)
-    ):
+    if is_compiling() or type(logits) not in _PLAIN or type(target) is not Tensor:
         return None
     assert isinstance(logits, Tensor)
     shape, dtype = logits.shape, logits.dtype
@@ -187,13 +185,19 @@ def whole_cross_entropy(
         one, at = logits.unsqueeze(0), target.unsqueeze(0)
         whole = whole_cross_entropy(definition, one, at, weight, ignore_index, reduction, smoothing)
         return whole.squeeze(0) if whole is not None and reduction == "none" else whole
+    if len(shape) != 2:
+        return None
+    rows, classes = shape
     if (
-        len(shape) != 2
-        or not (shape[0] and shape[1])
+        not (rows and classes)
         or dtype not in dispatch.WHOLE_CALLS.WHOLE_DTYPES
         or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
-        or not _plain_target(target, shape, dtype, ignore_index)
-        or not (weight is None or _plain_weight(weight, shape[1], dtype))
+        or not (
+            target.shape == (rows,)
+            if target.dtype is torch.int64
+            else _plain_probabilities(target, logits, ignore_index)
+        )
+        or not (weight is None or _plain_weight(weight, classes, dtype))
         or not (reduction == "mean" or reduction == "sum" or reduction == "none")
         or not 0.0 <= smoothing <= 1.0
         or logits.is_neg()
@@ -210,12 +214,10 @@ def whole_cross_entropy(
     return loss
 
 
-def _plain_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_index: int) -> bool:
-    if target.dtype is torch.int64:
-        return target.shape == shape[:1]
+def _plain_probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
     return (
-        target.dtype is dtype
-        and target.shape == shape
+        target.dtype is logits.dtype
+        and target.shape == logits.shape
         and ignore_index < 0
         and not (target.requires_grad and torch.is_grad_enabled())
     )
@@ -223,7 +225,8 @@ def _plain_target(target: Tensor, shape: torch.Size, dtype: torch.dtype, ignore_
 
 def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
     return (
-        weight.dtype is dtype
+        type(weight) in _PLAIN
+        and weight.dtype is dtype
         and weight.shape == (classes,)
         and weight.is_cpu
         and weight.is_contiguous()
@@ -236,17 +239,20 @@ def _whole_loss(logits: Tensor, call: tuple[Any, ...], save: bool) -> tuple[Tens
     backend: WholeCalls
     backend, _, target, weight, ignore_index, reduction, smoothing = call
     dtype = logits.dtype
-    losses = None
+    result = losses = None
     if reduction == "none":
         losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
+    elif dtype not in HALF:
+        result = torch.empty_like(_SCALARS[dtype])
     if weight is not None and dtype in HALF:
         weight = weight.float()
     bad_row, loss, denominator, saved = backend.cross_entropy(
-        logits, target, weight, ignore_index, smoothing, reduction == "mean", losses, save
+        logits, target, weight, ignore_index, smoothing, reduction == "mean", result, losses, save
     )
     if bad_row >= 0:
         raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
-    result = torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
+    if result is None:
+        result = torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
     return result, (weight, saved, denominator)
 
 

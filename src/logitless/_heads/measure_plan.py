@@ -41,13 +41,19 @@ def token_call(
         given, ignore_index = kernel_indices(target)
         assert given is not None
         indices = given.reshape(-1)
+        if target.impossible is not None:  # a class that does not exist, as the kernel will see
+            indices = indices.masked_fill(target.impossible.reshape(-1), target.classes)
     else:
         indices, ignore_index = target.indices.reshape(-1)[kept], NO_INDEX
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
         meaning = ClassTarget(1, target.classes, -1, indices)
         if kept is None and ignored is not None:
-            meaning = ClassTarget(1, target.classes, ignore_index, indices.masked_fill(ignored, 0), ignored)
+            wrong = target.impossible
+            excluded = ignored if wrong is None else ignored | wrong.reshape(-1)
+            safe = indices.masked_fill(excluded, 0)
+            impossible = None if wrong is None else wrong.reshape(-1)
+            meaning = ClassTarget(1, target.classes, ignore_index, safe, ignored, impossible)
         stats = definitions.token_stats(_all(source, tensors), meaning, top_k)
         return [value.to(wide) if value.is_floating_point() else value for value in stats]
 

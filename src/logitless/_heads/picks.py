@@ -254,6 +254,7 @@ class _Work:
 
     class_major: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = True
+    narrows: ClassVar[bool] = False
     extra_bytes: ClassVar[int] = 0
 
     def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:
@@ -285,6 +286,7 @@ class _LogSumExpWork(_Work):
     backend: Backend
     dtype: torch.dtype
     class_major: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         (tile,) = tiles
@@ -315,6 +317,7 @@ class _LogProbSumWork(_Work):
     dtype: torch.dtype
     classes: int
     class_major: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         (tile,) = tiles

@@ -35,7 +35,8 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
     hidden, weight, *_ = tensors
     assert hidden is not None
     assert weight is not None
-    return _serves(multiplier(backend, hidden.dtype, hidden.shape[1]), weight, hidden)
+    taken = multiplier(backend, hidden.dtype, hidden.shape[1])
+    return taken.PRODUCT_BITS_STAND and _serves(taken, weight, hidden)
 
 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:

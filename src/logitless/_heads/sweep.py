@@ -55,6 +55,11 @@ class RowWork(Protocol):
         """Whether its gradient is made of the tile's logits: where it is not, they are not made again for it."""
         ...
 
+    @property
+    def narrows(self) -> bool:
+        """Whether its gradient is made by `row_grad` or `pair_row_grad`; see `Backend.NARROWS`."""
+        ...
+
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Saved]:
         """Return one value a row for each output, and what `gradient` needs of them."""
         ...
@@ -471,7 +476,11 @@ def _swept(
         wanted.append(upstream is not None and any(need))
         flags = need if upstream is not None else [False] * len(need)
         if isinstance(source, HeadRows):
-            makers.append(HeadTiles(call.backend, source, part, flags, call.tiles, call.dtype, class_major))
+            narrows = call.work.narrows
+            tiles_of = HeadTiles(
+                call.backend, source, part, flags, call.tiles, call.dtype, class_major, narrows=narrows
+            )
+            makers.append(tiles_of)
         else:
             assert isinstance(source, DenseRows)
             makers.append(DenseTiles(call.backend, source, part, flags, call.tiles, call.dtype))

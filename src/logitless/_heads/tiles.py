@@ -7,8 +7,9 @@ which it lies, which is the faster one where a tile has far fewer rows than clas
 Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider, and stays so
 until its upstream gradient is known. A tile of float16 is in float32 from the first, and its gradient is a factor in
 float32. So is one of bfloat16 where the backend multiplies it, but that its gradient is rounded to bfloat16 as a
-factor. Elsewhere products of bfloat16 are rounded to it; where scale, softcap or the logits' own dtype ask for it the
-tile is then widened before anything else, and bfloat16 without any of them is read by the kernels as it is.
+factor, in the logits' own bytes where the backend writes it there. Elsewhere products of bfloat16 are rounded to it;
+where scale, softcap or the logits' own dtype ask for it the tile is then widened before anything else, and bfloat16
+without any of them is read by the kernels as it is.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def tiling(
     class_major: bool,
 ) -> Tiling:
     """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
-    budget = _budget(rules, max_bytes, gradient)
+    budget = _budget(rules, row_bytes, max_bytes, gradient)
     fit = room = rows_that_fit(rules, row_bytes, max_bytes=max_bytes, gradient=gradient)
     unit = rules.round_rows
     if fit >= min(rows, rules.least_rows) or not cut_classes:
@@ -80,12 +81,13 @@ def tiling(
 
 def rows_that_fit(rules: TileRules, row_bytes: int, *, max_bytes: int | None, gradient: bool) -> int:
     """Return how many rows of all classes the buffers of a call may hold; so many or fewer are one tile."""
-    return _budget(rules, max_bytes, gradient) // max(1, row_bytes)
+    return _budget(rules, row_bytes, max_bytes, gradient) // max(1, row_bytes)
 
 
-def _budget(rules: TileRules, max_bytes: int | None, gradient: bool) -> int:
+def _budget(rules: TileRules, row_bytes: int, max_bytes: int | None, gradient: bool) -> int:
     if max_bytes is None:
-        return int(rules.default_bytes * (rules.gradient_share if gradient else rules.value_share))
+        share = rules.gradient_share if gradient else rules.value_share
+        return max(int(rules.default_bytes * share), rules.default_rows * row_bytes)
     return int(max_bytes * _BUFFER_SHARE)
 
 
@@ -130,6 +132,7 @@ class HeadTiles:
         dtype: torch.dtype,
         class_major: bool,
         memory: Tensor | None = None,
+        narrows: bool = False,
     ) -> None:
         hidden, weight, self._bias, scale = tensors
         assert hidden is not None
@@ -147,6 +150,10 @@ class HeadTiles:
         self._slope = None
         if rows.softcap is not None and any(needed):
             self._slope = buffer(backend, numbers, dtype, hidden.device)
+        # A gradient in the factors' dtype, in the first bytes of each row of logits, needs no copy to be multiplied.
+        # That of one class is not made by a kernel.
+        fits = raw == torch.float32 and hidden.dtype == torch.bfloat16 and not class_major and shape.classes > 1
+        self._narrow = hidden.dtype if narrows and backend.NARROWS and fits and self._wide is None else None
         self.gradients = _Gradients(backend, tensors, needed, shape)
 
     @staticmethod
@@ -214,7 +221,10 @@ class HeadTiles:
             logits *= self._scale
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        gradient = logits if self._slope is None else self._view(self._slope, stop - start, last - first)
+        if self._slope is not None:
+            gradient = self._view(self._slope, stop - start, last - first)
+        else:
+            gradient = logits if self._narrow is None else self._narrowed(logits)
         return Tile(logits, 0 if self._class_major else 1, gradient)
 
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
@@ -230,6 +240,8 @@ class HeadTiles:
         if self._softcap is not None:
             slope = tile.logits.div_(self._softcap)
             gradient *= slope.mul_(slope).neg_().add_(1)
+            if self._narrow is not None:
+                gradient = self._narrowed(self._view(self._raw, stop - start, last - first)).copy_(gradient)
         if self._wide is not None:
             gradient = self._view(self._raw, stop - start, last - first).copy_(gradient)
         by_class = gradient if self._class_major else gradient.T
@@ -238,6 +250,11 @@ class HeadTiles:
     def finish(self) -> list[Tensor | None]:
         """Return the gradients of hidden, weight, bias and scale, in the dtypes they were accumulated in."""
         return self.gradients.finish(self._scale)
+
+    def _narrowed(self, logits: Tensor) -> Tensor:
+        """Return the first bytes of each row as numbers of the factors' dtype."""
+        assert self._narrow is not None
+        return logits.view(self._narrow)[:, : logits.shape[1]]
 
     def _view(self, memory: Tensor, rows: int, classes: int) -> Tensor:
         """Return a tile's place in a buffer, in its order."""

@@ -54,6 +54,7 @@ class CrossEntropyWork:
 
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         """Return loss and row weight."""
@@ -229,6 +230,7 @@ class TokenWork:
     class_major: ClassVar[bool] = True
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], RowStats]:
         """Return the outputs."""
@@ -297,6 +299,7 @@ class PairWork:
     wide: torch.dtype  # of the values
     extra_bytes: ClassVar[int] = 0
     reads_logits: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     def forward(self, tiles: Sequence[Tile], start: int, stop: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the measures."""
@@ -401,6 +404,7 @@ class BinaryWork:
     pos_weight: Tensor | None
     class_major: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = True
+    narrows: ClassVar[bool] = False
 
     @property
     def extra_bytes(self) -> int:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from logitless._rules.transforms import TRACED, compile_reason, transform_reason
-from logitless.kernels import cpu, native, reference
+from logitless.kernels import cpu, native, reference, triton
 from logitless.kernels.interface import Backend, WholeCalls
 from logitless.kernels.products import of_fixed_order
 
 # In the order in which they are tried; the last one takes what the others do not. A new backend is a line here.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 # What the name of a backend ends in that takes no product but those of a fixed order.
 _FIXED = ", deterministic"
 _DETERMINISTIC = {name: of_fixed_order(backend, name + _FIXED) for name, backend in BACKENDS.items()}
@@ -97,8 +97,8 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _status(backend: Backend) -> BackendStatus:
-    missing = backend.missing()
-    return BackendStatus(True, backend.detail()) if missing is None else BackendStatus(False, missing)
+    lacks = backend.lacks()
+    return BackendStatus(True, backend.detail()) if lacks is None else BackendStatus(False, lacks)
 
 
 def whole_calls() -> WholeCalls | None:
@@ -179,9 +179,16 @@ def _asked_for(
 
 
 def _first_fit(tensors: Sequence[Tensor | None], obstacle: str | None) -> tuple[Backend, str]:
-    """Return the first backend that takes the call; of the last one, the reason is why the first does not."""
+    """Return the first backend for the tensors' kind of device that takes the call.
+
+    Of the last one, which takes what the others do not, the reason is why the first for the kind does not, or where
+    there is none for it, why the first of all.
+    """
+    kind = next((tensor.device.type for tensor in tensors if tensor is not None), None)
+    kernels = [backend for backend in BACKENDS.values() if not backend.PLAIN]
+    meant = [backend for backend in kernels if kind in backend.DEVICE_TYPES] or kernels[:1]
     first_reason = None
-    for backend in BACKENDS.values():
+    for backend in (*meant, *(backend for backend in BACKENDS.values() if backend.PLAIN)):
         if backend.PLAIN:
             return backend, first_reason or backend.served()
         reason = _obstacle(backend, tensors, obstacle)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logitless._rules.precision import check_real
-from logitless._rules.transforms import values_are_readable
+from logitless._rules.transforms import may_be_waited_for, values_are_readable
 from logitless.kernels.interface import ClassTarget
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -131,7 +131,7 @@ def checked_values(name: str, target: ClassTarget, *, reads: bool = True) -> Cla
     indices = target.indices
     if indices is None or target.ignored is not None:
         return target
-    readable = reads and values_are_readable(indices)
+    readable = (reads and values_are_readable(indices)) or may_be_waited_for(indices)
     if readable and indices.numel():  # usually each is a class: their ends say so at once
         least, most = ends(indices)
         if least >= 0 and most < target.classes and not least <= target.ignore_index <= most:

@@ -7,8 +7,15 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from logitless.kernels.checks import waits
+
+# Asked at each call, of which the shortest take as long as three of these: by names of their own.
+_is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_key_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_transforms_are_active = torch._C._are_functorch_transforms_active
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _RECORDED = "make_fx records plain operations"
@@ -17,22 +24,22 @@ TRACED = "torch.compile traces plain operations"
 
 def surroundings() -> str | None:
     """Return what surrounds a call that only plain differentiable operations serve, if anything does."""
-    return TRACED if torch.compiler.is_compiling() else _transform() or _tracer()
+    return TRACED if is_compiling() else _transform() or _tracer()
 
 
 def _tracer() -> str | None:
     """Return what records the operations that torch sees, if anything does: a kernel's results would be constants."""
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace records plain operations"
-    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(_PROXIES) is not None:
+    if _modes() and torch._C._get_dispatch_mode(_PROXIES) is not None:
         return _RECORDED
-    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH) and get_proxy_mode() is not None:
+    if _key_is_included(_PRE_DISPATCH) and get_proxy_mode() is not None:
         return _RECORDED
     return None
 
 
 def _transform() -> str | None:
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
@@ -73,3 +80,8 @@ def hold_data(*tensors: Tensor | None) -> bool:
 def values_are_readable(tensor: Tensor) -> bool:
     """Say whether looking at the values is possible and free of a device synchronisation."""
     return tensor.device.type == "cpu" and hold_data(tensor) and transform_reason(tensor) is None
+
+
+def may_be_waited_for(tensor: Tensor) -> bool:
+    """Say whether the values are to be looked at though that waits for a device: LOGITLESS_CHECK=1 asks for it."""
+    return waits() and hold_data(tensor) and transform_reason(tensor) is None

@@ -142,6 +142,7 @@ class TileRules(NamedTuple):
     round_rows: int  # no tile but the last has a part of so many rows
     class_major: bool  # [classes, rows] is the faster order where nothing else asks for one
     line: int  # rows that a class of such a tile has room for at least: fewer are read in another way
+    default_rows: int = 0  # rows of a tile, of all classes, whatever they take, where its caller does not say
 
 
 class Backend(Protocol):
@@ -196,8 +197,25 @@ class Backend(Protocol):
         """Whether they are taken where torch's float32_matmul_precision would allow less than float32, too."""
         ...
 
+    @property
+    def PRODUCT_BITS_STAND(self) -> bool:  # noqa: N802
+        """Whether an element of `product` has the same bits in a call of whatever shape."""
+        ...
+
+    @property
+    def NARROWS(self) -> bool:  # noqa: N802
+        """Whether `row_grad` and `pair_row_grad` write bfloat16 into the first bytes of each row of float32 logits.
+
+        `out` then begins where the logits do, with the same number of bytes from row to row.
+        """
+        ...
+
     def missing(self) -> str | None:
-        """Return why it is not there on this machine, or None if it is."""
+        """Return why its kernels are not installed, or None if they are."""
+        ...
+
+    def lacks(self) -> str | None:
+        """Return why it cannot run on this machine, or None if it can: for `backends()`."""
         ...
 
     def detail(self) -> str:
@@ -464,14 +482,15 @@ class WholeCalls(Backend, Protocol):
         ignore_index: int,
         smoothing: float,
         mean: bool,
+        result: Tensor | None,
         losses: Tensor | None,
         save: bool,
     ) -> tuple[int, float, float, bytes]:
         """Return (bad_row, loss, denominator, saved): the reduced loss of contiguous rows [rows, classes].
 
         The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in
-        the compute dtype; `losses`, in it too, gets each row's own. The denominator is torch's with `mean`, else 1,
-        and `saved` is for `cross_entropy_grad`, and empty unless `save`.
+        the compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. The denominator is torch's
+        with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless `save`.
         """
         ...
 

@@ -32,10 +32,16 @@ PRODUCT_DTYPES: frozenset[torch.dtype] = frozenset()
 MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
 FIXED_PRODUCTS: frozenset[torch.dtype] = frozenset()
 PRODUCTS_ARE_FIXED = False
+PRODUCT_BITS_STAND = False
+NARROWS = False
 
 
 def missing() -> None:
     """Return None: torch is there."""
+
+
+def lacks() -> None:
+    """Return None: it runs anywhere."""
 
 
 def detail() -> str:

@@ -35,10 +35,12 @@ __all__ = [
     "FIXED_PRODUCTS",
     "MEASURED_PRODUCTS",
     "NAME",
+    "NARROWS",
     "PAIR_SAVED",
     "PLAIN",
     "POOLED_BYTES",
     "PRODUCTS_ARE_FIXED",
+    "PRODUCT_BITS_STAND",
     "PRODUCT_DTYPES",
     "READS_VALUES",
     "WHOLE_DTYPES",
@@ -56,6 +58,7 @@ __all__ = [
     "empty_like",
     "empty_like_pooled",
     "empty_pooled",
+    "lacks",
     "missing",
     "native_info",
     "obstacle",
@@ -76,6 +79,8 @@ NAME = "cpu"
 DEVICE_TYPES = frozenset(("cpu",))
 PLAIN = False
 READS_VALUES = True
+PRODUCT_BITS_STAND = True
+NARROWS = False
 PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
 WHOLE_DTYPES = frozenset(DTYPES)
 
@@ -115,6 +120,9 @@ empty_like = empty_like_pooled
 def missing() -> str | None:
     """Return why the compiled kernels are not there, or None if they are."""
     return MISSING
+
+
+lacks = missing
 
 
 def detail() -> str:

@@ -173,18 +173,21 @@ def cross_entropy(
     ignore_index: int,
     smoothing: float,
     mean: bool,
+    result: Tensor | None,
     losses: Tensor | None,
     save: bool,
 ) -> tuple[int, float, float, bytes]:
     """The reduced loss of contiguous rows [rows, classes], in one call.
 
     The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in the
-    compute dtype; `losses`, in it too, gets each row's own. Returns (bad_row, loss, denominator, saved): the
-    denominator is torch's with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless `save`.
+    compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. Returns (bad_row, loss, denominator,
+    saved): the denominator is torch's with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless
+    `save`.
     """
     return _native.cross_entropy(
         *_problem(logits, target, class_weight, ignore_index, smoothing),
         mean,
+        0 if result is None else result.data_ptr(),
         0 if losses is None else losses.data_ptr(),
         save,
     )

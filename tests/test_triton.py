@@ -1,0 +1,168 @@
+"""The Triton kernels without a GPU: interpreted in processes of their own, and compiled for three targets."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import logitless as ll
+import logitless.functional as LF
+import test_backends
+from logitless.kernels import triton
+
+TESTS = Path(__file__).parent
+# What numpy says of numbers that are not finite, where a GPU says nothing.
+QUIET = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@pytest.mark.parametrize("name", ["kernels", "package"])
+def test_interpreted(name: str) -> None:
+    """All tests of a file pass where TRITON_INTERPRET=1 runs the kernels on the CPU."""
+    path = TESTS / f"interpreted_{name}.py"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *QUIET,
+        str(path),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("LOGITLESS_BACKEND", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS.parent, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed[0]) > 10
+    assert "skipped" not in done.stdout
+
+
+def gate() -> ModuleType:
+    """The script that compiles every variant."""
+    spec = importlib.util.spec_from_file_location("gpu_compile", TESTS.parent / "benchmarks" / "gpu_compile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# What a head of a language model launches, on every target; `benchmarks/gpu_compile.py` compiles everything.
+COMPILED = (
+    *("nll f32", "nll bf16", "every statistic f32", "parts bf16", "gradient of nll f32", "gradient of everything bf16"),
+    *("gradient in the logits' bytes", "js f16", "every measure f32", "gradient of every measure bf16"),
+    *("gradients of kl in the logits' bytes", "binary_cross_entropy_with_logits bf16", "gradient of cosine f32"),
+)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile_without_spills_and_with_wide_loads(target: str) -> None:
+    built = gate()
+    variants = {variant.name: variant for variant in built.variants()}
+    for name in COMPILED:
+        for launch in built.launches(variants[name].call):
+            made = built.built(launch, built.TARGETS[target])
+            kind = built.TARGETS[target].backend
+            assert not built.faults(variants[name], launch, made, kind), (name, launch.kernel.__name__)
+
+
+def test_the_gate_would_notice() -> None:
+    built = gate()
+    (variant,) = (variant for variant in built.variants() if variant.name == "nll f32")
+    (launch,) = built.launches(variant.call)
+    bad = built.Built(registers=129, spilled=4, widest_load=4, widest_store=8, warps=8, lanes=32)
+    assert len(built.faults(variant, launch, bad, "cuda")) == 3
+
+
+# --- tensors of a GPU that hold nothing
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, *, reads_target: bool) -> str:
+    """Return the device of fake tensors; meta stands for a GPU where a torch without CUDA does not even compare."""
+    if not reads_target or torch.version.cuda is not None or torch.version.hip is not None:
+        return "cuda"
+    monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset(("meta",)))
+    return "meta"
+
+
+HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "cross_entropy": LF.cross_entropy,
+    "entropy": lambda z, t: ll.entropy(z),
+    "token_stats": lambda z, t: ll.token_stats(z, t).nll,
+    "kl": lambda z, t: ll.kl(z, z),
+}
+
+
+@pytest.mark.parametrize("shape", [(8192, 4096, 128256), (16384, 2304, 256000), (4096, 1024, 32000)], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_explain_foresees_a_head_on_a_gpu(
+    name: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, width, classes = shape
+    device = fake_gpu(monkeypatch, reads_target=name in ("cross_entropy", "token_stats"))
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        hidden, weight = (torch.empty(n, width, dtype=torch.bfloat16, device=device) for n in (rows, classes))
+        target = torch.empty(rows, dtype=torch.int64, device=device)
+        choice = ll.explain(HEADS[name], ll.linear(hidden, weight), target)
+    assert (choice.backend, choice.reason) == ("triton", "the tensors are on a GPU")
+    assert choice.tile is not None
+    assert choice.peak_bytes is not None
+    tile = choice.tile
+    assert tile[1] == classes
+    assert tile[0] >= 1024
+    assert tile[0] % 128 == 0
+    tiles = 2 if name == "kl" else 1
+    assert 4 * tile[0] * classes * tiles <= max(512 * 2**20, 4 * 1024 * classes * tiles)
+    assert 4 * tile[0] * classes * tiles < choice.peak_bytes < 4 * tile[0] * classes * tiles + 2**27
+
+
+def test_what_a_caller_allows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = fake_gpu(monkeypatch, reads_target=True)
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        hidden, weight = (torch.empty(n, 2304, dtype=torch.bfloat16, device=device) for n in (16384, 256000))
+        target = torch.empty(16384, dtype=torch.int64, device=device)
+        choice = ll.explain(LF.linear_cross_entropy, hidden, weight, target, max_bytes=256 * 2**20)
+    assert choice.tile is not None
+    assert choice.tile[0] == 1024  # of some of the classes
+    assert 4 * choice.tile[0] * choice.tile[1] <= 256 * 2**20
+
+
+@pytest.mark.parametrize("name", [name for name in test_backends.CALLS if name not in test_backends.READS])
+def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on meta stand for a GPU's: a value of theirs cannot be read, and none may come to lie on the CPU."""
+    monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset(("meta",)))
+    loss, d = test_backends.CALLS[name][0], test_backends.drawn()
+    if name == "nothing is zero":
+        loss = lambda d: LF.cross_entropy(d["z"], d["target"], empty="zero")  # noqa: E731 # on the tensors' own device
+    expected = test_backends.results(loss, d)
+    with test_backends.NoHostReads():
+        got = test_backends.results(loss, {key: value.to("meta") for key, value in d.items()})
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
+
+
+def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "MISSING", "Triton is not installed")
+    assert ll.backends()["triton"] == (False, "Triton is not installed")
+    with FakeTensorMode():
+        logits, target = torch.empty(3, 5, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
+        assert ll.explain(LF.cross_entropy, logits, target) == ("reference", "Triton is not installed")
+        with pytest.raises(RuntimeError, match="Triton is not installed"):
+            LF.cross_entropy(logits, target, backend="triton")
