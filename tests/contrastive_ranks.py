@@ -1,7 +1,7 @@
 """Contrastive losses in several processes, each case against one process on the joined batch.
 
-`run(world)` starts the processes once and runs every case in each of them, in one group. A case that fails in one
-process may leave the others waiting, so the rest is not run.
+`run(4, 3, 2, 1)` starts four processes once, and runs every case in four, then in three of them, and so on. A case
+that fails in one process may leave the others waiting, so the rest is not run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-6}
 SIZES = {1: [37], 2: [21, 40], 3: [33, 0, 26], 4: [7, 30, 1, 24]}
 FEATURES, GUIDE, WIDTH = 13, 5, 2
 CASES: dict[str, Callable[[int, int], None]] = {}
+# Run by their own names, in new processes: torch.distributed.nn, which these packages call, keeps to the first group.
+CLIPS, SENTENCES = "open_clip", "sentence-transformers"
 
 
 def case(name: str, *args: Any, **kwargs: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -327,7 +329,11 @@ def of_images_and_texts(functions: list[Any], rank: int, world: int) -> None:
         for dtype in CLOSE:
             for exchange in ("gather", "ring"):
                 joined = _pairs(ranks, dtype)
-                own = [ranks.own(x).clone().requires_grad_() for x in joined]
+                # One of them not contiguous.
+                own = [
+                    ranks.own(joined[0]).T.contiguous().T.requires_grad_(),
+                    ranks.own(joined[1]).clone().requires_grad_(),
+                ]
                 numbers = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (4.0, -2.0)]
                 loss = function(*own, *numbers, group=dist.group.WORLD, exchange=exchange)
                 wide = [x.detach().double().requires_grad_() for x in (*joined, *numbers)]
@@ -589,10 +595,8 @@ def _beside_theirs(what: str, mine: Any, true: Any, vectors: list[Tensor], numbe
             near(_averaged(got), _averaged(expected), 1e-9, f"{what}, a number")
 
 
-@case("open_clip")
+@case(CLIPS)
 def open_clip(rank: int, world: int) -> None:
-    if world == 1:
-        return
     generator = torch.Generator().manual_seed(rank)
     vectors = [
         nn.functional.normalize(torch.randn(9, FEATURES, generator=generator, dtype=torch.float64), dim=1)
@@ -610,9 +614,6 @@ def open_clip(rank: int, world: int) -> None:
         _beside_theirs(f"SigLipLoss {how}", mine, true, vectors, numbers)
     with pytest.raises(ValueError, match="rank and world_size must be those of torch"):
         clips.ClipLoss(rank=(rank + 1) % world, world_size=world)(*vectors, 1.0)
-
-
-SENTENCES = "sentence-transformers"  # run by its own name: each process imports the package
 
 
 @case(SENTENCES)
@@ -673,30 +674,35 @@ def _columns(loss: Any, embeddings: list[Tensor], guides: list[Tensor]) -> tuple
 # The processes.
 
 
-def _processes(rank: int, world: int, names: list[str], folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+def _processes(rank: int, worlds: list[int], names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     square.TILE_ROWS, square.TILE_COLUMNS = 20, 16  # several tiles both ways
-    meet(rank, world, f"{folder}/group", seconds=60)
-    for place, name in enumerate(names):
-        wrong = ""
-        try:
-            CASES[name](rank, world)
-        except Exception:
-            wrong = traceback.format_exc()[-3000:]
-        (Path(folder) / f"{place}-{rank}").write_text(wrong)
-        if wrong:
-            return
-    dist.barrier()
-    dist.destroy_process_group()
+    for world in worlds:
+        if rank >= world:
+            continue
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        meet(rank, world, f"{folder}/group{world}", seconds=60)
+        for place, name in enumerate(names):
+            wrong = ""
+            try:
+                CASES[name](rank, world)
+            except Exception:
+                wrong = traceback.format_exc()[-3000:]
+            (Path(folder) / f"{world}-{place}-{rank}").write_text(wrong)
+            if wrong:
+                return
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-def run(world: int, pattern: str = "") -> dict[str, str]:
-    """Run the cases in `world` processes; give what went wrong, by case."""
-    names = [name for name in CASES if (pattern in name if pattern else name != SENTENCES)]
+def run(*worlds: int, pattern: str = "") -> dict[str, str]:
+    """Run the cases in these numbers of processes, one number after another; give what went wrong, by case."""
+    names = [name for name in CASES if (pattern in name if pattern else name not in (CLIPS, SENTENCES))]
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(_processes, (world, names, folder), nprocs=world, join=False, start_method="spawn")
+        context = mp.start_processes(
+            _processes, (list(worlds), names, folder), nprocs=max(worlds), join=False, start_method="spawn"
+        )
         ended = ""
         try:
             while not context.join():
@@ -704,9 +710,11 @@ def run(world: int, pattern: str = "") -> dict[str, str]:
         except Exception as error:
             ended = f"{type(error).__name__}: {error}"
         wrong = {}
-        for place, name in enumerate(names):
-            said = [Path(folder) / f"{place}-{rank}" for rank in range(world)]
-            texts = [path.read_text() if path.exists() else f"did not end: {ended}" for path in said]
-            if any(texts):
-                wrong[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+        for world in worlds:
+            for place, name in enumerate(names):
+                said = [Path(folder) / f"{world}-{place}-{rank}" for rank in range(world)]
+                texts = [path.read_text() if path.exists() else f"did not end: {ended}" for path in said]
+                if any(texts):
+                    of_ranks = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+                    wrong[f"{name}, {world} processes"] = "\n".join(of_ranks)
         return wrong

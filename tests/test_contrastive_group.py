@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 import contrastive_ranks
 import logitless as ll
+from logitless._heads import square
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_are_one_process_on_the_joined_batch(world: int) -> None:
-    wrong = contrastive_ranks.run(world)
-    assert not wrong, "\n\n".join(f"{name}, {world} processes:\n{text}" for name, text in wrong.items())
+def test_ranks_are_one_process_on_the_joined_batch() -> None:
+    wrong = contrastive_ranks.run(4, 3, 2, 1)
+    assert not wrong, "\n\n".join(f"{name}:\n{text}" for name, text in wrong.items())
 
 
 class Held(TorchDispatchMode):
@@ -59,7 +59,7 @@ def pretended() -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _most(group: Any, exchange: Any, rows: int, features: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def _echo(monkeypatch: pytest.MonkeyPatch) -> None:
     def echoed(operations: list[Any]) -> list[Any]:
         sent = {each.tag: each.tensor for each in operations if each.op is dist.isend}
         for each in operations:
@@ -68,6 +68,10 @@ def _most(group: Any, exchange: Any, rows: int, features: int, monkeypatch: pyte
         return []
 
     monkeypatch.setattr(dist, "batch_isend_irecv", echoed)
+
+
+def _most(group: Any, exchange: Any, rows: int, features: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    _echo(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(rows, features, generator=generator).requires_grad_() for _ in range(2))
     with Held() as held:
@@ -90,3 +94,26 @@ def test_a_ring_holds_as_much_whatever_the_number_of_ranks(pretended: Any, monke
     # Of each further rank: the vectors that travel and the gradients that go home, in float32.
     assert gathered[16] - gathered[4] >= 12 * 2 * block
     assert gathered[16] > max(most.values())
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_both_directions_take_four_products_of_own_rows_with_everybodys(
+    pretended: Any, exchange: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a tile forward, and in the backward pass the tile again and its gradient to both sides."""
+    rows, features, world = 64, 16, 5
+    done: list[int] = []
+
+    def counted(products: Any, left: Tensor, right: Tensor, out: Tensor, **options: Any) -> Any:
+        done.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return multiply(products, left, right, out, **options)
+
+    multiply = square.multiply
+    monkeypatch.setattr(square, "multiply", counted)
+    _echo(monkeypatch)
+    group = pretended(world)
+    image, text = (torch.randn(rows, features).requires_grad_() for _ in range(2))
+    for loss in (ll.clip_loss, ll.siglip_loss):
+        done.clear()
+        loss(image, text, 0.1, group=group, exchange=exchange).backward()  # type: ignore[operator]
+        assert sum(done) == 4 * rows * (world * rows) * features

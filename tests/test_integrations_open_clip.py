@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import contrastive_ranks
 from logitless._heads import square
 from logitless.integrations import open_clip as ours
 from open_clip_losses import theirs
@@ -90,3 +91,10 @@ def test_signatures_are_the_same() -> None:
 def test_what_is_not_served_is_refused(make: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         make()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes(world: int) -> None:
+    """Of the package's own gather, which wants as many rows on each."""
+    wrong = contrastive_ranks.run(world, pattern=contrastive_ranks.CLIPS)
+    assert not wrong, "\n".join(wrong.values())

@@ -337,5 +337,5 @@ def test_the_trainer_takes_the_same_steps(model: Any, tmp_path: Path) -> None:
 
 def test_gathered_across_devices() -> None:
     """Two processes of the package's own gather, which wants as many rows on each."""
-    wrong = contrastive_ranks.run(2, contrastive_ranks.SENTENCES)
+    wrong = contrastive_ranks.run(2, pattern=contrastive_ranks.SENTENCES)
     assert not wrong, "\n".join(wrong.values())
