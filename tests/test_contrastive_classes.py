@@ -164,3 +164,25 @@ def test_no_matrix_is_built_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_say_what_to_do(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         ll.supcon_loss(torch.randn(4, 1, 3), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_supcon_is_that_of_pytorch_metric_learning(dtype: torch.dtype) -> None:
+    """Of normalized vectors, the mean over anchors that have a positive; theirs adds 1e-7 to a count in float32."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    labels = torch.randint(9, (65,), generator=torch.Generator().manual_seed(1))
+    labels[3] = 100  # nobody else's
+    for temperature in (0.1, 0.7):
+        results = []
+        for loss in (
+            lambda x, t=temperature: ll.supcon_loss(x, labels, temperature=t, normalize=True),
+            lambda x, t=temperature: SupConLoss(temperature=t)(x, labels),
+        ):
+            features = vectors(65, 16, dtype=dtype)
+            value = loss(features)
+            results.append((value.detach(), torch.autograd.grad(value * 1.7, features)[0]))
+        (value, gradient), (theirs, of_theirs) = results
+        torch.testing.assert_close(value, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+        limit = (2e-6 if dtype == torch.float32 else 1e-11) * of_theirs.abs().max().item()
+        assert (gradient - of_theirs).abs().max().item() <= limit

@@ -57,6 +57,8 @@ def test_every_loss_of_the_page(page: dict[str, Any]) -> None:
         near(page[name], losses.mean())
     image, text = oracle.units(query), oracle.units(key)
     near(page["clip"], oracle.clip(image, text, 1 / 0.07))
+    near(page["clip_of_all"], oracle.clip(image, text, 14.0))
+    near(page["of_all"], oracle.info_nce(query, key, 20.0).mean())
     near(page["siglip"], oracle.siglip(image, text, 10.0, -10.0))
     every = topics.repeat(2)
     positive = (every[:, None] == every) & ~torch.eye(len(every), dtype=torch.bool)

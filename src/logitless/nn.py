@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
@@ -479,6 +480,8 @@ class InfoNCELoss(torch.nn.Module):
         hardness_strength: float = 0.0,
         normalize: bool = True,
         reduction: str = "mean",
+        group: dist.ProcessGroup | None = None,
+        exchange: Literal["gather", "ring"] = "gather",
         backend: str | None = None,
     ) -> None:
         """Take the function's options."""
@@ -494,6 +497,8 @@ class InfoNCELoss(torch.nn.Module):
         self.hardness_strength = hardness_strength
         self.normalize = normalize
         self.reduction = reduction
+        self.group = group
+        self.exchange: Literal["gather", "ring"] = exchange
         self.backend = backend
 
     def forward(
@@ -527,6 +532,8 @@ class InfoNCELoss(torch.nn.Module):
             hardness_strength=self.hardness_strength,
             normalize=self.normalize,
             reduction=self.reduction,
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
 
@@ -536,9 +543,17 @@ class _OfImagesAndTexts(torch.nn.Module):
 
     _function: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        exchange: Literal["gather", "ring"] = "gather",
+        backend: str | None = None,
+    ) -> None:
         """Take the function's options."""
         super().__init__()
+        self.group = group
+        self.exchange: Literal["gather", "ring"] = exchange
         self.backend = backend
 
     def forward(
@@ -550,7 +565,15 @@ class _OfImagesAndTexts(torch.nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss."""
-        loss = self._function(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        loss = self._function(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            group=self.group,
+            exchange=self.exchange,
+            backend=self.backend,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitless._heads.square import Contrast, Panel, Tile, TileRows, Work
+from logitless._heads.square import Contrast, Panel, Tile, TileRows, Work, as_sides
 from logitless._heads.tiles import view
 from logitless.kernels.interface import ElementLoss
 
@@ -29,8 +29,13 @@ class SigmoidGradients(NamedTuple):
 
 def softplus_sum(call: Contrast, scale: Tensor | float, bias: Tensor | float, vectors: Sequence[Tensor]) -> Tensor:
     """Return the sum of all entries' losses, in float64."""
-    work = Work(call, scale, vectors, [False] * len(vectors), gradients=False)
-    total = torch.zeros((), dtype=torch.float64, device=vectors[0].device)
+    work = Work(call, scale, as_sides(call, vectors, [False] * len(vectors)), gradients=False)
+    return sum_of_panels(call, work, bias)
+
+
+def sum_of_panels(call: Contrast, work: Work, bias: Tensor | float) -> Tensor:
+    """Return the sum of the losses of a call's entries, in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=work.vectors[0].given.device)
     for panel in call.panels:
         for rows in work.rows(panel):
             for tile, zeros in _turned(work, panel, rows, bias):
@@ -50,12 +55,25 @@ def softplus_gradients(
     needs_bias: bool,
 ) -> SigmoidGradients:
     """Return the gradients, given that of the sum."""
-    work = Work(call, scale, vectors, needed, gradients=True)
+    work = Work(call, scale, as_sides(call, vectors, needed), gradients=True)
+    to_scale, to_bias = gradients_of_panels(call, work, bias, upstream, needs_scale=needs_scale, needs_bias=needs_bias)
+    return SigmoidGradients(
+        to_scale / work.scale if needs_scale else None,
+        to_bias if needs_bias else None,
+        [each.finish() for each in work.vectors],
+    )
+
+
+def gradients_of_panels(
+    call: Contrast, work: Work, bias: Tensor | float, upstream: Tensor, *, needs_scale: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Add to the gradients of the vectors, where wanted; return the scale's, times the scale, and the bias's."""
     to_scale, to_bias = (torch.zeros((), dtype=torch.float64, device=upstream.device) for _ in range(2))
     given = call.backend.scalar(upstream)
     for panel in call.panels:
         for rows in work.rows(panel):
-            to_left = work.side(panel, rows) if needs_scale or needed[panel.left] else None
+            wants_left = needs_scale or work.vectors[panel.left].gradient is not None
+            to_left = work.side(panel, rows) if wants_left else None
             for tile, zeros in _turned(work, panel, rows, bias):
                 z = tile.by_row
                 gradient = call.backend.elements_grad(_LOSS, z, zeros, scale=given, out=z)
@@ -67,11 +85,7 @@ def softplus_gradients(
             if to_left is not None:
                 to_scale += (rows.left * to_left).sum(1, dtype=torch.float64).sum()
                 work.add_left(panel, rows, to_left)
-    return SigmoidGradients(
-        to_scale / work.scale if needs_scale else None,
-        to_bias if needs_bias else None,
-        [each.finish() for each in work.vectors],
-    )
+    return to_scale, to_bias
 
 
 def _turned(work: Work, panel: Panel, rows: TileRows, bias: Tensor | float) -> Iterator[tuple[Tile, Tensor]]:

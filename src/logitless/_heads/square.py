@@ -91,7 +91,7 @@ class Contrast:
     """What a contrastive loss is: of each anchor, the mean of log-partition functions minus that of positive logits.
 
     `normalize` is said of each matrix of vectors. `positives` counts an anchor's, and an anchor without one has a loss
-    of zero.
+    of zero. `visitors` counts the anchors of the columns, where these are not the rows'.
     """
 
     backend: Backend
@@ -101,6 +101,14 @@ class Contrast:
     normalize: tuple[bool, ...]
     dtype: torch.dtype
     positives: Tensor
+    visitors: int | None = None
+
+
+class Sums(NamedTuple):
+    """A log-sum of each anchor, as a pair."""
+
+    top: Tensor
+    log_sum: Tensor
 
 
 class Partitions(NamedTuple):
@@ -109,6 +117,18 @@ class Partitions(NamedTuple):
     top: Tensor
     log_sum: Tensor
     positive: Tensor
+
+    @classmethod
+    def of_nothing(cls, call: Contrast, device: torch.device) -> Partitions:
+        """Return what sums start from."""
+        shape = (call.partitions, call.anchors)
+        top = torch.full(shape, -torch.inf, dtype=call.dtype, device=device)
+        log_sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        return cls(top, log_sum, torch.zeros(call.anchors, dtype=torch.float64, device=device))
+
+    def of(self, partition: int) -> Sums:
+        """Return one partition function of every anchor; what is written to it is written here."""
+        return Sums(self.top[partition], self.log_sum[partition])
 
 
 class TileRows(NamedTuple):
@@ -132,30 +152,36 @@ class Tile(NamedTuple):
 
 def fold(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Partitions:
     """Return the partition functions of every anchor."""
-    device = vectors[0].device
-    shape = (call.partitions, call.anchors)
-    top = torch.full(shape, -torch.inf, dtype=call.dtype, device=device)
-    log_sum = torch.zeros(shape, dtype=torch.float64, device=device)
-    positive = torch.zeros(call.anchors, dtype=torch.float64, device=device)
-    work = Work(call, scale, vectors, [False] * len(vectors), gradients=False)
+    sums = Partitions.of_nothing(call, vectors[0].device)
+    fold_into(call, Work(call, scale, as_sides(call, vectors, [False] * len(vectors)), gradients=False), sums)
+    return sums
+
+
+def fold_into(call: Contrast, work: Work, sums: Partitions, visitors: Sums | None = None) -> None:
+    """Add a call's panels to the partition functions of its anchors; those of the columns are the visitors', if any."""
     for panel in call.panels:
         for rows in work.rows(panel):
             stretch = slice(rows.top, rows.bottom)
+            of_rows = sums.of(panel.rows)
             for tile in work.tiles(panel, rows):
                 for places, logits in tile.places:
-                    positive.index_add_(0, places.rows + rows.top, logits)
-                join(call.backend, tile.by_row, 1, top[panel.rows, stretch], log_sum[panel.rows, stretch])
+                    sums.positive.index_add_(0, places.rows + rows.top, logits)
+                join(call.backend, tile.by_row, 1, of_rows.top[stretch], of_rows.log_sum[stretch])
                 if panel.columns is not None and tile.by_column is not None:
                     along = slice(tile.first, tile.first + tile.by_column.shape[1])
-                    join(call.backend, tile.by_column, 0, top[panel.columns, along], log_sum[panel.columns, along])
-    return Partitions(top, log_sum, positive)
+                    of_columns = sums.of(panel.columns) if visitors is None else visitors
+                    join(call.backend, tile.by_column, 0, of_columns.top[along], of_columns.log_sum[along])
 
 
-def row_losses(call: Contrast, sums: Partitions) -> Tensor:
-    """Return the loss of each anchor; the mean positive is taken off the largest logit before anything is added."""
-    mean = sums.positive / call.positives.clamp(min=1)
+def row_losses(call: Contrast, sums: Partitions, positives: Tensor | None = None) -> Tensor:
+    """Return the loss of each anchor; the mean positive is taken off the largest logit before anything is added.
+
+    `positives` counts an anchor's, where they are not all in the call.
+    """
+    counts = call.positives if positives is None else positives
+    mean = sums.positive / counts.clamp(min=1)
     losses = ((sums.top.double() - mean) + sums.log_sum).mean(0)
-    return losses.masked_fill(call.positives == 0, 0).to(call.dtype)
+    return losses.masked_fill(counts == 0, 0).to(call.dtype)
 
 
 def gradients(
@@ -169,54 +195,88 @@ def gradients(
     needs_scale: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of the scale and of the vectors, given one upstream gradient an anchor."""
-    work = Work(call, scale, vectors, needed, gradients=True)
-    # An anchor that counts for nothing may have no logit at all: its probabilities are then exp(-inf - 0).
-    idle = (call.positives == 0) | (sums.top == -torch.inf)
-    top, log_sum = sums.top.masked_fill(idle, 0), sums.log_sum.masked_fill(idle, 0)
-    given = upstream.double().masked_fill(call.positives == 0, 0)
-    share = (given / call.partitions).to(call.dtype)
-    per_positive = given / call.positives.clamp(min=1)
-    to_scale = torch.zeros((), dtype=torch.float64, device=upstream.device)
+    work = Work(call, scale, as_sides(call, vectors, needed), gradients=True)
+    to_scale = gradients_into(call, work, Shares.of_call(call, sums, upstream), needs_scale=needs_scale)
+    return to_scale / work.scale if needs_scale else None, [each.finish() for each in work.vectors]
+
+
+def gradients_into(
+    call: Contrast, work: Work, shares: Shares, visitors: Side | None = None, *, needs_scale: bool
+) -> Tensor:
+    """Add to the gradients of the vectors, where they are wanted; return the scale's, times the scale.
+
+    `visitors` are the anchors of the columns, where these are not the rows'.
+    """
+    to_scale = torch.zeros((), dtype=torch.float64, device=shares.share.device)
     for panel in call.panels:
-        wants_left = needs_scale or needed[panel.left]
-        if not (wants_left or needed[panel.right]):
+        wants_left = needs_scale or work.vectors[panel.left].gradient is not None
+        if not (wants_left or work.vectors[panel.right].gradient is not None):
             continue
         for rows in work.rows(panel):
-            stretch = slice(rows.top, rows.bottom)
+            row_sums = shares.of(panel.rows).part(rows.top, rows.bottom)
             to_left = work.side(panel, rows) if wants_left else None
             for tile in work.tiles(panel, rows):
-                row_sums = _Side(top[panel.rows, stretch], log_sum[panel.rows, stretch], share[stretch])
                 column_sums = None
                 if panel.columns is not None and tile.by_column is not None:
-                    along = slice(tile.first, tile.first + tile.by_column.shape[1])
-                    column_sums = _Side(top[panel.columns, along], log_sum[panel.columns, along], share[along])
+                    of_columns = shares.of(panel.columns) if visitors is None else visitors
+                    column_sums = of_columns.part(tile.first, tile.first + tile.by_column.shape[1])
                 gradient = work.softmaxes(tile, row_sums, column_sums)
                 for places, logits in tile.places:
-                    taken = per_positive[places.rows + rows.top]
+                    taken = shares.per_positive[places.rows + rows.top]
                     gradient[places] = _of_positives(places, logits, taken, row_sums, column_sums).to(call.dtype)
                 work.take(panel, rows, tile, gradient, to_left)
             if to_left is not None:
                 to_scale += (rows.left * to_left).sum(1, dtype=torch.float64).sum()
                 work.add_left(panel, rows, to_left)
-    return to_scale / work.scale if needs_scale else None, [each.finish() for each in work.vectors]
+    return to_scale
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Log-sums of a tile's rows, or of its columns, and what each gives of its upstream gradient."""
 
     top: Tensor
     log_sum: Tensor
     share: Tensor
 
+    def part(self, first: int, last: int) -> Side:
+        """Return those of some anchors."""
+        return Side(self.top[first:last], self.log_sum[first:last], self.share[first:last])
 
-def _of_positives(places: Places, logits: Tensor, taken: Tensor, rows: _Side, columns: _Side | None) -> Tensor:
+
+class Shares(NamedTuple):
+    """Log-sums of every partition function, and what of its upstream gradient each of them, and a positive, gets."""
+
+    top: Tensor
+    log_sum: Tensor
+    share: Tensor
+    per_positive: Tensor
+
+    @classmethod
+    def of_call(cls, call: Contrast, sums: Partitions, upstream: Tensor) -> Shares:
+        """Return them, given one upstream gradient an anchor."""
+        # An anchor that counts for nothing may have no logit at all: its probabilities are then exp(-inf - 0).
+        idle = (call.positives == 0) | (sums.top == -torch.inf)
+        given = upstream.double().masked_fill(call.positives == 0, 0)
+        return cls(
+            sums.top.masked_fill(idle, 0),
+            sums.log_sum.masked_fill(idle, 0),
+            (given / call.partitions).to(call.dtype),
+            given / call.positives.clamp(min=1),
+        )
+
+    def of(self, partition: int) -> Side:
+        """Return one partition function."""
+        return Side(self.top[partition], self.log_sum[partition], self.share)
+
+
+def _of_positives(places: Places, logits: Tensor, taken: Tensor, rows: Side, columns: Side | None) -> Tensor:
     """Return the gradient of positive logits, p - 1 of a sure one without cancellation.
 
     It is g_r p_r + g_c p_c - g = g_r (p_r - 1) + g_c (p_c - 1) + (g_r + g_c - g), and the last bracket is 0 where the
     sums are all that there are.
     """
 
-    def less_one(side: _Side, which: Tensor) -> tuple[Tensor, Tensor]:
+    def less_one(side: Side, which: Tensor) -> tuple[Tensor, Tensor]:
         share = side.share[which].double()
         return share * torch.expm1((logits - side.top[which].double()) - side.log_sum[which]), share
 
@@ -234,15 +294,28 @@ def _of_positives(places: Places, logits: Tensor, taken: Tensor, rows: _Side, co
 def join(backend: Backend, tile: Tensor, along: int, top: Tensor, log_sum: Tensor) -> None:
     """Add a tile's log-sums along a dimension to those that are there, in place."""
     stats = backend.row_stats(tile, class_dim=along)
-    largest = torch.maximum(top, stats.row_max)
+    join_sums(Sums(top, log_sum), Sums(stats.row_max, stats.log_sum))
 
-    def shifted(their_top: Tensor, their_sum: Tensor) -> Tensor:
-        none = their_top == -torch.inf
-        return (their_sum + (their_top.double() - largest.double())).masked_fill(none, -torch.inf)
 
-    joined = torch.logaddexp(shifted(top, log_sum), shifted(stats.row_max, stats.log_sum))
-    log_sum.copy_(joined.masked_fill(largest == -torch.inf, 0))
-    top.copy_(largest)
+def join_sums(into: Sums, other: Sums) -> None:
+    """Add log-sums to those that are there, in place."""
+    largest = torch.maximum(into.top, other.top)
+
+    def shifted(their: Sums) -> Tensor:
+        none = their.top == -torch.inf
+        return (their.log_sum + (their.top.double() - largest.double())).masked_fill(none, -torch.inf)
+
+    joined = torch.logaddexp(shifted(into), shifted(other))
+    into.log_sum.copy_(joined.masked_fill(largest == -torch.inf, 0))
+    into.top.copy_(largest)
+
+
+def as_sides(call: Contrast, vectors: Sequence[Tensor], needed: Sequence[bool]) -> list[Vectors]:
+    """Return a call's vectors as factors, with room for the gradients that are needed."""
+    return [
+        Vectors(call.backend, given, call.dtype, normalize=normalize, wanted=want)
+        for given, normalize, want in zip(vectors, call.normalize, needed, strict=True)
+    ]
 
 
 class Work:
@@ -252,22 +325,19 @@ class Work:
         self,
         call: Contrast,
         scale: Tensor | float,
-        vectors: Sequence[Tensor],
-        needed: Sequence[bool],
+        vectors: Sequence[Vectors],
         *,
         gradients: bool,
     ) -> None:
         backend, dtype = call.backend, call.dtype
         self.scale = scale if isinstance(scale, float) else backend.scalar(scale.detach().to(dtype))
         self._backend, self._call = backend, call
-        self._products = multiplier(backend, dtype, vectors[0].shape[1])
-        self.vectors = [
-            Vectors(backend, given, dtype, normalize=normalize, wanted=want)
-            for given, normalize, want in zip(vectors, call.normalize, needed, strict=True)
-        ]
+        self._column_anchors = call.anchors if call.visitors is None else call.visitors
+        self.vectors = vectors
+        features, device = vectors[0].given.shape[1], vectors[0].given.device
+        self._products = multiplier(backend, dtype, features)
         sides = [_shape(panel) for panel in call.panels]
         rows, columns = max(side[0] for side in sides), max(side[1] for side in sides)
-        features, device = vectors[0].shape[1], vectors[0].device
         numbers = max(height * width for height, width in sides)
         self._logits = buffer(backend, numbers, dtype, device)
         both = any(panel.columns is not None for panel in call.panels)
@@ -301,7 +371,7 @@ class Work:
                 multiply(self._products, rows.left, right.T, logits)
             found = () if panel.positives is None else panel.positives.within(rows.top, rows.bottom, first, last)
             places = [(each, logits[each].double()) for each in found]
-            by_column, columns = None, min(last, self._call.anchors) - first
+            by_column, columns = None, min(last, self._column_anchors) - first
             if panel.columns is not None and columns > 0:
                 by_column = logits
                 if panel.column_rule is not None:
@@ -348,7 +418,7 @@ class Work:
         multiply(self._products, left, sides[1].block(first, first + logits.shape[1], None).T, tile)
         return tile
 
-    def softmaxes(self, tile: Tile, rows: _Side, columns: _Side | None) -> Tensor:
+    def softmaxes(self, tile: Tile, rows: Side, columns: Side | None) -> Tensor:
         """Return the gradient of a tile's logits but for its positives: its own memory again."""
         backend, by_row, by_column = self._backend, tile.by_row, tile.by_column
         if columns is None or by_column is None:
@@ -431,7 +501,7 @@ def _harden(hardness: Hardness, logits: Tensor, scale: Tensor | float, top: int,
             logits[places] = values
 
 
-def _softmax(backend: Backend, logits: Tensor, along: int, side: _Side, out: Tensor) -> Tensor:
+def _softmax(backend: Backend, logits: Tensor, along: int, side: Side, out: Tensor) -> Tensor:
     """Write each row's (column's) probabilities times what it gives."""
     return backend.row_grad(logits, side.top, side.log_sum, class_dim=along, upstream=side.share, a_scale=1.0, out=out)
 

@@ -26,6 +26,11 @@ def of_the_whole(function: Callable[Given, Result]) -> Callable[Given, Result]:
         sharded = next((tensor for tensor in _tensors((args, kwargs)) if is_sharded(tensor)), None)
         if sharded is None:
             return function(*args, **kwargs)
+        if kwargs.get("group") is not None:
+            raise ValueError(
+                f"{function.__name__}: vectors that are DTensors are one batch already; leave out group=, or pass each "
+                "rank's own vectors (x.to_local())"
+            )
         args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.full_tensor() if is_sharded(tensor) else tensor)  # type: ignore[attr-defined] # of a DTensor
         result: Result = _mapped(function(*args, **kwargs), lambda tensor: beside(tensor, sharded))
         return result

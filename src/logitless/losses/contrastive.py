@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
@@ -19,6 +20,7 @@ from logitless._rules.precision import check_real, no_autocast, precision_of
 from logitless._rules.reduction import Empty, reduce_rows, resolve_reduction
 from logitless._rules.sharding import of_the_whole
 from logitless._rules.transforms import transform_reason, values_are_readable
+from logitless.losses.contrastive_group import KEYS, NEGATIVES, Seen, losses_over_ranks, sigmoid_over_ranks
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -48,6 +50,8 @@ def info_nce(
     hardness_strength: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> Tensor:
     """Return the cross-entropy of each query's own key among all keys: InfoNCE, in nats, without its matrix.
@@ -80,15 +84,18 @@ def info_nce(
         hardness_strength: see there; 0 or more.
         normalize: divide each vector by its length; a zero vector stays zero, with a gradient of zero.
         reduction: "none", "mean" or "sum", over the queries.
+        group: the processes whose vectors are one batch; every rank passes its own. See `docs/similarity.md`.
+        exchange: how the others' vectors come: "gather", all at once, or "ring", those of one rank at a time.
         backend: force a backend; see `logitless.backends`.
 
     Returns:
-        A scalar, or with "none" (N,); float32, or float64 for float64 vectors. Half precisions are added up in float32.
-        Nothing of N x M numbers is made, forward or backward, but by the definition that serves higher derivatives and
-        `torch.func`. In a compiled function it breaks the graph.
+        A scalar, with a group the same on every rank; or with "none" (N,); float32, or float64 for float64 vectors.
+        Half precisions are added up in float32. Nothing of N x M numbers is made, forward or backward, but by the
+        definition that serves higher derivatives and `torch.func`. In a compiled function it breaks the graph.
 
     Raises:
-        ValueError: shapes or options that do not fit. TypeError: a vector that is not floating.
+        ValueError: shapes or options that do not fit, or with a group differ between ranks. TypeError: a vector that is
+            not floating. RuntimeError: with a group, a higher derivative or a transform.
 
     Source: van den Oord et al., 2018; directions of Li et al., 2023 (GTE), hardness of Lan et al., 2025. In training it
     pulls a query to its key and pushes it from the keys most alike, the more sharply the lower the temperature.
@@ -170,6 +177,32 @@ def info_nce(
         counts,
     )
     with no_autocast(query):
+        if group is not None:
+            shared = own is not None and not own.paired
+            kinds = (KEYS, NEGATIVES) if shared else (KEYS,)
+            seen = Seen(
+                columns,
+                options.queries,
+                kinds if options.documents else (),
+                shared=shared,
+                owned=own is not None and own.owners is not None,
+                absent=own.absent if own is not None and own.absent is not None and own.absent.dim() == 1 else None,
+                thresholds=margin,
+                guides=None if guides is None else tuple(guides),
+                labels=(pairs.rows, pairs.columns) if isinstance(pairs, SameLabel) else None,
+                hardness=None if hard is None or strength is None else (hard, strength),
+            )
+            return losses_over_ranks(
+                "info_nce",
+                call,
+                factor,
+                tuple(vectors),
+                seen,
+                group=group,
+                exchange=exchange,
+                given=positives is not None,
+                reduction=reduction,
+            )
         losses = contrast(call, factor, *vectors)
         counted: Tensor | float = torch.sym_float(queries) if positives is None else (counts > 0).sum()
         empty: Empty = "nan" if positives is None else "zero"
@@ -184,6 +217,8 @@ def clip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -194,6 +229,8 @@ def clip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: Literal[True],
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> dict[str, Tensor]: ...
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
@@ -205,6 +242,8 @@ def clip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: bool = False,
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Return CLIP's loss: the mean of both directions' cross-entropies of each pair, in nats, without its matrix.
@@ -218,6 +257,7 @@ def clip_loss(
             the parameter. Clamp that after the optimiser's step: `log_scale.data.clamp_(0, math.log(100))`.
         logit_bias: one number, which changes nothing here and has a gradient of 0.
         output_dict: return `{"contrastive_loss": loss}`, as open_clip does.
+        group, exchange: the processes whose pairs are one batch, and how their features come; see `logitless.info_nce`.
         backend: force a backend; see `logitless.backends`.
 
     Returns:
@@ -244,8 +284,12 @@ def clip_loss(
     counts = pairs.counts(rows, rows, image_features.device)
     call = Contrast(picked, rows, (panel,), 2, (False, False), dtype, counts)
     with no_autocast(image_features):
-        losses = contrast(call, factor, image_features, text_features)
-        loss = reduce_rows(losses, "mean", denominator=torch.sym_float(rows), dtype=dtype)
+        if group is None:
+            losses = contrast(call, factor, image_features, text_features)
+            loss = reduce_rows(losses, "mean", denominator=torch.sym_float(rows), dtype=dtype)
+        else:
+            both = (image_features, text_features)
+            loss = losses_over_ranks("clip_loss", call, factor, both, Seen(1), group=group, exchange=exchange)
         if isinstance(logit_bias, Tensor):
             loss = loss + (logit_bias * 0).sum().to(dtype)  # data-parallel training refuses a parameter without one
     return {"contrastive_loss": loss} if output_dict else loss
@@ -259,6 +303,8 @@ def siglip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -269,6 +315,8 @@ def siglip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: Literal[True],
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> dict[str, Tensor]: ...
 @_disable_dynamo  # torch.compiler.disable would import the compiler with the package
@@ -280,6 +328,8 @@ def siglip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: bool = False,
+    group: dist.ProcessGroup | None = None,
+    exchange: Literal["gather", "ring"] = "gather",
     backend: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Return SigLIP's loss: whether each image and each text are a pair, a yes or no each, without the matrix of them.
@@ -292,6 +342,7 @@ def siglip_loss(
         logit_scale: one number above 0: `log_scale.exp()` of the parameter, which starts at log 10.
         logit_bias: one number, added to every logit; SigLIP's parameter starts at -10.
         output_dict: return `{"contrastive_loss": loss}`, as open_clip does.
+        group, exchange: the processes whose pairs are one batch, and how their features come; see `logitless.info_nce`.
         backend: force a backend; see `logitless.backends`.
 
     Returns:
@@ -319,8 +370,12 @@ def siglip_loss(
     panel = Panel(0, 1, rows, rows, positives=pairs)
     call = Contrast(picked, rows, (panel,), 0, (False, False), dtype, counts)
     with no_autocast(image_features):
-        total = sigmoid_contrast(call, factor, bias, image_features, text_features)
-        loss = reduce_rows(total, "mean", denominator=torch.sym_float(rows), dtype=dtype)
+        if group is None:
+            total = sigmoid_contrast(call, factor, bias, image_features, text_features)
+            loss = reduce_rows(total, "mean", denominator=torch.sym_float(rows), dtype=dtype)
+        else:
+            both = (image_features, text_features)
+            loss = sigmoid_over_ranks("siglip_loss", call, factor, bias, *both, group=group, exchange=exchange)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
