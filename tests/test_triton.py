@@ -167,3 +167,16 @@ def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         assert ll.explain(LF.cross_entropy, logits, target) == ("reference", "Triton is not installed")
         with pytest.raises(RuntimeError, match="Triton is not installed"):
             LF.cross_entropy(logits, target, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_every_dtype_without_data(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes the products that are asked for, and gradients have their tensors' dtypes."""
+    monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset(("meta",)))
+    hidden, weight = (torch.empty(n, 64, dtype=dtype, device="meta", requires_grad=True) for n in (5000, 1000))
+    target = torch.empty(5000, dtype=torch.int64, device="meta")
+    for logits in (ll.linear(hidden, weight), ll.linear(hidden, weight, weight[:, 0], softcap=3.0)):
+        with test_backends.NoHostReads():
+            grads = torch.autograd.grad(HEADS[name](logits, target).sum(), (hidden, weight))
+        assert [(grad.dtype, grad.shape) for grad in grads] == [(dtype, hidden.shape), (dtype, weight.shape)]
