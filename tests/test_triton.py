@@ -67,6 +67,7 @@ COMPILED = (
     *("nll f32", "nll bf16", "every statistic f32", "parts bf16", "gradient of nll f32", "gradient of everything bf16"),
     *("gradient in the logits' bytes", "js f16", "every measure f32", "gradient of every measure bf16"),
     *("gradients of kl in the logits' bytes", "binary_cross_entropy_with_logits bf16", "gradient of cosine f32"),
+    "parts of pairs bf16",
 )
 
 

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 # Numbers that a thread holds of each quantity, and a program at most; the interpreter's programs suit numpy.
 _EACH = 8
-_NUMBERS = 2048
+NUMBERS = 2048
 _NUMBERS_INTERPRETED = 1 << 16
 _INNER_ROWS = 64
 
@@ -54,7 +54,7 @@ def power_of_two(number: int) -> int:
 
 
 def shape_of(
-    classes: int, rows_are_next_to_each_other: bool, dtype: torch.dtype, most: int = _NUMBERS, each: int = _EACH
+    classes: int, rows_are_next_to_each_other: bool, dtype: torch.dtype, most: int = NUMBERS, each: int = _EACH
 ) -> Shape:
     """Return the shape of a program, by what a row is alone: its last bits are not to depend on other rows.
 

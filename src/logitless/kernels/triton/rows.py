@@ -14,6 +14,7 @@ from logitless.kernels.interface import RowStats
 from logitless.kernels.layout import Layout, laid_out, layout_of
 from logitless.kernels.triton.launching import (
     GRADIENT_PART_CLASSES,
+    NUMBERS,
     PART_CLASSES,
     blocks,
     launch,
@@ -92,9 +93,11 @@ def row_stats(
         out(dense_target is not None),
         first_bad_row(index, classes, ignore_index),
     )
-    shape = shape_of(classes, rows_are_next_to_each_other(layout), logits.dtype)
     parts = parts_of(classes, PART_CLASSES)
     split = parts > 1
+    # The place of the largest in a part takes registers that eight warps of sm_80 do not have.
+    most = NUMBERS // 2 if split and argmax else NUMBERS
+    shape = shape_of(classes, rows_are_next_to_each_other(layout), logits.dtype, most=most)
     scratch = torch.empty((parts, _FIELDS, rows), dtype=torch.float64, device=device) if split else None
     language_real = LANGUAGE_DTYPES[real]
     launch(
