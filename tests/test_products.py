@@ -223,29 +223,17 @@ def test_less_than_float32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert bool((out == 3).all())
 
 
-def test_where_torch_serves_sums_of_bfloat16_are_widened_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    pin_torch(monkeypatch)
-    assert products.needs_spare(cpu, BFLOAT16)
-    assert not products.widens(cpu, BFLOAT16)
-    first, second = matrix(1, 50, 20, BFLOAT16, False), matrix(2, 20, 8, BFLOAT16, False)
-    out = poisoned(50, 8, FLOAT32)
-    products.multiply(cpu, first, second, out, spare=torch.full((7 * 8,), torch.nan, dtype=BFLOAT16))
-    assert torch.equal(out, (first @ second).float())
-    products.multiply(cpu, first, second, out, accumulate=True, spare=torch.empty(7 * 8, dtype=BFLOAT16))
-    assert torch.equal(out, 2 * (first @ second).float())
-
-
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("widened", [1, 60, 1 << 20])
-def test_where_torch_serves_factors_of_float16_are_widened_part_by_part(
-    turned: bool, widened: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_where_torch_serves_half_factors_are_widened_part_by_part(
+    dtype: torch.dtype, turned: bool, widened: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Products of float16 are those of float32, whichever factor is the larger one: none is rounded on the way."""
+    """Products of half precisions are those of float32, whichever factor is larger: none is rounded on the way."""
     pin_torch(monkeypatch)
     monkeypatch.setattr(products, "_WIDENED", widened)
-    assert products.widens(cpu, torch.float16)
-    assert not products.needs_spare(cpu, torch.float16)
-    first, second = matrix(1, 50, 20, torch.float16, False), matrix(2, 20, 8, torch.float16, False)
+    assert not products.needs_spare(cpu, dtype)
+    first, second = matrix(1, 50, 20, dtype, False), matrix(2, 20, 8, dtype, False)
     if turned:
         first, second = second.T, first.T
     out = poisoned(first.shape[0], second.shape[1], FLOAT32)
@@ -254,6 +242,25 @@ def test_where_torch_serves_factors_of_float16_are_widened_part_by_part(
     before = out.clone()
     products.multiply(cpu, first, second, out, accumulate=True)
     assert_is_product(out, first, second, before)
+
+
+HEAD = """
+import torch, logitless as ll
+make = torch.Generator().manual_seed(3)
+h, w = torch.randn(40, 96, generator=make).bfloat16(), torch.randn(5000, 96, generator=make).bfloat16()
+t = torch.arange(40) * 100
+nll = ll.token_stats(ll.linear(h, w), t).nll
+truth = torch.nn.functional.cross_entropy(h.double() @ w.double().T, t, reduction="none")
+print(float((nll - truth).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("product", ["", "torch"])
+@pytest.mark.parametrize("isa", _native.native_info()["supported"])
+def test_logits_of_a_bfloat16_head_are_never_rounded(isa: str, product: str) -> None:
+    environment = {**os.environ, "LOGITLESS_ISA": isa, "LOGITLESS_PRODUCT": product, "LOGITLESS_AMX": "0"}
+    run = subprocess.run([sys.executable, "-c", HEAD], env=environment, capture_output=True, text=True, check=True)
+    assert 0 < float(run.stdout) < 1e-5
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:

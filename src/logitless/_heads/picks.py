@@ -440,7 +440,7 @@ class _Block(NamedTuple):
 
 
 def _gathered_by_blocks(backend: Backend, rows: HeadRows, dtype: torch.dtype, index: Tensor) -> Tensor:
-    blocks = _Blocks(backend, rows, dtype, tile_dtype(backend, [rows], _compute(dtype)), index)
+    blocks = _Blocks(backend, rows, dtype, tile_dtype([rows], _compute(dtype)), index)
     if not needs_graph(rows.tensors):
         return _picked(blocks, rows.tensors)
     kept, others = taken_apart(blocks, rows.tensors)
@@ -545,7 +545,7 @@ def _write(call: HeadCall, out: Tensor, tensors: Sequence[Tensor | None]) -> Non
     """Write all logits to `out`: at once where they are of its dtype and the call's shape changes none of them."""
     (rows,) = call.sources
     assert isinstance(rows, HeadRows)
-    in_place = call.dtype == out.dtype and HeadTiles.is_one_buffer(call.backend, rows, call.dtype)
+    in_place = call.dtype == out.dtype and HeadTiles.is_one_buffer(rows, call.dtype)
     if not in_place or not shapes_do_not_matter(call.backend, tensors):
         row_values(call, tensors)
         return

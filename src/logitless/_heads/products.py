@@ -3,7 +3,9 @@
 Precision policy: a backend's product is added up in float32 (of float64 in float64) and rounded once, to what it is
 written to. The order of a sum depends on the depth alone, so a logit has the same bits in whatever tile, beside
 whatever other rows and classes it is made. Torch's own products promise no such thing. Float32 is left to torch where
-`torch.set_float32_matmul_precision` allows less than float32.
+`torch.set_float32_matmul_precision` allows less than float32. Half-precision factors that the backend does not multiply
+are widened, a part at a time, for torch's product of float32: its own of them rounds what it writes, and where there is
+no instruction for it takes ten times as long.
 """
 
 from __future__ import annotations
@@ -21,15 +23,6 @@ from logitless.kernels.interface import Backend
 _WIDENED = 1 << 20
 
 
-def widens(backend: Backend, dtype: torch.dtype) -> bool:
-    """Say whether products of a half precision are written, or added, in float32.
-
-    The backend's are. Float16 always is, by torch's product of float32 where the backend has none: a gradient that
-    is a factor, or a sum, may be too small or too large for float16 before its upstream gradient is known.
-    """
-    return dtype == torch.float16 or (dtype in HALF and dtype in backend.PRODUCT_DTYPES)
-
-
 def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> bool:
     """Say whether a head's logits are made by the backend's products, whose bits no call's shape changes."""
     hidden, weight, *_ = tensors
@@ -42,14 +35,14 @@ def shapes_do_not_matter(backend: Backend, tensors: Sequence[Tensor | None]) -> 
 def needs_spare(backend: Backend, dtype: torch.dtype) -> bool:
     """Say whether products of this dtype need a place of their own before they are added up.
 
-    Torch's are rounded to the factors' dtype, and in float32 adding to a matrix of few rows costs it digits.
+    Adding to a matrix of few rows costs torch's of float32 digits.
     """
-    return dtype not in backend.PRODUCT_DTYPES and dtype != torch.float16
+    return dtype not in backend.PRODUCT_DTYPES and dtype not in HALF
 
 
 def widened_bytes(backend: Backend, dtype: torch.dtype) -> int:
     """Return what factors and sums take while they are widened for torch's product."""
-    return 3 * 4 * _WIDENED if dtype == torch.float16 and dtype not in backend.PRODUCT_DTYPES else 0
+    return 3 * 4 * _WIDENED if dtype in HALF and dtype not in backend.PRODUCT_DTYPES else 0
 
 
 def multiply(
@@ -64,7 +57,7 @@ def multiply(
     """Write `first @ second` to `out`, or add it.
 
     Where the backend's product does not serve and `spare` is given, a flat one, the product goes there first, as many
-    rows at a time as fit; it must be given where `out` is wider than the factors.
+    rows at a time as fit.
     """
     if not out.numel():
         return
@@ -73,7 +66,7 @@ def multiply(
             out.zero_()
     elif _serves(backend, first, second):
         backend.product(_readable(first), _readable(second), out, accumulate=accumulate)
-    elif torch.float16 in (first.dtype, second.dtype):
+    elif first.dtype in HALF or second.dtype in HALF:
         _multiply_widened(first, second, out, accumulate)
     elif spare is not None:
         rows = max(1, spare.numel() // max(1, out.shape[1]))

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from logitless._heads.multiplier import who_multiplies
-from logitless._heads.products import widens
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
@@ -137,11 +136,11 @@ def head_call(
 
     `gradient` says whether anything needs one; None: what the tensors and the grad mode say.
     """
-    dtype = tile_dtype(backend, sources, least_dtype)
+    dtype = tile_dtype(sources, least_dtype)
     needed = gradient
     if needed is None:
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for s in sources for t in s.tensors)
-    row_bytes = sum(HeadTiles.row_bytes(backend, s, dtype, needed) for s in sources if isinstance(s, HeadRows))
+    row_bytes = sum(HeadTiles.row_bytes(s, dtype, needed) for s in sources if isinstance(s, HeadRows))
     row_bytes += sum(DenseTiles.row_bytes(s, dtype) for s in sources if isinstance(s, DenseRows))
     row_bytes += sources[0].classes * work.extra_bytes
     tiles = tiling(
@@ -163,8 +162,8 @@ def _cuts_classes(kind: type[RowWork]) -> bool:
     return hasattr(kind, "combine")
 
 
-def tile_dtype(backend: Backend, sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
-    """Return the dtype of the tiles: float32 where products need no rounding, else theirs if that will do.
+def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tiles: float32 of half-precision heads, else theirs if that will do.
 
     Logits that were given and would be rounded by their scale are scaled in float64, which keeps their differences; a
     head's were rounded when they were made.
@@ -180,7 +179,7 @@ def tile_dtype(backend: Backend, sources: Sequence[LogitRows], least: torch.dtyp
     )
     if len(kinds) == 1:
         (kind,) = kinds
-        if widens(backend, kind) and least in (kind, torch.float32) and all(isinstance(s, HeadRows) for s in sources):
+        if kind in HALF and least in (kind, torch.float32) and all(isinstance(s, HeadRows) for s in sources):
             return torch.float32
         # Float16 would round away or flush what a loss scale is to lift.
         if kind == least or (kind == torch.bfloat16 and plain and least == torch.float32):

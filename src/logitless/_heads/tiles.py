@@ -5,11 +5,9 @@ another order the tile is class-major, [classes, rows]: the product that makes i
 which it lies, which is the faster one where a tile has far fewer rows than classes.
 
 Precision policy: what a tile's gradient gives to hidden, weight and bias adds up in float32 or wider, and stays so
-until its upstream gradient is known. A tile of float16 is in float32 from the first, and its gradient is a factor in
-float32. So is one of bfloat16 where the backend multiplies it, but that its gradient is rounded to bfloat16 as a
-factor, in the logits' own bytes where the backend writes it there. Elsewhere products of bfloat16 are rounded to it;
-where scale, softcap or the logits' own dtype ask for it the tile is then widened before anything else, and bfloat16
-without any of them is read by the kernels as it is.
+until its upstream gradient is known. A tile of a half precision is in float32 from the first, and its gradient is a
+factor in float32, but that of bfloat16 is rounded to it where the backend multiplies it, in the logits' own bytes where
+the backend writes it there. Beside logits that were given in bfloat16 a tile of a head is rounded to that too.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.multiplier import multiplier
-from logitless._heads.products import multiply, needs_spare, widened_bytes, widens
+from logitless._heads.products import multiply, needs_spare, widened_bytes
 from logitless._heads.rows import DenseRows, HeadRows
 from logitless._rules.precision import HALF
 from logitless.kernels.interface import Backend, TileRules
@@ -110,9 +108,9 @@ class Backward(NamedTuple):
     first: int
 
 
-def _product_dtype(backend: Backend, factors: torch.dtype, tile: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tile's product is written: float32 where it can be and is of use."""
-    return torch.float32 if tile in (torch.float32, torch.float64) and widens(backend, factors) else factors
+def _product_dtype(factors: torch.dtype, tile: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tile's product is written: float32 of half precisions, where that is of use."""
+    return torch.float32 if tile in (torch.float32, torch.float64) and factors in HALF else factors
 
 
 def _spare_rows(shape: Tiling, dtype: torch.dtype) -> int:
@@ -144,7 +142,7 @@ class HeadTiles:
         self._softcap, self._class_major, self._dtype = rows.softcap, class_major, dtype
         self._line = shape.line if class_major else 1
         numbers = max(shape.rows, self._line) * shape.classes
-        raw = _product_dtype(backend, hidden.dtype, dtype)
+        raw = _product_dtype(hidden.dtype, dtype)
         self._raw = buffer(backend, numbers, raw, hidden.device) if memory is None else memory
         self._wide = None if dtype == self._raw.dtype else buffer(backend, numbers, dtype, hidden.device)
         self._slope = None
@@ -157,18 +155,18 @@ class HeadTiles:
         self.gradients = _Gradients(backend, tensors, needed, shape)
 
     @staticmethod
-    def is_one_buffer(backend: Backend, rows: HeadRows, dtype: torch.dtype) -> bool:
+    def is_one_buffer(rows: HeadRows, dtype: torch.dtype) -> bool:
         """Say whether a tile is made where its product is written; `memory` may then be that place."""
         hidden = rows.tensors[0]
         assert hidden is not None
-        return _product_dtype(backend, hidden.dtype, dtype) == dtype
+        return _product_dtype(hidden.dtype, dtype) == dtype
 
     @staticmethod
-    def row_bytes(backend: Backend, rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
+    def row_bytes(rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
         """Return what one row of logits takes in the buffers."""
         hidden = rows.tensors[0]
         assert hidden is not None
-        raw = _product_dtype(backend, hidden.dtype, dtype)
+        raw = _product_dtype(hidden.dtype, dtype)
         bytes_each = raw.itemsize
         if dtype != raw:
             bytes_each += dtype.itemsize
