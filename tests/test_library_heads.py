@@ -20,7 +20,6 @@ from graphs import Graphs, plain_graph
 from oracles import leaves
 
 pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
-from logitless._heads.products import widens
 from logitless._operators import heads as operators
 from logitless._rules import dispatch
 from logitless.kernels import cpu
@@ -568,7 +567,7 @@ def test_explain_knows_that_gradients_wait_in_float32() -> None:
         hidden, weight, *_ = head_of(200, dtype=torch.bfloat16)
         hidden.requires_grad_(wanted)
         weight.requires_grad_(wanted)
-        row_bytes = CLASSES * (4 if widens(cpu, torch.bfloat16) else 2)
+        row_bytes = CLASSES * 4
         rows = 300 if wanted else 600  # a budget that holds all rows in one tile, with gradients and without
         eager, graph = (
             ll.explain(call, hidden, weight, target, max_bytes=rows * row_bytes)
