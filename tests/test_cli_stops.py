@@ -26,6 +26,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_two_and_text(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored() -> Iterator[None]:
+    """A shell's job in the background ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def place(saved: Path, tmp_path: Path) -> Path:
     shutil.copytree(saved, tmp_path / "place")
