@@ -221,7 +221,7 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int, eps: float) -> Tensor:
 def _largest(x: Tensor, dim: int) -> Tensor:
     """Return the size of each vector's largest element; 0 of none."""
     size = x.detach().abs()
-    return size.amax(dim) if x.shape[dim] else size.sum(dim)
+    return size.amax(dim) if not x.dim() or x.shape[dim] else size.sum(dim)
 
 
 def _scaled(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
