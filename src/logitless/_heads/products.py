@@ -4,8 +4,8 @@ Precision policy: a backend's product is added up in float32 (of float64 in floa
 written to. The order of a sum depends on the depth alone, so a logit has the same bits in whatever tile, beside
 whatever other rows and classes it is made. Torch's own products promise no such thing. Float32 is left to torch where
 `torch.set_float32_matmul_precision` allows less than float32. Half-precision factors that the backend does not multiply
-are widened, a part at a time, for torch's product of float32: its own of them rounds what it writes, and where there is
-no instruction for it takes ten times as long.
+are widened, a part at a time, for torch's product of float32: its own of them rounds what it writes, and is slow where
+there is no instruction for it.
 """
 
 from __future__ import annotations
