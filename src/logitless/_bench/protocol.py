@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from logitless._bench.providers import BOTH, FORWARD, MODES, Call, Inputs, Loss, Outcome, Provider, as_tensor, eager
+from logitless._heads.multiplier import processor
 from logitless._rules import dispatch
 from logitless.kernels import cpu
 
@@ -113,16 +114,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def machine() -> dict[str, str]:
     """Return what the figures were made on: processor, cores, and the backend that serves tensors on the CPU."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = named[0] if named else processor
     backend = dispatch.pick("cross_entropy", [torch.zeros(1)]).NAME
     if backend == cpu.NAME:
         backend = f"{backend}, {cpu.native_info()['isa']}"
     return {
-        "processor": processor,
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "backend": backend,

@@ -136,12 +136,13 @@ def _seconds(products: Callable[[], None], tile: Tensor) -> float:
 def _file(backend: Backend) -> Path:
     """Return where the times of this machine and these versions are kept."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made_by = _processor(), f"torch {torch.__version__}", backend.product_facts()
+    made_by = processor(), f"torch {torch.__version__}", backend.product_facts()
     name = "-".join("".join(c if c.isalnum() or c == "." else "_" for c in part) for part in made_by)
     return caches / "logitless" / "products" / f"{name}.json"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name that the system has for this machine's processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
