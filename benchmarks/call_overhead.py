@@ -41,14 +41,14 @@ def loaded(path: str) -> ModuleType:
 def main() -> None:
     native = loaded(sys.argv[1]) if len(sys.argv) > 1 else _native
     logits, target, grad = torch.randn(1, 4), torch.zeros(1, dtype=torch.int64), torch.empty(1, 4)
-    rows = (0, 1, logits.data_ptr(), 1, 4, target.data_ptr(), -100, 0, 0, 0.0)
-    forward = (*rows, True, 0, 0, True)
-    _, _, denominator, saved = native.cross_entropy(*forward)
+    forward = (1, logits, target, None, -100, 0.0, True, None, None, True)
+    native.tensors_are(torch.Tensor, torch.Tensor.__dlpack_c_exchange_api__, torch.utils.dlpack.to_dlpack)
+    _, _, saved = native.cross_entropy(*forward)
     operand = (logits.data_ptr(), 0, (4, 1))
     calls: dict[str, tuple[Any, ...]] = {
         "backend_is_forced": (),
         "cross_entropy": forward,
-        "cross_entropy_grad": (*rows, saved, 1.0, denominator, 0, grad.data_ptr()),
+        "cross_entropy_grad": (1, logits, target, None, saved, torch.ones(()), grad),
         "elementwise": (0, False, 1, (1, 4), operand, operand, None, None, None, 1.0, (grad.data_ptr(), 0, (4, 1))),
     }
     for name, arguments in calls.items():

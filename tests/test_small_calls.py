@@ -3,6 +3,7 @@
 The truth is torch's own function in float64; what a call costs is measured by `logitless bench`, not here.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 import logitless as ll
 import logitless.functional as LF
 import logitless.nn as LN
-from logitless._autograd import rows as dense_rows
+from logitless.kernels import cpu
 
-pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
+native = pytest.importorskip("logitless._native", reason="built without the extension (LOGITLESS_NO_NATIVE)")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -28,14 +29,25 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call that took the short way."""
     calls: list[bool] = []
-    whole_loss = dense_rows._whole_loss
+    cross_entropy = cpu.cross_entropy
 
-    def counted(*args: Any, **options: Any) -> Any:
-        calls.append(True)
-        return whole_loss(*args, **options)
+    def counted(*args: Any) -> Any:
+        answer = cross_entropy(*args)
+        if answer is not None:
+            calls.append(True)
+        return answer
 
-    monkeypatch.setattr(dense_rows, "_whole_loss", counted)
+    monkeypatch.setattr(cpu, "cross_entropy", counted)
     return calls
+
+
+@pytest.fixture
+def older_torch() -> Iterator[None]:
+    """A torch that describes a tensor by a capsule alone: it has no table of functions for it."""
+    exchange, to_dlpack = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.utils.dlpack.to_dlpack
+    native.tensors_are(torch.Tensor, None, to_dlpack)
+    yield
+    native.tensors_are(torch.Tensor, exchange, to_dlpack)
 
 
 def drawn(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,6 +109,56 @@ def test_value_and_gradient(
     assert torch.equal(grad, again)
     if kind == "indices":
         assert not grad[1::3].any()  # exactly 0 in the ignored rows
+
+
+@pytest.mark.usefixtures("older_torch")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_torch_without_the_table_gets_the_same(dtype: torch.dtype, served: list[bool]) -> None:
+    for kind in ("indices", "probabilities"):
+        test_value_and_gradient(65, 7, dtype, "none", kind, True, 0.1, served)
+        served.clear()
+    logits, indices, _, _ = drawn(8, 10, dtype)
+    columns = logits.detach().T.contiguous().T
+    torch.testing.assert_close(LF.cross_entropy(columns, indices), LF.cross_entropy(logits, indices).detach())
+    assert served == [True]  # the columns are not rows
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        LF.cross_entropy(logits, torch.zeros(3, dtype=torch.int64, device="meta"))
+
+
+def test_one_row_by_itself(served: list[bool]) -> None:
+    logits, indices, probabilities, weight = drawn(1, 65, torch.float32)
+    for target in (indices, probabilities):
+        for reduction in ("mean", "none"):
+            row = logits.detach()[0].requires_grad_()
+            loss = LF.cross_entropy(row, target[0], weight, reduction=reduction)
+            assert loss.shape == ()
+            upstream = torch.randn(())
+            true = F.cross_entropy(row, target[0], weight, reduction=reduction)
+            torch.testing.assert_close(loss, true)
+            expected = torch.autograd.grad(true, row, upstream)
+            torch.testing.assert_close(torch.autograd.grad(loss, row, upstream), expected)
+    assert served == [True] * 4
+
+
+def test_the_kernel_refuses_what_it_would_misread() -> None:
+    logits, indices, _, _ = drawn(8, 10, torch.float32)
+    grad, one = torch.empty(8, 10), torch.ones(())
+    with pytest.raises(TypeError, match=r"cross_entropy: logits: expected object, got \[\]"):
+        native.cross_entropy(1, [], indices, None, -100, 0.0, True, None, None, True)
+    for memory in (torch.empty(2), torch.empty((), dtype=torch.float64), torch.empty((), device="meta")):
+        with pytest.raises(ValueError, match="memory of another shape, dtype or layout"):
+            native.cross_entropy(1, logits, indices, None, -100, 0.0, True, memory, None, True)
+    assert native.cross_entropy(1, logits, None, None, -100, 0.0, True, None, None, True) is None
+    assert native.cross_entropy(1, logits, indices.to("meta"), None, -100, 0.0, True, None, None, True) is None
+    _, _, saved = native.cross_entropy(1, logits, indices, None, -100, 0.0, True, None, None, True)
+    for wrong in (saved[:-1], b""):
+        with pytest.raises(ValueError, match="other tensors than cross_entropy was given"):
+            native.cross_entropy_grad(1, logits, indices, None, wrong, one, grad)
+    with pytest.raises(ValueError, match="other tensors than cross_entropy was given"):
+        native.cross_entropy_grad(1, logits[:4], indices[:4], None, saved, one, grad[:4])
+    for upstream, out in ((torch.ones(3), grad), (one.double(), grad), (one, grad.T), (one, grad[:3])):
+        with pytest.raises(ValueError, match="memory of another shape, dtype or layout"):
+            native.cross_entropy_grad(1, logits, indices, None, saved, upstream, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -235,14 +235,17 @@ native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 logits, target = (ctypes.c_float * 3)(), (ctypes.c_int64 * 1)(1)
 address = ctypes.addressof
-bad, loss, rows, saved = native.cross_entropy(
-    0, 1, address(logits), 1, 3, address(target), -100, 0, 0, 0.0, True, 0, 0, True
-)
+rows = (0, 1, address(logits), 1, 3, 1, 3, 1, 3)
+nll, highest, log_sum = (ctypes.c_float * 1)(), (ctypes.c_float * 1)(), (ctypes.c_double * 1)()
+statistics = (address(nll), 0, address(highest), address(log_sum), *[0] * 6)
+bad = native.row_stats(*rows, address(target), -100, 0, 0, 0, 0, 0, *statistics)
 gradient = (ctypes.c_float * 3)()
-native.cross_entropy_grad(
-    0, 1, address(logits), 1, 3, address(target), -100, 0, 0, 0.0, saved, 1.0, rows, 0, address(gradient)
+scales = (1.0, 0.0, -1.0, 0.0, 0.0, 0.0)
+native.row_grad(
+    *rows, address(gradient), 3, 1, 3, address(target), -100, 0, 0, 0, 0, 0, 0, address(highest), address(log_sum),
+    0, 0, *scales, *[0] * 5
 )
-print(bad, f"{loss:.6f}", *(f"{element:.6f}" for element in gradient))
+print(bad, f"{nll[0]:.6f}", *(f"{element:.6f}" for element in gradient))
 """
 
 

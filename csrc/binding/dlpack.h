@@ -7,7 +7,7 @@
 namespace logitless {
 
 enum DLDeviceType : std::int32_t { kDLCPU = 1 };
-enum DLDataTypeCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+enum DLDataTypeCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 
 struct DLDevice {
   DLDeviceType device_type;

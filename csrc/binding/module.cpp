@@ -1,5 +1,5 @@
-// The Python module: tensors arrive as addresses, shapes and strides (the cheapest call there is), so every check of a
-// tensor belongs to the caller, in src/logitless/kernels.
+// The Python module: tensors arrive as addresses, shapes and strides, so every check of a tensor belongs to the caller,
+// in src/logitless/kernels. Where all of a small loss is one call, they arrive as they are: see binding/tensor.h.
 #include <new>
 #include <utility>
 

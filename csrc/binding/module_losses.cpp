@@ -8,9 +8,11 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "binding/call.h"
+#include "binding/tensor.h"
 #include "kernels.h"
 
 using namespace logitless;
@@ -33,9 +35,15 @@ struct Problem {
   Tile tile() const { return {rows, classes, 1, classes, 1, 0}; }
 };
 
-// What the gradient needs of the forward pass, for each row; null where there will be none. Python holds it as bytes,
-// which cost a fraction of a tensor to make.
+// What the gradient needs of the forward pass: this, and for each row what follows; nothing where there will be none.
+// Python holds it as bytes, which cost a fraction of a tensor to make.
+struct Head {
+  double denominator, smoothing;
+  std::int64_t ignore_index;
+};
+
 struct Saved {
+  Head* head = nullptr;
   double* log_sum = nullptr;
   void* pivot = nullptr;
   void* dense_mass = nullptr;  // of a dense target alone
@@ -43,18 +51,20 @@ struct Saved {
   static std::size_t real_bytes(const Problem& p) {
     return p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   }
+  static std::size_t bytes(const Problem& p) {
+    return sizeof(Head) + static_cast<std::size_t>(p.rows) * (sizeof(double) + real_bytes(p) * (p.target ? 1 : 2));
+  }
   static Object room(const Problem& p, bool save) {
-    const std::size_t a_row = save ? sizeof(double) + real_bytes(p) * (p.target ? 1 : 2) : 0;
-    return Object(
-        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(static_cast<std::size_t>(p.rows) * a_row)));
+    return Object(PyBytes_FromStringAndSize(nullptr, save ? static_cast<Py_ssize_t>(bytes(p)) : 0));
   }
   Saved(const Bytes& bytes, const Problem& p) {
     if (bytes.size() == 0) return;
     char* const data = bytes.data();
     const std::size_t rows = static_cast<std::size_t>(p.rows);
-    log_sum = reinterpret_cast<double*>(data);
-    pivot = data + rows * sizeof(double);
-    dense_mass = data + rows * (sizeof(double) + real_bytes(p));
+    head = reinterpret_cast<Head*>(data);
+    log_sum = reinterpret_cast<double*>(data + sizeof(Head));
+    pivot = log_sum + rows;
+    dense_mass = static_cast<char*>(pivot) + rows * real_bytes(p);
   }
 };
 
@@ -104,9 +114,9 @@ template <class Real> double weight_sum(const Problem& p) {
 }
 
 // Cross-entropy over contiguous rows, reduced: their mean, or their sum, into `result` too unless that is null, and
-// into `losses` unless that is null each row's loss. Returns (bad_row, loss, denominator, saved), the last for
-// cross_entropy_grad and empty unless asked for.
-template <class Real> Object reduced(const Problem& p, bool mean, Address result, Address losses, bool save) {
+// into `losses` unless that is null each row's loss. Returns (bad_row, loss, saved), the last for cross_entropy_grad
+// and empty unless asked for.
+template <class Real> Object reduced(const Problem& p, bool mean, Real* result, Real* losses, bool save) {
   // nll or dense_sum, and smooth_sum: one each a row
   const std::unique_ptr<Real[]> scratch(new Real[static_cast<std::size_t>(p.rows) * (p.smoothing > 0 ? 2 : 1)]);
   Real* const loss = scratch.get();
@@ -138,61 +148,106 @@ template <class Real> Object reduced(const Problem& p, bool mean, Address result
   Sum sum{};
   without_gil(p.rows * p.classes, [&] {
     kernels().row_stats(args);
-    if (bad_row < 0) sum = sum_rows<Real>(p, loss, smooth_sum, loss, at<Real>(losses));
+    if (bad_row < 0) sum = sum_rows<Real>(p, loss, smooth_sum, loss, losses);
   });
-  if (bad_row >= 0) return make_tuple(bad_row, 0.0, 0.0, std::move(bytes));
+  if (bad_row >= 0) return make_tuple(bad_row, 0.0, std::move(bytes));
   const double denominator = mean ? sum.denominator : 1.0;
+  if (saved.head) *saved.head = {denominator, p.smoothing, p.ignore_index};
   // Rounded here: torch refuses to make a float of a double beyond its range, where the answer is infinity.
   const Real value = static_cast<Real>(sum.total / denominator);
-  if (result) *at<Real>(result) = value;
-  return make_tuple(bad_row, static_cast<double>(value), denominator, std::move(bytes));
+  if (result) *result = value;
+  return make_tuple(bad_row, static_cast<double>(value), std::move(bytes));
 }
 
-Problem problem(int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes, Address target,
-                std::int64_t ignore_index, Address weight, Address dense_target, double smoothing) {
-  return {static_cast<DType>(dtype),
-          threads,
-          rows,
-          classes,
-          at<void>(logits),
-          at<std::int64_t>(target),
-          ignore_index,
-          at<void>(weight),
-          at<void>(dense_target),
-          smoothing};
+DType real_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+// The problem that these tensors are, or none: other shapes, dtypes, places, or layouts. One row may come by itself.
+std::optional<Problem> problem(const Tensor& logits, const Tensor& target, const Tensor& weight) {
+  const int dims = logits.dims();
+  const std::optional<DType> dtype = logits.dtype();
+  if (!dtype || (dims != 1 && dims != 2) || !logits.is_plain() || !target.is_plain()) return std::nullopt;
+  Problem p{};
+  p.dtype = *dtype;
+  p.rows = dims == 1 ? 1 : logits.size(0);
+  p.classes = logits.size(dims - 1);
+  if (!p.rows || !p.classes) return std::nullopt;
+  p.logits = logits.data<void>();
+  if (target.holds_indices()) {
+    if (target.dims() != dims - 1 || (dims == 2 && target.size(0) != p.rows)) return std::nullopt;
+    p.target = target.data<std::int64_t>();
+  } else {
+    if (!target.holds(p.dtype) || !target.same_shape(logits)) return std::nullopt;
+    p.dense_target = target.data<void>();
+  }
+  if (weight.given()) {
+    if (!weight.holds(real_of(p.dtype)) || weight.dims() != 1 || weight.size(0) != p.classes || !weight.is_plain())
+      return std::nullopt;
+    p.weight = weight.data<void>();
+  }
+  return p;
 }
 
-LL_PYTHON(Object, cross_entropy, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
-          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing, bool mean,
-          Address result, Address losses, bool save) {
-  const Problem p =
-      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
-  return p.dtype == DType::kFloat64 ? reduced<double>(p, mean, result, losses, save)
-                                    : reduced<float>(p, mean, result, losses, save);
+// Of fewer logits a thread alone is done before it could ask for another.
+int threads_for(const Problem& p, int threads) { return p.rows * p.classes <= kReleaseAt ? 1 : threads; }
+
+// Where so many numbers lie, one after the other; null where they are not asked for.
+template <class T> T* room_for(const Tensor& out, std::int64_t elements, DType dtype) {
+  if (!out.given()) return nullptr;
+  if (!out.holds(dtype) || out.elements() != elements || !out.is_plain())
+    throw std::invalid_argument("cross_entropy: memory of another shape, dtype or layout than the logits ask for");
+  return out.data<T>();
 }
 
-// The gradient of the rows' losses, each times `scale / denominator` and, unless `upstream` is null, its own upstream.
-LL_PYTHON(void, cross_entropy_grad, int dtype, int threads, Address logits, std::int64_t rows, std::int64_t classes,
-          Address target, std::int64_t ignore_index, Address weight, Address dense_target, double smoothing,
-          const Bytes& saved, double scale, double denominator, Address upstream, Address grad) {
-  const Problem p =
-      problem(dtype, threads, logits, rows, classes, target, ignore_index, weight, dense_target, smoothing);
+template <class Real>
+Object reduced_into(const Problem& p, bool mean, const Tensor& result, const Tensor& losses, bool save) {
+  const DType real = real_of(p.dtype);
+  return reduced<Real>(p, mean, room_for<Real>(result, 1, real), room_for<Real>(losses, p.rows, real), save);
+}
+
+// (bad_row, loss, saved), or None where the tensors are another problem: the caller has other ways for those.
+LL_PYTHON(Object, cross_entropy, int threads, const Tensor& logits, const Tensor& target, const Tensor& weight,
+          std::int64_t ignore_index, double smoothing, bool mean, const Tensor& result, const Tensor& losses,
+          bool save) {
+  std::optional<Problem> p = problem(logits, target, weight);
+  if (!p || (p->dense_target && ignore_index >= 0)) return Object(Py_NewRef(Py_None));
+  p->threads = threads_for(*p, threads);
+  p->ignore_index = ignore_index;
+  p->smoothing = smoothing;
+  return p->dtype == DType::kFloat64 ? reduced_into<double>(*p, mean, result, losses, save)
+                                     : reduced_into<float>(*p, mean, result, losses, save);
+}
+
+// The gradient of the rows' losses, each times `upstream`, which is one number for all rows or one for each.
+LL_PYTHON(void, cross_entropy_grad, int threads, const Tensor& logits, const Tensor& target, const Tensor& weight,
+          const Bytes& saved, const Tensor& upstream, const Tensor& grad) {
+  std::optional<Problem> given = problem(logits, target, weight);
+  if (!given || saved.size() != static_cast<Py_ssize_t>(Saved::bytes(*given)))
+    throw std::invalid_argument("cross_entropy_grad: other tensors than cross_entropy was given");
+  Problem& p = *given;
   const Saved forward(saved, p);
-  scale /= denominator;
-  const double kept = scale * (1 - smoothing), spread = scale * p.spread();
+  p.threads = threads_for(p, threads);
+  p.ignore_index = forward.head->ignore_index;
+  p.smoothing = forward.head->smoothing;
+  const DType real = real_of(p.dtype);
+  const bool shared = upstream.elements() == 1;
+  const void* const upstreams = room_for<void>(upstream, shared ? 1 : p.rows, real);
+  double scale = 1;
+  if (shared) scale = real == DType::kFloat64 ? *upstream.data<double>() : *upstream.data<float>();
+  scale /= forward.head->denominator;
+  const double kept = scale * (1 - p.smoothing), spread = scale * p.spread();
   RowGradArgs args{};
   args.dtype = p.dtype;
   args.threads = p.threads;
   args.tile = p.tile();
   args.logits = p.logits;
-  args.grad_strides = {classes, 1, 0};
-  args.grad = at<void>(grad);
+  args.grad_strides = {p.classes, 1, 0};
+  args.grad = room_for<void>(grad, p.rows * p.classes, p.dtype);
   args.target = p.target;
-  args.ignore_index = ignore_index;
+  args.ignore_index = p.ignore_index;
   args.class_weight = p.weight;
   args.row_max = forward.pivot;
   args.log_sum = forward.log_sum;
-  args.upstream = at<void>(upstream);
+  args.upstream = shared ? nullptr : upstreams;
   args.upstream_stride = 1;
   args.a_scale = kept;
   if (p.target) {
@@ -200,15 +255,20 @@ LL_PYTHON(void, cross_entropy_grad, int dtype, int threads, Address logits, std:
     args.c_scale = -kept;
   } else {
     args.dense_target = p.dense_target;
-    args.dense_strides = {classes, 1, 0};
+    args.dense_strides = {p.classes, 1, 0};
     args.a = forward.dense_mass;
     args.e_scale = -kept;
   }
-  if (smoothing > 0) {
+  if (p.smoothing > 0) {
     args.a_extra = spread * (p.dtype == DType::kFloat64 ? weight_sum<double>(p) : weight_sum<float>(p));
     args.f_scale = -spread;
   }
   without_gil(p.rows * p.classes, [&] { kernels().row_grad(args); });
+}
+
+// What a tensor of torch's is: asked for once, before any other call that takes one.
+LL_PYTHON(void, tensors_are, Any type, Any exchange, Any to_dlpack) {
+  Tensor::are(type.object, exchange.object, to_dlpack.object);
 }
 
 // os.environ's own look-up encodes the name at each call, at a cost that a small loss notices.
@@ -219,5 +279,6 @@ LL_PYTHON(bool, backend_is_forced) { return std::getenv("LOGITLESS_BACKEND") != 
 void bind_losses(PyObject* module) {
   LL_DEFINE(module, cross_entropy);
   LL_DEFINE(module, cross_entropy_grad);
+  LL_DEFINE(module, tensors_are);
   LL_DEFINE(module, backend_is_forced);
 }

@@ -1,4 +1,5 @@
-"""The compiled kernels; see csrc/binding. Tensors are addresses, so only `logitless.kernels.cpu` may call these.
+"""The compiled kernels; see csrc/binding. Only `logitless.kernels.cpu` may call these: tensors are addresses, but in
+`cross_entropy` and its gradient.
 
 tests/test_native_stub.py holds names, order and types of the parameters to the extension's own.
 """
@@ -163,40 +164,29 @@ def select_isa(name: str, /) -> None: ...
 def select_tiles(name: str, /) -> None: ...
 def native_info() -> NativeInfo: ...
 def cross_entropy(
-    dtype: int,
     threads: int,
-    logits: int,
-    rows: int,
-    classes: int,
-    target: int,
+    logits: object,
+    target: object,
+    weight: object,
     ignore_index: int,
-    weight: int,
-    dense_target: int,
     smoothing: float,
     mean: bool,
-    result: int,
-    losses: int,
+    result: object,
+    losses: object,
     save: bool,
     /,
-) -> tuple[int, float, float, bytes]: ...
+) -> tuple[int, float, bytes] | None: ...
 def cross_entropy_grad(
-    dtype: int,
     threads: int,
-    logits: int,
-    rows: int,
-    classes: int,
-    target: int,
-    ignore_index: int,
-    weight: int,
-    dense_target: int,
-    smoothing: float,
+    logits: object,
+    target: object,
+    weight: object,
     saved: bytes,
-    scale: float,
-    denominator: float,
-    upstream: int,
-    grad: int,
+    upstream: object,
+    grad: object,
     /,
 ) -> None: ...
+def tensors_are(type: object, exchange: object, to_dlpack: object, /) -> None: ...
 def backend_is_forced() -> bool: ...
 def product_is_faster(dtype: int, /) -> bool: ...
 def product_serves(dtype: int, /) -> bool: ...

@@ -22,7 +22,6 @@ from logitless._heads.across import (
 )
 from logitless._heads.exchange import Peers
 from logitless._heads.square import Partitions, row_losses
-from logitless._rules.derivatives import needs_plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.transforms import transform_reason
 
@@ -143,7 +142,7 @@ def _refuse_transforms(peers: Peers, *tensors: Tensor | None) -> None:
 
 
 def _refuse_higher(peers: Peers, grad_output: Tensor) -> None:
-    if needs_plain_backward(grad_output):
+    if torch.is_grad_enabled() or transform_reason(grad_output) is not None:
         raise RuntimeError(
             f"{peers.name}: with group= the gradient cannot be differentiated again, nor be asked for in batches; "
             "leave out create_graph=True and is_grads_batched=True, or take the loss of one process (group=None)"

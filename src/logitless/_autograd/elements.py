@@ -17,7 +17,7 @@ from torch import Tensor
 from logitless._operators import cosines as cosine_operators
 from logitless._operators import elements as element_operators
 from logitless._rules import dispatch
-from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.derivatives import applied_directly, needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.reduction import reduce_rows, reduced_sum
 from logitless._rules.transforms import surroundings
@@ -91,7 +91,7 @@ def elementwise(call: ElementwiseCall, input: Tensor, target: Tensor, *weights: 
         dtype = reduction.dtype if reduction.kind == "none" else None
         made = element_operators.elementwise(call.loss, input, target, *weights, backend=call.backend, dtype=dtype)
         return reduction.of(made)
-    result: Tensor = _apply_elementwise(call, input, target, *weights)  # type: ignore[no-untyped-call] # torch types it not
+    result: Tensor = _apply_elementwise(call, input, target, *weights)
     return result
 
 
@@ -136,7 +136,7 @@ def of_few_numbers(
         return summed(input, target, reduction="sum", backend=dispatch.DEFINITION) / denominator
 
     call = ElementwiseCall(backend, loss, Reduction("mean", denominator, input.dtype), definition, holds_tensors=False)
-    result: Tensor = _apply_elementwise(call, input, target)  # type: ignore[no-untyped-call] # torch types it not
+    result: Tensor = _apply_elementwise(call, input, target)
     return result
 
 
@@ -169,8 +169,7 @@ class _Elementwise(torch.autograd.Function):
         return None, grad, *(None,) * len(operands)
 
 
-# Function.apply without its Python wrapper, which looks for function transforms: those never come here.
-_apply_elementwise = super(torch.autograd.Function, _Elementwise).apply
+_apply_elementwise = applied_directly(_Elementwise)
 
 
 class CosineCall(NamedTuple):

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from logitless._operators import rows as operators
 from logitless._rules import dispatch
-from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.derivatives import applied_directly, needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF
 from logitless._rules.targets import index_error
@@ -161,6 +161,7 @@ _FEW_BYTES = 1 << 14
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 # What a scalar is made like: in a third less time than of a number.
 _SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+_REDUCTIONS = frozenset(("mean", "sum", "none"))
 
 
 def whole_cross_entropy(
@@ -174,124 +175,91 @@ def whole_cross_entropy(
 ) -> Tensor | None:
     """Return torch's own loss over contiguous rows [rows, classes], or None where this is another case.
 
-    Everything about the call is checked here, as briefly as can be, and done in one kernel call each way.
-    `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
+    What surrounds the call is looked at here, as briefly as can be; the kernel looks at the tensors, and it is one call
+    each way. `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
     """
-    if is_compiling() or type(logits) not in _PLAIN or type(target) is not Tensor:
-        return None
-    assert isinstance(logits, Tensor)
-    shape, dtype = logits.shape, logits.dtype
-    if len(shape) == 1:  # one row is read as one of many
-        one, at = logits.unsqueeze(0), target.unsqueeze(0)
-        whole = whole_cross_entropy(definition, one, at, weight, ignore_index, reduction, smoothing)
-        return whole.squeeze(0) if whole is not None and reduction == "none" else whole
-    if len(shape) != 2:
-        return None
-    rows, classes = shape
     if (
-        not (rows and classes)
-        or dtype not in dispatch.WHOLE_CALLS.WHOLE_DTYPES
-        or not (logits.is_cpu and target.is_cpu and logits.is_contiguous() and target.is_contiguous())
-        or not (
-            target.shape == (rows,)
-            if target.dtype is torch.int64
-            else _plain_probabilities(target, logits, ignore_index)
-        )
-        or not (weight is None or _plain_weight(weight, classes, dtype))
-        or not (reduction == "mean" or reduction == "sum" or reduction == "none")
+        is_compiling()
+        or type(logits) not in _PLAIN
+        or type(target) is not Tensor
+        or not (weight is None or type(weight) in _PLAIN)
+        or reduction not in _REDUCTIONS
         or not 0.0 <= smoothing <= 1.0
-        or logits.is_neg()
         or (backend := dispatch.whole_calls()) is None
         or surroundings() is not None
     ):
         return None
-    if dtype in HALF and torch.is_autocast_enabled("cpu"):
-        return None  # it asks for another dtype
-    call = backend, definition, target, weight, ignore_index, reduction, smoothing
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _whole_loss(logits, call, save=False)[0]
-    loss: Tensor = _apply_whole(logits, call)  # type: ignore[no-untyped-call] # torch types it not
+    assert isinstance(logits, Tensor)
+    differentiates = torch.is_grad_enabled()
+    if (
+        logits.is_neg()
+        or target.layout is not torch.strided
+        or (differentiates and (target.requires_grad or (weight is not None and weight.requires_grad)))
+    ):
+        return None
+    differentiates = differentiates and logits.requires_grad
+    dtype, own_weight, result, losses = logits.dtype, weight, None, None
+    half = dtype in HALF
+    if half:
+        if torch.is_autocast_enabled("cpu") or (weight is not None and weight.dtype is not dtype):
+            return None  # it asks for another dtype
+        own_weight = None if weight is None else weight.float()
+    if reduction == "none":
+        losses = torch.empty(logits.shape[:-1], dtype=torch.float32 if half else dtype)
+    elif dtype in _SCALARS:
+        result = torch.empty_like(_SCALARS[dtype])
+    answer = backend.cross_entropy(
+        logits, target, own_weight, ignore_index, smoothing, reduction == "mean", result, losses, differentiates
+    )
+    if answer is None:
+        return None
+    bad_row, value, saved = answer
+    if bad_row >= 0:
+        raise index_error("cross_entropy", ClassTarget(logits.dim() - 1, logits.shape[-1], ignore_index, target))
+    if result is None:
+        result = torch.scalar_tensor(value, dtype=dtype) if losses is None else losses.to(dtype)
+    if not differentiates:
+        return result
+    done = result, target, weight, saved, (backend, definition, ignore_index, reduction, smoothing)
+    loss: Tensor = _apply_whole(logits, done)
     return loss
 
 
-def _plain_probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
-    return (
-        target.dtype is logits.dtype
-        and target.shape == logits.shape
-        and ignore_index < 0
-        and not (target.requires_grad and torch.is_grad_enabled())
-    )
-
-
-def _plain_weight(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
-    return (
-        type(weight) in _PLAIN
-        and weight.dtype is dtype
-        and weight.shape == (classes,)
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and not (weight.requires_grad and torch.is_grad_enabled())
-    )
-
-
-def _whole_loss(logits: Tensor, call: tuple[Any, ...], save: bool) -> tuple[Tensor, tuple[Tensor | None, bytes, float]]:
-    """Return the loss, and beside `call` for its gradient: the weight in the compute dtype, saved, denominator."""
-    backend: WholeCalls
-    backend, _, target, weight, ignore_index, reduction, smoothing = call
-    dtype = logits.dtype
-    result = losses = None
-    if reduction == "none":
-        losses = torch.empty(len(logits), dtype=torch.float32 if dtype in HALF else dtype)
-    elif dtype not in HALF:
-        result = torch.empty_like(_SCALARS[dtype])
-    if weight is not None and dtype in HALF:
-        weight = weight.float()
-    bad_row, loss, denominator, saved = backend.cross_entropy(
-        logits, target, weight, ignore_index, smoothing, reduction == "mean", result, losses, save
-    )
-    if bad_row >= 0:
-        raise index_error("cross_entropy", ClassTarget(1, logits.shape[1], ignore_index, target))
-    if result is None:
-        result = torch.scalar_tensor(loss, dtype=dtype) if losses is None else losses.to(dtype)
-    return result, (weight, saved, denominator)
-
-
 class _WholeCrossEntropy(torch.autograd.Function):
+    """Gives a loss that is already there its gradient."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Tensor:
-        loss, (weight, saved, denominator) = _whole_loss(logits, call, save=True)
-        backend, definition, target, given_weight, *options = call
-        rows = None
+    def forward(ctx: Any, logits: Tensor, done: tuple[Any, ...]) -> Tensor:
+        loss: Tensor
+        loss, target, weight, saved, call = done
         if len(saved) > _FEW_BYTES:  # what is large passes saved-tensor hooks
-            rows, saved = torch.frombuffer(bytearray(saved), dtype=torch.uint8), b""
-        ctx.save_for_backward(logits, target, given_weight, weight, rows)
-        ctx.call = backend, definition, options, saved, denominator
+            ctx.save_for_backward(logits, target, weight, torch.frombuffer(bytearray(saved), dtype=torch.uint8))
+            saved = b""
+        else:
+            ctx.save_for_backward(logits, target, weight)
+        ctx.call = *call, saved
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        logits, target, given_weight, weight, rows = ctx.saved_tensors
+        logits, target, weight, *rows = ctx.saved_tensors
         backend: WholeCalls
-        backend, definition, (ignore_index, reduction, smoothing), saved, denominator = ctx.call
-        if rows is not None:
-            saved = ctypes.string_at(rows.data_ptr(), rows.numel())
+        backend, definition, ignore_index, reduction, smoothing, saved = ctx.call
         if needs_plain_backward(grad_output):
 
             def plain(z: Tensor) -> Sequence[Tensor]:
                 options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-                return (definition(z, target, given_weight, **options, backend=dispatch.DEFINITION),)
+                return (definition(z, target, weight, **options, backend=dispatch.DEFINITION),)
 
             return plain_backward(plain, [logits], [True], [grad_output])[0], None
-        scale, upstream = 1.0, None
-        if reduction != "none":
-            scale = float(backend.scalar(grad_output))
-        else:
-            upstream = (grad_output.float() if logits.dtype in HALF else grad_output).contiguous()
-        grad = backend.cross_entropy_grad(
-            logits, target, weight, ignore_index, smoothing, saved, scale, denominator, upstream
-        )
-        return grad, None
+        if rows:
+            saved = ctypes.string_at(rows[0].data_ptr(), rows[0].numel())
+        if logits.dtype in HALF:
+            grad_output = grad_output.float()
+            weight = None if weight is None else weight.float()
+        if reduction == "none":
+            grad_output = grad_output.contiguous()
+        return backend.cross_entropy_grad(logits, target, weight, saved, grad_output), None
 
 
-# Function.apply without its Python wrapper, which looks for the function transforms that are excluded above.
-_apply_whole = super(torch.autograd.Function, _WholeCrossEntropy).apply
+_apply_whole = applied_directly(_WholeCrossEntropy)

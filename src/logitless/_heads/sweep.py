@@ -26,7 +26,7 @@ from logitless._heads.multiplier import who_multiplies
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
-from logitless._rules.derivatives import needs_plain_backward, plain_backward
+from logitless._rules.derivatives import applied_directly, needs_plain_backward, plain_backward
 from logitless._rules.dispatch import Forecast
 from logitless._rules.keeping import graph_is_kept, put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
@@ -253,8 +253,7 @@ class _PerRow(torch.autograd.Function):
         return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
 
 
-# Function.apply without its Python wrapper, which looks for function transforms: those never come here.
-_apply_per_row: Any = super(torch.autograd.Function, _PerRow).apply
+_apply_per_row: Any = applied_directly(_PerRow)
 
 
 def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Saved]]:
@@ -393,7 +392,7 @@ class _Reduced(torch.autograd.Function):
         return (*[None] * _ARGUMENTS, *made)
 
 
-_apply_reduced: Any = super(torch.autograd.Function, _Reduced).apply
+_apply_reduced: Any = applied_directly(_Reduced)
 
 
 def value_and_gradients(

@@ -1,8 +1,9 @@
-"""Gradients that must be differentiated again, or that come in a batch: made of plain operations."""
+"""How a call is tied to its gradient; and gradients made of plain operations: differentiated again, or in a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,30 @@ from torch import Tensor
 from logitless._rules.transforms import transform_reason
 
 
+def applied_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` without the Python around it, and take away what stands around its backward.
+
+    Around `apply` torch looks for function transforms, which callers exclude, and around `backward` for a `vjp` in its
+    place, which no function here has: of a small loss that is a twentieth of its time.
+    """
+    node = getattr(function, "_backward_cls", None)  # torch's own name: without it backward works as it always does
+    if node is not None:
+        node.apply = function.backward
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc] # torch's own base
+    return apply
+
+
 def needs_plain_backward(*grad_outputs: Tensor | None) -> bool:
-    """Say whether a backward pass must be made of plain differentiable operations."""
-    return torch.is_grad_enabled() or transform_reason(*grad_outputs) is not None
+    """Say whether a backward pass must be made of plain differentiable operations.
+
+    So it is of an upstream gradient whose memory holds its negative, as a conjugate's imaginary part does: kernels read
+    memory.
+    """
+    return (
+        torch.is_grad_enabled()
+        or transform_reason(*grad_outputs) is not None
+        or any(grad is not None and grad.is_neg() for grad in grad_outputs)
+    )
 
 
 def plain_backward(

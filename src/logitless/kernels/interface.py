@@ -500,11 +500,6 @@ class WholeCalls(Backend, Protocol):
     It spares small calls all that stands around a kernel.
     """
 
-    @property
-    def WHOLE_DTYPES(self) -> frozenset[torch.dtype]:  # noqa: N802
-        """The dtypes of logits that it takes."""
-        ...
-
     def cross_entropy(
         self,
         logits: Tensor,
@@ -516,26 +511,18 @@ class WholeCalls(Backend, Protocol):
         result: Tensor | None,
         losses: Tensor | None,
         save: bool,
-    ) -> tuple[int, float, float, bytes]:
-        """Return (bad_row, loss, denominator, saved): the reduced loss of contiguous rows [rows, classes].
+    ) -> tuple[int, float, bytes] | None:
+        """Return (bad_row, loss, saved), or None where these tensors are not what it takes.
 
-        The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in
-        the compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. The denominator is torch's
-        with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless `save`.
+        That is contiguous logits [rows, classes] or [classes], not negated; a target of int64, without the classes, or
+        of probabilities, of the logits' shape and dtype, with an `ignore_index` below 0; and contiguous `class_weight`
+        in the compute dtype. `result`, in it too, gets the loss, and `losses` each row's own. `saved` is for
+        `cross_entropy_grad`, and empty unless `save`.
         """
         ...
 
     def cross_entropy_grad(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        smoothing: float,
-        saved: bytes,
-        scale: float,
-        denominator: float,
-        upstream: Tensor | None,
+        self, logits: Tensor, target: Tensor, class_weight: Tensor | None, saved: bytes, upstream: Tensor
     ) -> Tensor:
-        """Return the gradient of `cross_entropy`, times `scale` and, where given, the row's `upstream`."""
+        """Return the gradient of `cross_entropy`, times `upstream`, one number or each row's, in the compute dtype."""
         ...

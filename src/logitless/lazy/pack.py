@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.window import Window
+from logitless._rules.derivatives import applied_directly
 from logitless.lazy.gradient import Form, LazyGradient, form_of
 
 Parts = Sequence[Tensor | None]
@@ -181,7 +182,7 @@ class _Written(torch.autograd.Function):
         return (None, None, *_gradients_of_parts(ctx, gradient))
 
 
-# What `Function.apply` does for function transforms is not needed where these are called: outside them.
-_apply_pack: Any = super(torch.autograd.Function, _Pack).apply
-unpack: Any = super(torch.autograd.Function, _Unpack).apply
-write: Any = super(torch.autograd.Function, _Written).apply
+# Called outside function transforms alone.
+_apply_pack: Any = applied_directly(_Pack)
+unpack: Any = applied_directly(_Unpack)
+write: Any = applied_directly(_Written)

@@ -44,7 +44,6 @@ __all__ = [
     "PRODUCT_BITS_STAND",
     "PRODUCT_DTYPES",
     "READS_VALUES",
-    "WHOLE_DTYPES",
     "cosine_embedding",
     "cosine_embedding_grad",
     "cosine_similarity",
@@ -85,7 +84,6 @@ READS_VALUES = True
 PRODUCT_BITS_STAND = True
 NARROWS = False
 PAIR_SAVED: int = _native.PAIR_SAVED if _native else 0
-WHOLE_DTYPES = frozenset(DTYPES)
 
 
 # Of which the kernel has a product, on the instruction set chosen at the start.

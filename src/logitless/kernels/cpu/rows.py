@@ -14,9 +14,6 @@ from logitless.kernels.layout import laid_out
 from logitless.kernels.native import DTYPES
 from logitless.kernels.native import extension as _native
 
-# Of fewer logits a thread alone is done before it could ask for another.
-SERIAL_NUMEL = 1 << 14
-
 
 def row_stats(
     logits: Tensor,
@@ -146,26 +143,6 @@ def row_grad(
     return grad
 
 
-def _problem(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, smoothing: float
-) -> tuple[int, int, int, int, int, int, int, int, int, float]:
-    """What the kernels of a whole cross-entropy take first, both ways."""
-    rows, classes = logits.shape
-    index, data = target.dtype is torch.int64, target.data_ptr()
-    return (
-        DTYPES[logits.dtype],
-        1 if rows * classes <= SERIAL_NUMEL else torch.get_num_threads(),
-        logits.data_ptr(),
-        rows,
-        classes,
-        data if index else 0,
-        ignore_index,
-        0 if class_weight is None else class_weight.data_ptr(),
-        0 if index else data,
-        smoothing,
-    )
-
-
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -176,42 +153,18 @@ def cross_entropy(
     result: Tensor | None,
     losses: Tensor | None,
     save: bool,
-) -> tuple[int, float, float, bytes]:
-    """The reduced loss of contiguous rows [rows, classes], in one call.
-
-    The target is int64 [rows], or probabilities of the logits' shape and dtype; `class_weight` is contiguous, in the
-    compute dtype; `result`, in it too, gets the loss, and `losses` each row's own. Returns (bad_row, loss, denominator,
-    saved): the denominator is torch's with `mean`, else 1, and `saved` is for `cross_entropy_grad`, and empty unless
-    `save`.
-    """
+) -> tuple[int, float, bytes] | None:
+    """`WholeCalls.cross_entropy`: the reduced loss of contiguous rows, in one call that looks at the tensors itself."""
+    threads = torch.get_num_threads()
     return _native.cross_entropy(
-        *_problem(logits, target, class_weight, ignore_index, smoothing),
-        mean,
-        0 if result is None else result.data_ptr(),
-        0 if losses is None else losses.data_ptr(),
-        save,
+        threads, logits, target, class_weight, ignore_index, smoothing, mean, result, losses, save
     )
 
 
 def cross_entropy_grad(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    saved: bytes,
-    scale: float,
-    denominator: float,
-    upstream: Tensor | None,
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, saved: bytes, upstream: Tensor
 ) -> Tensor:
-    """The gradient of `cross_entropy` of the same arguments, times `scale` and, where given, the row's `upstream`."""
+    """The gradient of `cross_entropy` of the same tensors, times the upstream gradient."""
     grad = empty_like_pooled(logits)
-    _native.cross_entropy_grad(
-        *_problem(logits, target, class_weight, ignore_index, smoothing),
-        saved,
-        scale,
-        denominator,
-        0 if upstream is None else upstream.data_ptr(),
-        grad.data_ptr(),
-    )
+    _native.cross_entropy_grad(torch.get_num_threads(), logits, target, class_weight, saved, upstream, grad)
     return grad
