@@ -85,6 +85,47 @@ def test_no_temporary_of_all_pairs_and_features() -> None:
     x, y = vectors(60, 50), vectors(70, 50, seed=1)
     with NoTensorOf(60 * 70 + 1):
         ll.pairwise_cosine(x, y).sum().backward()
+    x, y = vectors(100, 150), vectors(90, 150, seed=1)
+    with NoTensorOf(150 * 100 + 1):
+        F.cosine_similarity(x.unsqueeze(1), y, dim=-1).sum().backward()
+        F.cosine_similarity(x, y.unsqueeze(1), dim=2).sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(7, 3, 5), (130, 70, 129)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_in_a_compiled_graph(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """The operator there takes the same way: the same bits."""
+    n, m, d = sizes
+    x, y = vectors(n, d, dtype=dtype), vectors(m, d, dtype=dtype, seed=1)
+
+    def broadcast(x: Tensor, y: Tensor) -> Tensor:
+        return F.cosine_similarity(x.unsqueeze(1), y.unsqueeze(0), dim=-1)
+
+    upstream = torch.randn(n, m, dtype=dtype)
+    results = []
+    for function in (broadcast, torch.compile(broadcast, backend="aot_eager", fullgraph=True, dynamic=True)):
+        made = function(x, y)
+        results.append((made.detach(), *torch.autograd.grad(made, (x, y), upstream)))
+    assert all(map(torch.equal, *results))
+
+
+def test_lengths_at_the_ends_of_the_range() -> None:
+    """Squares that overflow or vanish: the same cosines as of vectors of length 1, by name and broadcast."""
+    x, y = vectors(130, 129, dtype=torch.float64).detach(), vectors(70, 129, dtype=torch.float64, seed=1).detach()
+    expected = exact(x, y)
+    for scale in (1e300, 2.0**1020, 1e-300, 1e-160):
+        for made in (
+            ll.pairwise_cosine(x * scale, y),
+            F.cosine_similarity((x * scale).unsqueeze(1), y.unsqueeze(0), dim=-1, eps=0),
+        ):
+            torch.testing.assert_close(made, expected, rtol=1e-14, atol=1e-15)
+    small = ll.pairwise_cosine((x * 2.0**-130).float(), (y * 2.0**120).float())
+    torch.testing.assert_close(
+        small.double(), expected, rtol=1e-4, atol=1e-4
+    )  # the vectors have lost their last digits
+    x[0, 1] = torch.nan
+    assert ll.pairwise_cosine(x, y)[0].isnan().all()
+    assert F.cosine_similarity(x.unsqueeze(1), y.unsqueeze(0), dim=-1)[0].isnan().all()
 
 
 def test_out() -> None:

@@ -212,6 +212,7 @@ class _Cosine(torch.autograd.Function):
             dim=call.dim,
             eps=call.eps,
             margin=call.margin,
+            turned=cosine_operators.crossed(x1, x2, target, call.dim),
             save=any(ctx.needs_input_grad),
         )
         ctx.save_for_backward(x1, x2, target, rows.saved)
@@ -240,6 +241,7 @@ class _Cosine(torch.autograd.Function):
             dim=call.dim,
             eps=call.eps,
             margin=call.margin,
+            turned=cosine_operators.crossed(x1, x2, target, call.dim),
             upstream=upstream,
             scale=scale,
             wanted=wanted,

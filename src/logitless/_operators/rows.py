@@ -141,11 +141,11 @@ def with_layout_of(grad: Tensor, logits: Tensor) -> Tensor:
 def one_at_a_time(operator: Operator) -> BatchingRule:
     """Return a vmap rule that goes through the batch."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, backend: str | None = None) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **by_name: Any) -> tuple[Any, Any]:
         runs = [
             operator(
                 *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
-                backend=backend,
+                **by_name,
             )
             for i in range(info.batch_size)
         ]

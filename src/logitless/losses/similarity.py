@@ -28,7 +28,8 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
 
     Returns:
         The broadcast shape without `dim`, in the promoted dtype. Never above 1 by rounding, never NaN for a zero
-        vector, and right for vectors whose squares overflow or vanish.
+        vector, and right for vectors whose squares overflow or vanish. All pairs of many, (N, 1, D) with (1, M, D), are
+        a matrix product.
 
     Raises:
         RuntimeError: an integer dtype, a negative eps, shapes that do not broadcast. TypeError: a complex dtype.
