@@ -128,7 +128,7 @@ def machine() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Return what was measured: the versions of Python and of each package that takes part and is installed."""
     found = {"python": platform.python_version()}
-    for name in ("logitless", "torch", "jax", "jaxlib", "optax", "faiss-cpu"):
+    for name in ("logitless", "torch", "jax", "jaxlib", "optax", "faiss-cpu", "sentence-transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
