@@ -144,6 +144,32 @@ def test_what_a_caller_allows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * choice.tile[0] * choice.tile[1] <= 256 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("rows", "classes", "max_bytes", "tile", "kept"),
+    [
+        (1024, 128256, None, 1024, 1),  # all of it: nothing is made again
+        (8192, 128256, None, 1024, 1),
+        (8192, 128256, 4 * 2**30, 2048, 3),
+        (8192, 32000, None, 4096, 1),
+    ],
+)
+def test_a_loss_of_each_row_keeps_what_the_bytes_hold(
+    rows: int, classes: int, max_bytes: int | None, tile: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = fake_gpu(monkeypatch, reads_target=True)
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device=device) for n in (rows, classes))
+        target = torch.empty(rows, dtype=torch.int64, device=device)
+        told = (LF.linear_cross_entropy, hidden.requires_grad_(), weight, target)
+        choice = ll.explain(*told, reduction="none", max_bytes=max_bytes)
+        reduced = ll.explain(*told, max_bytes=max_bytes)
+    assert choice.tile == (tile, classes)
+    assert choice.kept_bytes == 4 * kept * tile * classes <= max(max_bytes or 0, 512 * 2**20, 4 * 1024 * classes)
+    assert reduced.kept_bytes == 0
+    assert choice.peak_bytes is not None
+    assert choice.peak_bytes > choice.kept_bytes
+
+
 @pytest.mark.parametrize("name", [name for name in test_backends.CALLS if name not in test_backends.READS])
 def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on meta stand for a GPU's: a value of theirs cannot be read, and none may come to lie on the CPU."""

@@ -142,6 +142,7 @@ def tile_rules() -> TileRules:
         class_major=False,
         line=1,
         default_rows=1024,
+        keeps_logits=True,
     )
 
 
