@@ -178,12 +178,83 @@ def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: 
     if name == "nothing is zero":
         loss = lambda d: LF.cross_entropy(d["z"], d["target"], empty="zero")  # noqa: E731 # on the tensors' own device
     expected = test_backends.results(loss, d)
+    there = {key: value.to("meta") for key, value in d.items()}
     with test_backends.NoHostReads():
-        got = test_backends.results(loss, {key: value.to("meta") for key, value in d.items()})
+        got = test_backends.results(loss, there)
     for one, other in zip(got, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
+
+
+def test_tensors_of_two_gpus_are_left_to_torch() -> None:
+    """A kernel would read addresses of the one on the other."""
+    with FakeTensorMode():
+        logits, target = torch.empty(3, 5, device="cuda:0"), torch.empty(3, dtype=torch.int64, device="cuda:1")
+        choice = ll.explain(LF.cross_entropy, logits, target)
+        assert choice == ("reference", "tensors are on cuda:0 and on cuda:1")
+        assert ll.explain(LF.cross_entropy, logits, target.to("cuda:0")).backend == "triton"
+
+
+def test_gpus_that_triton_does_not_compile_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    for capability, reason in (
+        ((7, 5), "Triton compiles for compute capability 8.0 and later; cuda:0 has 7.5"),
+        ((8, 0), None),
+        ((9, 0), None),
+    ):
+        triton._too_old.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
+        assert triton._too_old(device) == reason
+    triton._too_old.cache_clear()
+
+
+@pytest.mark.parametrize("classes", [1000, 2**20, 2**30 + 16, 2**31 - 2**17])
+def test_a_row_of_any_length_fits_a_grid(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts lie on the second axis, which has 65,535 places."""
+    grids: list[tuple[int, ...]] = []
+    for module in (triton.rows, triton.pairs):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    z, row = torch.empty(2, classes, dtype=torch.bfloat16, device="meta"), torch.empty(2, device="meta")
+    index, wide = torch.empty(2, dtype=torch.int64, device="meta"), row.double()
+    triton.row_stats(z, index)
+    triton.row_grad(z, row, wide, index, a_scale=1.0, c_scale=-1.0)
+    saved = torch.empty(2, triton.PAIR_SAVED, dtype=torch.float64, device="meta")
+    triton.pair_row_stats(z, z, index)
+    triton.pair_row_grad(z, z, saved, kl=row)
+    assert len(grids) >= 6
+    assert max(grid[1] for grid in grids if len(grid) > 1) <= 65535
+
+
+def test_a_row_that_cannot_be_counted_is_refused() -> None:
+    z = torch.empty(1, 2**31, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="rows of at most 2147418111 classes, got 2147483648"):
+        triton.row_stats(z)
+
+
+def test_an_older_torch_adds_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch before 2.10 has no `addmm(out_dtype=)` to float32; its `mm(out_dtype=)` is made here of float32."""
+    products = triton.products
+    monkeypatch.setattr(products, "writes_wide", lambda device: True)
+    monkeypatch.setattr(products, "_ADDS_WIDE", False)
+    monkeypatch.setattr(products, "_WIDENED", 700)
+    multiplied: list[torch.Size] = []
+
+    def mm(first: Tensor, second: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        multiplied.append(first.shape)
+        return first.to(out_dtype) @ second.to(out_dtype)
+
+    make = torch.Generator().manual_seed(1)
+    first, second = torch.randn(65, 33, generator=make).bfloat16(), torch.randn(33, 100, generator=make).bfloat16()
+    out = torch.ones(100, 65).T
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", mm)
+        triton.product(first, second, out, accumulate=True)
+    assert len(multiplied) == 10
+    torch.testing.assert_close(out.double(), 1 + first.double() @ second.double(), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert triton.product_facts().endswith("which are added a part at a time")
 
 
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

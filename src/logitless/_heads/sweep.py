@@ -32,6 +32,7 @@ from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.dispatch import Forecast, explains_a_graph
 from logitless._rules.keeping import graph_is_kept, put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
+from logitless._rules.reduction import as_number
 from logitless.kernels.interface import Backend
 
 Saved = Any
@@ -351,7 +352,7 @@ def factors(call: HeadCall, reduction: Reduction) -> Factors:
         factor = 1.0 / divisor if divisor else math.inf
         return Factors(factor, 1.0) if _LEAST <= abs(factor) <= _MOST else Factors(1.0, factor)
     device = left_out.device if left_out is not None else call.tensors[0].device  # type: ignore[union-attr] # never None
-    whole = torch.as_tensor(divisor, dtype=torch.float64, device=device).reciprocal()
+    whole = as_number(divisor, torch.float64, device).reciprocal()
     usual = (whole.abs() >= _LEAST) & (whole.abs() <= _MOST)
     early, late = torch.where(usual, whole, 1.0), torch.where(usual, 1.0, whole)
     return Factors(early, late if left_out is None else torch.where(left_out.all(), 0.0, late))

@@ -28,7 +28,7 @@ from logitless._heads.sweep import (
 from logitless._heads.tiles import sum_dtype
 from logitless._operators.rows import Outputs, backend_of, check_shapes, one_at_a_time
 from logitless._rules.derivatives import plain_backward
-from logitless._rules.reduction import Empty, Normalizer
+from logitless._rules.reduction import Empty, Normalizer, as_number
 from logitless.kernels.interface import Backend, ClassTarget, RowStats
 
 _PARTS = 4  # hidden, weight, bias and scale: what gradients flow to
@@ -198,7 +198,7 @@ def _head_loss(*args: Any, backend: str | None = None) -> Outputs:
     call, how = head.call(kernels, rows, any(needed), late=False), reduced.reduction_of(kernels, head, rows)
     parts = factors(call, how)
     value, grads = value_and_gradients(call, how, parts, rows.source.tensors, needed)
-    late = torch.as_tensor(parts.late, dtype=torch.float64, device=head.hidden.device)
+    late = as_number(parts.late, torch.float64, head.hidden.device)
     return value, *_outputs(head, rows.kept, grads, _sum_dtypes(head)), late
 
 
