@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +54,11 @@ def test_interpreted(name: str) -> None:
 
 def gate() -> ModuleType:
     """The script that compiles every variant."""
-    spec = importlib.util.spec_from_file_location("gpu_compile", TESTS.parent / "benchmarks" / "gpu_compile.py")
+    return script("gpu_compile")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TESTS.parent / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -88,6 +92,65 @@ def test_the_gate_would_notice() -> None:
     (launch,) = built.launches(variant.call)
     bad = built.Built(registers=129, spilled=4, widest_load=4, widest_store=8, warps=8, lanes=32)
     assert len(built.faults(variant, launch, bad, "cuda")) == 3
+    good = bad._replace(registers=40, spilled=0, widest_load=16)
+    rows = [built.Row("sm_90", variant, made, joins=False) for made in (good, bad)]
+    assert list(built.summary(rows)) == [
+        "sm_90: 2 kernels, at most 129 registers, at least 1 blocks, 1 with spills, "
+        "loads of 4 bytes or more in all 2 whose strides allow it"
+    ]
+
+
+# --- the one command for a card
+
+
+def test_what_a_card_is_asked_for_is_rehearsed() -> None:
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "benchmarks/gpu.py", "--rehearse"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS.parent, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("every kernel, torch.float64, 65 classes", "products of torch.float16", "heads of torch.bfloat16"):
+        assert f"right: {said}" in done.stdout
+
+
+def broken() -> Iterator[str]:
+    yield "a kernel of 7 classes"
+    raise AssertionError("row_grad torch.bfloat16 65: off by 99 units")
+
+
+def test_nothing_is_timed_after_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("gpu")
+
+    def timed(*args: Any, **options: Any) -> Any:
+        pytest.fail("it was timed")
+
+    for name in ("timed", "copy_bandwidth", "dense_cases", "head_cases"):
+        monkeypatch.setattr(bench, name, timed)
+    monkeypatch.setattr(bench, "kernels_are_right", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    for options in ([], ["--correctness"], ["--small"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+        assert bench.main() == 1
+        said = capsys.readouterr()
+        assert "right: a kernel of 7 classes" in said.out
+        assert "WRONG in broken, after 'a kernel of 7 classes': AssertionError: row_grad torch.bfloat16 65" in said.err
+        assert "nothing was timed" in said.err
+
+
+def test_no_number_of_a_card_is_right_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison with NaN is false, whichever way round it is asked."""
+    bench = script("gpu")
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "REHEARSES", True)
+    nothing = lambda first, second, out, accumulate=False: out.fill_(torch.nan)  # noqa: E731 # a broken product
+    monkeypatch.setattr(bench.triton, "product", nothing)
+    with pytest.raises(AssertionError, match=r"product of torch\.bfloat16"):
+        list(bench.products_are_right())
+    monkeypatch.setattr(bench, "of_head", lambda call, dtype, kind: [torch.tensor(torch.nan)])
+    with pytest.raises(AssertionError, match="off by nan"):
+        list(bench.heads_are_right())
+    with pytest.raises(AssertionError, match="a kernel"):
+        bench.near(torch.tensor([1.0, torch.nan]), torch.ones(2), 8.0, "a kernel")
 
 
 # --- tensors of a GPU that hold nothing
