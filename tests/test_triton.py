@@ -250,6 +250,23 @@ def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: 
             assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
 
 
+CONTRASTIVE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "info_nce": lambda q, k, s: ll.info_nce(q, k, scale=s),
+    "clip_loss": ll.clip_loss,
+    "siglip_loss": lambda q, k, s: ll.siglip_loss(q, k, s, s),
+}
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_contrastive_losses_of_another_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that they make lies there too, and no value is read."""
+    monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset(("meta",)))
+    leaves = [torch.empty(size, device="meta", requires_grad=True) for size in ((33, 16), (33, 16), ())]
+    with test_backends.NoHostReads():
+        grads = torch.autograd.grad(CONTRASTIVE[name](*leaves), leaves)
+    assert [grad.device.type for grad in grads] == ["meta"] * 3
+
+
 def test_tensors_of_two_gpus_are_left_to_torch() -> None:
     """A kernel would read addresses of the one on the other."""
     with FakeTensorMode():
