@@ -274,7 +274,7 @@ def heads_are_right() -> Iterator[str]:
 
 def of_head(call: Callable[..., Tensor], dtype: torch.dtype, kind: torch.dtype) -> list[Tensor]:
     """Return loss and gradients of a head's numbers of a dtype; of float64, by the reference."""
-    rows, width, classes = (30, 16, 50) if REHEARSES else (3000, 256, 5000)
+    rows, width, classes = (9, 16, 50) if REHEARSES else (3000, 256, 5000)
     sizes = ((1, rows), (2, classes))
     leaves = [normal(i, n, width, dtype=dtype, scale=0.5).to(kind).requires_grad_() for i, n in sizes]
     target = classes_of(3, rows, classes)
