@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_compile.py [--only REGEX] [--target sm_80 sm_90 gfx942]
 
-For each variant it prints registers a thread, bytes spilled, and the widest load from and store to global memory; it
-fails where registers are spilled, where they leave no room for two blocks on a multiprocessor, or where a variant whose
-strides allow it does not load 16 bytes at a time. Needs Triton alone (3.9, as the dev group pins it).
+For each variant it prints registers a thread, bytes spilled, and the widest load from and store to global memory, and
+in the end a line for each target. It fails where registers are spilled, where they leave no room for two blocks on a
+multiprocessor, or where a variant whose strides allow it does not load 16 bytes at a time.
+Needs Triton alone (3.9, as the dev group pins it).
 """
 
 from __future__ import annotations
@@ -353,12 +354,36 @@ def faults(variant: Variant, launch: Launch, made: Built, kind: str) -> list[str
     return wrong
 
 
+class Row(NamedTuple):
+    """A kernel of a variant, compiled for a target."""
+
+    target: str
+    variant: Variant
+    made: Built
+    joins: bool
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Of each target: kernels, most registers a thread, fewest blocks on a multiprocessor, spills, widths of loads."""
+    for target in dict.fromkeys(row.target for row in rows):
+        kernels = [row for row in rows if row.target == target]
+        kind = TARGETS[target].backend
+        wide = [row.made.widest_load for row in kernels if row.variant.vector and not row.joins]
+        yield (
+            f"{target}: {len(kernels)} kernels, at most {max(row.made.registers for row in kernels)} registers, "
+            f"at least {min(row.made.blocks(kind) for row in kernels)} blocks, "
+            f"{sum(row.made.spilled > 0 for row in kernels)} with spills, "
+            f"loads of {min(wide, default=0)} bytes or more in all {len(wide)} whose strides allow it"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression of variants' names")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     asked = parser.parse_args()
-    count = failed = 0
+    rows: list[Row] = []
+    failed = 0
     print(f"{'variant':44} {'kernel':18} {'target':7} {'warps':>5} {'regs':>5} {'spill':>5} {'load':>4} {'store':>5}")
     for variant in variants():
         if not re.search(asked.only, variant.name):
@@ -367,14 +392,17 @@ def main() -> int:
             for name in asked.target:
                 made = built(launch, TARGETS[name])
                 wrong = faults(variant, launch, made, TARGETS[name].backend)
-                count, failed = count + 1, failed + bool(wrong)
+                failed += bool(wrong)
+                rows.append(Row(name, variant, made, "join" in launch.kernel.__name__))
                 print(
                     f"{variant.name:44} {launch.kernel.__name__:18} {name:7} {made.warps:5} {made.registers:5} "
                     f"{made.spilled:5} {made.widest_load:4} {made.widest_store:5}  {'; '.join(wrong)}",
                     flush=True,
                 )
-    print(f"{count} kernels compiled, {failed} with a fault")
-    return 1 if failed or not count else 0
+    for line in summary(rows):
+        print(line)
+    print(f"{len(rows)} kernels compiled, {failed} with a fault")
+    return 1 if failed or not rows else 0
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_NUMBERS_INTERPRETED", 256)
     for module in ("rows", "pairs"):
         monkeypatch.setattr(f"logitless.kernels.triton.{module}.PART_CLASSES", 300)
-        monkeypatch.setattr(f"logitless.kernels.triton.{module}.GRADIENT_PART_CLASSES", 256)
+    monkeypatch.setattr(launching, "GRADIENT_PART_CLASSES", 256)
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(65, torch.bfloat16), (400, torch.float32)], ids=str)

@@ -16,6 +16,8 @@ import logitless.functional as LF
 import oracles
 import test_backends
 import test_devices
+from logitless._heads.sweep import HeadCall
+from logitless._heads.tiles import HeadTiles
 from logitless.kernels import triton
 
 # The target of these requires a gradient there, which no kernel gives.
@@ -62,7 +64,7 @@ def test_the_checks_of_the_suite(name: str) -> None:
 # --- heads
 
 
-def head_of(dtype: torch.dtype, rows: int = 300, classes: int = 65, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+def head_of(dtype: torch.dtype, rows: int = 45, classes: int = 65, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     make = torch.Generator().manual_seed(3)
     hidden, weight = (torch.randn(n, width, generator=make).to(dtype) for n in (rows, classes))
     return hidden, weight, torch.randint(classes, (rows,), generator=make)
@@ -80,13 +82,25 @@ HEAD_LOSSES: dict[str, Loss] = {
 }
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, **changed: int) -> None:
+    """Cut heads as a GPU's are, but with fewer rows to a tile: a program has one row, and each takes its time here."""
+    rules = triton.tile_rules()._replace(**changed)
+    monkeypatch.setattr(triton, "tile_rules", lambda: rules)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("name", HEAD_LOSSES)
-def test_heads_of_every_dtype(name: str, softcap: float | None, dtype: torch.dtype) -> None:
+def test_heads_of_every_dtype(
+    name: str, softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In three tiles; the truth is float64 of the same numbers, the measure what torch loses of dense logits."""
+    cut(monkeypatch, default_bytes=0, default_rows=16, least_rows=16, round_rows=8)
     hidden, weight, target = head_of(dtype)
     loss = HEAD_LOSSES[name]
+    if name != "log_softmax":
+        choice = ll.explain(loss, ll.linear(hidden.requires_grad_(), weight, softcap=softcap), target)
+        assert choice.tile == (16, 65)
 
     def results(kind: torch.dtype, lazy: bool) -> list[Tensor]:
         h, w = (x.to(kind, copy=True).requires_grad_() for x in (hidden, weight))
@@ -107,8 +121,11 @@ def test_heads_of_every_dtype(name: str, softcap: float | None, dtype: torch.dty
         oracles.assert_no_worse(result.to(plain.dtype), truth, plain, name)
 
 
-@pytest.mark.parametrize("max_bytes", [4 * 65 * 128, 3000])
-def test_tiles_of_rows_and_of_classes(max_bytes: int) -> None:
+@pytest.mark.parametrize(("max_bytes", "tile"), [(4 * 65 * 18, (16, 65)), (3000, (15, 46))])
+def test_tiles_of_rows_and_of_classes(max_bytes: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, least_rows=16, cut_rows=15, round_rows=8, least_classes=16)
+    told = {"label_smoothing": 0.1, "max_bytes": max_bytes}
+    assert ll.explain(LF.linear_cross_entropy, *head_of(torch.float32), **told).tile == tile
     hidden, weight, target = (x.requires_grad_() if x.is_floating_point() else x for x in head_of(torch.float32))
     grads = []
     for limit in (None, max_bytes):
@@ -116,6 +133,35 @@ def test_tiles_of_rows_and_of_classes(max_bytes: int) -> None:
         grads.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_logits_that_are_kept_are_those_that_would_be_made_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two tiles one is kept, and a bfloat16 gradient is written into its bytes; bit for bit."""
+    cut(monkeypatch, least_rows=16, round_rows=8)
+    hidden, weight, target = head_of(dtype, rows=43)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    upstream = torch.linspace(-1, 2, 43)
+
+    def loss() -> Tensor:
+        return LF.linear_cross_entropy(*leaves, target, reduction="none", max_bytes=4 * 65 * 28)
+
+    choice, made, original = ll.explain(loss), [], HeadTiles.logits
+    assert choice.tile is not None
+    assert choice.kept_bytes == 4 * 65 * choice.tile[0]
+    results = []
+    for kept in (1, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HeadTiles, "logits", lambda *args: made.append(1) or original(*args))
+            if not kept:
+                patch.setattr(HeadCall, "kept_tiles", property(lambda call: 0))
+            made.clear()
+            results.append(torch.autograd.grad(loss(), leaves, upstream.to(loss().dtype)))
+        assert len(made) == 4 - kept + 2  # the second loss has no backward pass
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradients_of_gradients_and_transforms_are_the_definitions() -> None:

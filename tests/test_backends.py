@@ -7,12 +7,13 @@ measures eagerly, in compiled graphs and through lazy heads. It reads no value o
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
@@ -144,6 +145,15 @@ CALLS: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], tuple[str, ...]]] 
         ),
         ("row_stats", "row_grad"),
     ),
+    "lazy in cut tiles, smooth": (
+        lambda d: LF.linear_cross_entropy(d["hidden"], d["head"], d["target"], label_smoothing=0.1, max_bytes=200),
+        ("row_stats", "row_grad"),
+    ),
+    "lazy, summed": (lambda d: LF.cross_entropy(lazy(d), d["target"], reduction="sum"), ("row_stats", "row_grad")),
+    "lazy, over a number": (
+        lambda d: LF.cross_entropy(lazy(d), d["target"], normalizer=7.0, empty="zero"),
+        ("row_stats", "row_grad"),
+    ),
     "lazy, a row": (lambda d: LF.cross_entropy(lazy(d), d["target"], reduction="none"), ("row_stats", "row_grad")),
     "lazy probabilities": (lambda d: LF.cross_entropy(lazy(d), d["soft"]), ("row_stats", "row_grad")),
     "lazy entropy": (lambda d: ll.entropy(lazy(d), reduction="mean"), ("row_stats", "row_grad")),
@@ -180,7 +190,7 @@ def results(loss: Callable[[dict[str, Tensor]], Tensor], d: dict[str, Tensor]) -
     leaves = {k: v.clone().requires_grad_(k in ("z", "y", "hidden", "head", "bias", "scale")) for k, v in d.items()}
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
     out = loss(leaves)
-    upstream = torch.linspace(0.5, 2.0, max(1, out.numel())).to(out.device, out.dtype).view(out.shape)
+    upstream = torch.linspace(0.5, 2.0, max(1, out.numel()), device=out.device).to(out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, wanted, upstream, allow_unused=True)]
 
 
@@ -248,6 +258,20 @@ class HostReadError(AssertionError):
     """A value was read on the host."""
 
 
+class _NoHostCopies(TorchFunctionMode):
+    """Raises where numbers of the host would be copied to a device: torch waits for that copy."""
+
+    MAKERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in self.MAKERS and made.device.type != "cpu":
+            given = args[-1]
+            if not isinstance(given, Tensor) or given.device != made.device:
+                raise HostReadError(f"{func} copies to {made.device}")
+        return made
+
+
 class NoHostReads(TorchDispatchMode):
     """Raises where a device would be waited for."""
 
@@ -263,8 +287,20 @@ class NoHostReads(TorchDispatchMode):
         )
     )
 
+    def __enter__(self) -> Self:
+        self._copies = _NoHostCopies()
+        self._copies.__enter__()
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._copies.__exit__(*raised)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
+            raise HostReadError(f"{func} from {args[0].device} to {kwargs['device']}")
         sized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
         if func in self.FORBIDDEN and not sized:
             raise HostReadError(str(func))

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +54,11 @@ def test_interpreted(name: str) -> None:
 
 def gate() -> ModuleType:
     """The script that compiles every variant."""
-    spec = importlib.util.spec_from_file_location("gpu_compile", TESTS.parent / "benchmarks" / "gpu_compile.py")
+    return script("gpu_compile")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TESTS.parent / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -88,6 +92,65 @@ def test_the_gate_would_notice() -> None:
     (launch,) = built.launches(variant.call)
     bad = built.Built(registers=129, spilled=4, widest_load=4, widest_store=8, warps=8, lanes=32)
     assert len(built.faults(variant, launch, bad, "cuda")) == 3
+    good = bad._replace(registers=40, spilled=0, widest_load=16)
+    rows = [built.Row("sm_90", variant, made, joins=False) for made in (good, bad)]
+    assert list(built.summary(rows)) == [
+        "sm_90: 2 kernels, at most 129 registers, at least 1 blocks, 1 with spills, "
+        "loads of 4 bytes or more in all 2 whose strides allow it"
+    ]
+
+
+# --- the one command for a card
+
+
+def test_what_a_card_is_asked_for_is_rehearsed() -> None:
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "benchmarks/gpu.py", "--rehearse"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS.parent, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("every kernel, torch.float64, 65 classes", "products of torch.float16", "heads of torch.bfloat16"):
+        assert f"right: {said}" in done.stdout
+
+
+def broken() -> Iterator[str]:
+    yield "a kernel of 7 classes"
+    raise AssertionError("row_grad torch.bfloat16 65: off by 99 units")
+
+
+def test_nothing_is_timed_after_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("gpu")
+
+    def timed(*args: Any, **options: Any) -> Any:
+        pytest.fail("it was timed")
+
+    for name in ("timed", "copy_bandwidth", "dense_cases", "head_cases"):
+        monkeypatch.setattr(bench, name, timed)
+    monkeypatch.setattr(bench, "kernels_are_right", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    for options in ([], ["--correctness"], ["--small"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+        assert bench.main() == 1
+        said = capsys.readouterr()
+        assert "right: a kernel of 7 classes" in said.out
+        assert "WRONG in broken, after 'a kernel of 7 classes': AssertionError: row_grad torch.bfloat16 65" in said.err
+        assert "nothing was timed" in said.err
+
+
+def test_no_number_of_a_card_is_right_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison with NaN is false, whichever way round it is asked."""
+    bench = script("gpu")
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "REHEARSES", True)
+    nothing = lambda first, second, out, accumulate=False: out.fill_(torch.nan)  # noqa: E731 # a broken product
+    monkeypatch.setattr(bench.triton, "product", nothing)
+    with pytest.raises(AssertionError, match=r"product of torch\.bfloat16"):
+        list(bench.products_are_right())
+    monkeypatch.setattr(bench, "of_head", lambda call, dtype, kind: [torch.tensor(torch.nan)])
+    with pytest.raises(AssertionError, match="off by nan"):
+        list(bench.heads_are_right())
+    with pytest.raises(AssertionError, match="a kernel"):
+        bench.near(torch.tensor([1.0, torch.nan]), torch.ones(2), 8.0, "a kernel")
 
 
 # --- tensors of a GPU that hold nothing
@@ -144,6 +207,32 @@ def test_what_a_caller_allows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * choice.tile[0] * choice.tile[1] <= 256 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("rows", "classes", "max_bytes", "tile", "kept"),
+    [
+        (1024, 128256, None, 1024, 1),  # all of it: nothing is made again
+        (8192, 128256, None, 1024, 1),
+        (8192, 128256, 4 * 2**30, 2048, 3),
+        (8192, 32000, None, 4096, 1),
+    ],
+)
+def test_a_loss_of_each_row_keeps_what_the_bytes_hold(
+    rows: int, classes: int, max_bytes: int | None, tile: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = fake_gpu(monkeypatch, reads_target=True)
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device=device) for n in (rows, classes))
+        target = torch.empty(rows, dtype=torch.int64, device=device)
+        told = (LF.linear_cross_entropy, hidden.requires_grad_(), weight, target)
+        choice = ll.explain(*told, reduction="none", max_bytes=max_bytes)
+        reduced = ll.explain(*told, max_bytes=max_bytes)
+    assert choice.tile == (tile, classes)
+    assert choice.kept_bytes == 4 * kept * tile * classes <= max(max_bytes or 0, 512 * 2**20, 4 * 1024 * classes)
+    assert reduced.kept_bytes == 0
+    assert choice.peak_bytes is not None
+    assert choice.peak_bytes > choice.kept_bytes
+
+
 @pytest.mark.parametrize("name", [name for name in test_backends.CALLS if name not in test_backends.READS])
 def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on meta stand for a GPU's: a value of theirs cannot be read, and none may come to lie on the CPU."""
@@ -152,12 +241,100 @@ def test_tensors_of_another_device_are_never_waited_for(name: str, monkeypatch: 
     if name == "nothing is zero":
         loss = lambda d: LF.cross_entropy(d["z"], d["target"], empty="zero")  # noqa: E731 # on the tensors' own device
     expected = test_backends.results(loss, d)
+    there = {key: value.to("meta") for key, value in d.items()}
     with test_backends.NoHostReads():
-        got = test_backends.results(loss, {key: value.to("meta") for key, value in d.items()})
+        got = test_backends.results(loss, there)
     for one, other in zip(got, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
+
+
+CONTRASTIVE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "info_nce": lambda q, k, s: ll.info_nce(q, k, scale=s),
+    "clip_loss": ll.clip_loss,
+    "siglip_loss": lambda q, k, s: ll.siglip_loss(q, k, s, s),
+}
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_contrastive_losses_of_another_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that they make lies there too, and no value is read."""
+    monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset(("meta",)))
+    leaves = [torch.empty(size, device="meta", requires_grad=True) for size in ((33, 16), (33, 16), ())]
+    with test_backends.NoHostReads():
+        grads = torch.autograd.grad(CONTRASTIVE[name](*leaves), leaves)
+    assert [grad.device.type for grad in grads] == ["meta"] * 3
+
+
+def test_tensors_of_two_gpus_are_left_to_torch() -> None:
+    """A kernel would read addresses of the one on the other."""
+    with FakeTensorMode():
+        logits, target = torch.empty(3, 5, device="cuda:0"), torch.empty(3, dtype=torch.int64, device="cuda:1")
+        choice = ll.explain(LF.cross_entropy, logits, target)
+        assert choice == ("reference", "tensors are on cuda:0 and on cuda:1")
+        assert ll.explain(LF.cross_entropy, logits, target.to("cuda:0")).backend == "triton"
+
+
+def test_gpus_that_triton_does_not_compile_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    for capability, reason in (
+        ((7, 5), "Triton compiles for compute capability 8.0 and later; cuda:0 has 7.5"),
+        ((8, 0), None),
+        ((9, 0), None),
+    ):
+        triton._too_old.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
+        assert triton._too_old(device) == reason
+    triton._too_old.cache_clear()
+
+
+@pytest.mark.parametrize("classes", [1000, 2**20, 2**30 + 16, 2**31 - 2**17])
+def test_a_row_of_any_length_fits_a_grid(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts lie on the second axis, which has 65,535 places."""
+    grids: list[tuple[int, ...]] = []
+    for module in (triton.rows, triton.pairs):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    z, row = torch.empty(2, classes, dtype=torch.bfloat16, device="meta"), torch.empty(2, device="meta")
+    index, wide = torch.empty(2, dtype=torch.int64, device="meta"), row.double()
+    triton.row_stats(z, index)
+    triton.row_grad(z, row, wide, index, a_scale=1.0, c_scale=-1.0)
+    saved = torch.empty(2, triton.PAIR_SAVED, dtype=torch.float64, device="meta")
+    triton.pair_row_stats(z, z, index)
+    triton.pair_row_grad(z, z, saved, kl=row)
+    assert len(grids) >= 6
+    assert max(grid[1] for grid in grids if len(grid) > 1) <= 65535
+
+
+def test_a_row_that_cannot_be_counted_is_refused() -> None:
+    z = torch.empty(1, 2**31, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="rows of at most 2147418111 classes, got 2147483648"):
+        triton.row_stats(z)
+
+
+def test_an_older_torch_adds_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch before 2.10 has no `addmm(out_dtype=)` to float32; its `mm(out_dtype=)` is made here of float32."""
+    products = triton.products
+    monkeypatch.setattr(products, "writes_wide", lambda device: True)
+    monkeypatch.setattr(products, "_ADDS_WIDE", False)
+    monkeypatch.setattr(products, "_WIDENED", 700)
+    multiplied: list[torch.Size] = []
+
+    def mm(first: Tensor, second: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        multiplied.append(first.shape)
+        return first.to(out_dtype) @ second.to(out_dtype)
+
+    make = torch.Generator().manual_seed(1)
+    first, second = torch.randn(65, 33, generator=make).bfloat16(), torch.randn(33, 100, generator=make).bfloat16()
+    out = torch.ones(100, 65).T
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", mm)
+        triton.product(first, second, out, accumulate=True)
+    assert len(multiplied) == 10
+    torch.testing.assert_close(out.double(), 1 + first.double() @ second.double(), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert triton.product_facts().endswith("which are added a part at a time")
 
 
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,15 @@ def flat_probabilities(meaning: ClassTarget) -> Tensor | None:
 
 
 def loss_call(
-    backend: Backend, rows: LossRows, asked: HeadLoss, compute: torch.dtype, gradient: bool | None = None
+    backend: Backend,
+    rows: LossRows,
+    asked: HeadLoss,
+    compute: torch.dtype,
+    gradient: bool | None = None,
+    *,
+    late: bool,
 ) -> HeadCall:
-    """Plan the loss and the weight of each row; `gradient` as in `head_call`."""
+    """Plan the loss and the weight of each row; `gradient` and `late` as in `head_call`."""
     source, target, weight = rows.source, rows.target, asked.weight
     indices, ignore_index = kernel_indices(target)
     work = CrossEntropyWork(
@@ -109,6 +115,7 @@ def loss_call(
         least_dtype=compute,
         max_bytes=asked.max_bytes,
         gradient=gradient,
+        late=late,
     )
 
 

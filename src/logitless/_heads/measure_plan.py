@@ -60,7 +60,15 @@ def token_call(
     work = TokenWork(backend, indices, ignore_index, wide, top_k)
     outputs = (True, True, True, False, False, *((False, False) if top_k else ()))
     call = head_call(
-        backend, [source], work, definition, outputs=outputs, least_dtype=wide, max_bytes=None, gradient=gradient
+        backend,
+        [source],
+        work,
+        definition,
+        outputs=outputs,
+        least_dtype=wide,
+        max_bytes=None,
+        gradient=gradient,
+        late=True,
     )
     return call, kept
 
@@ -75,15 +83,25 @@ def placed(values: Sequence[Tensor], kept: Tensor | None, shape: torch.Size) -> 
     )
 
 
-def entropy_call(backend: Backend, source: LogitRows, wide: torch.dtype, gradient: bool | None = None) -> HeadCall:
-    """Plan the entropy of each row; `wide` and `gradient` as in `token_call`."""
+def entropy_call(
+    backend: Backend, source: LogitRows, wide: torch.dtype, gradient: bool | None = None, *, late: bool
+) -> HeadCall:
+    """Plan the entropy of each row; `wide` as in `token_call`, `gradient` and `late` as in `head_call`."""
 
     def definition(*tensors: Tensor | None) -> Sequence[Tensor]:
         return (definitions.entropy(_all(source, tensors), -1).to(wide),)
 
     work = TokenWork(backend, None, NO_INDEX, wide)
     return head_call(
-        backend, [source], work, definition, outputs=(True,), least_dtype=wide, max_bytes=None, gradient=gradient
+        backend,
+        [source],
+        work,
+        definition,
+        outputs=(True,),
+        least_dtype=wide,
+        max_bytes=None,
+        gradient=gradient,
+        late=late,
     )
 
 
@@ -95,8 +113,10 @@ def pair_call(
     divergence: Divergence | None,
     wide: torch.dtype,
     gradient: bool | None = None,
+    *,
+    late: bool,
 ) -> HeadCall:
-    """Plan the measures of that name of two sources; the target's values are as given, the rest as in `token_call`."""
+    """Plan the measures of that name of two sources, the target's values as given; the rest as in `entropy_call`."""
     function = pair_function(names, divergence)
     cut, classes = len(sources[0].tensors), sources[0].classes
     indices = None if target is None or target.indices is None else target.indices.reshape(-1)
@@ -118,7 +138,15 @@ def pair_call(
     class_major = all(isinstance(source, HeadRows) for source in sources)
     work = PairWork(backend, names, divergence, indices, ignore_index, class_major, wide)
     return head_call(
-        backend, sources, work, definition, outputs=outputs, least_dtype=wide, max_bytes=None, gradient=gradient
+        backend,
+        sources,
+        work,
+        definition,
+        outputs=outputs,
+        least_dtype=wide,
+        max_bytes=None,
+        gradient=gradient,
+        late=late,
     )
 
 

@@ -22,8 +22,8 @@ class Places(NamedTuple):
 class Pairs(Protocol):
     """Entries (row, column) of a matrix, each at most once."""
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
-        """Yield those in rows top to bottom and columns left to right, counted from there."""
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
+        """Yield those in rows top to bottom and columns left to right, counted from there, on the device."""
         ...
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -40,11 +40,11 @@ class Diagonal(NamedTuple):
 
     size: int
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
         """Yield the part of the diagonal that crosses the tile."""
         first, last = max(top, left), min(bottom, right, self.size)
         if first < last:
-            along = torch.arange(first, last)
+            along = torch.arange(first, last, device=device)
             yield Places(along - top, along - left)
 
     def counts(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -68,7 +68,7 @@ class Listed(NamedTuple):
         flat = torch.unique(rows.to(torch.int64) * width + columns.to(torch.int64))
         return cls(flat // max(1, width), flat % max(1, width))
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
         """Yield the entries of these rows whose column is among these."""
         first, last = torch.searchsorted(self.rows, self.rows.new_tensor((top, bottom))).tolist()
         rows, columns = self.rows[first:last], self.columns[first:last]
@@ -99,7 +99,7 @@ class Indexed(NamedTuple):
         again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, ordered.shape[1]), 0))
         return cls(ordered.masked_fill(again, -1))
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
         """Yield the entries of these rows whose column is among these."""
         stretch = self.columns[top:bottom]
         rows, places = ((stretch >= left) & (stretch < right)).nonzero(as_tuple=True)
@@ -124,7 +124,7 @@ class SameLabel(NamedTuple):
     columns: Tensor
     others: bool = False
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
         """Yield them, a stretch of rows at a time."""
         labels = self.columns[left:right]
         step = max(1, _LISTED // max(1, right - left))
@@ -156,7 +156,7 @@ class Masked(NamedTuple):
     mask: Tensor
     others: bool = False
 
-    def within(self, top: int, bottom: int, left: int, right: int) -> Iterator[Places]:
+    def within(self, top: int, bottom: int, left: int, right: int, device: torch.device) -> Iterator[Places]:
         """Yield them, a stretch of rows at a time."""
         size, device = len(self.mask), self.mask.device
         columns_of = torch.arange(left, right, device=device) % size

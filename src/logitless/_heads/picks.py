@@ -217,6 +217,7 @@ def _call(
         least_dtype=_compute(dtype),
         max_bytes=None,
         gradient=True,
+        late=True,
     )
 
 

@@ -369,7 +369,11 @@ class Work:
             else:
                 right = right_side.block(first, last, self._right)
                 multiply(self._products, rows.left, right.T, logits)
-            found = () if panel.positives is None else panel.positives.within(rows.top, rows.bottom, first, last)
+            found = (
+                ()
+                if panel.positives is None
+                else panel.positives.within(rows.top, rows.bottom, first, last, logits.device)
+            )
             places = [(each, logits[each].double()) for each in found]
             by_column, columns = None, min(last, self._column_anchors) - first
             if panel.columns is not None and columns > 0:
@@ -479,7 +483,7 @@ def edit(
         mask = rule.mask[first:last] if rule.mask.dim() == 1 else rule.mask[top:bottom, first:last]
         logits.masked_fill_(mask, -torch.inf)
     for pairs in rule.pairs:
-        for places in pairs.within(top, bottom, first, last):
+        for places in pairs.within(top, bottom, first, last, logits.device):
             logits[places] = -torch.inf
 
 
@@ -487,7 +491,7 @@ def _harden(hardness: Hardness, logits: Tensor, scale: Tensor | float, top: int,
     own = (
         []
         if hardness.own is None
-        else list(hardness.own.within(top, top + len(logits), first, first + logits.shape[1]))
+        else list(hardness.own.within(top, top + len(logits), first, first + logits.shape[1], logits.device))
     )
     kept = [logits[places] for places in own]
     factor = 1 + hardness.strength / scale

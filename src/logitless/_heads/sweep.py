@@ -1,8 +1,10 @@
 """Losses and measures of logits that are not built, by a backend's kernels: one pass over tiles, as one operation.
 
 With a loss reduced to a scalar the gradient of each tile is made while the tile is there (three products); with values
-a row, whose upstream gradients are not known yet, the backward pass makes each tile again (four). Where a gradient must
-itself be differentiated the backward pass is the reference's, differentiated by torch.
+a row, whose upstream gradients are not known yet, the backward pass makes each tile again (four). Where the backend's
+rules say so, the last tiles wait for it instead, as many as the call's bytes hold: it begins with these, and their
+memory then serves the others. Where a gradient must itself be differentiated the backward pass is the reference's,
+differentiated by torch.
 
 Precision policy: a gradient that is made before its upstream gradient is known adds up in float32 or wider, stays so
 until the backward pass multiplies it, and is rounded then. What the loss divides by is taken in as it is made where
@@ -27,12 +29,14 @@ from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
 from logitless._rules.derivatives import applied_directly, needs_plain_backward, plain_backward
-from logitless._rules.dispatch import Forecast
+from logitless._rules.dispatch import Forecast, explains_a_graph
 from logitless._rules.keeping import graph_is_kept, put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
+from logitless._rules.reduction import as_number
 from logitless.kernels.interface import Backend
 
 Saved = Any
+Memory = list[Tensor | None]  # of one tile's logits, source by source; None: they were given
 Definition = Callable[..., Sequence[Tensor]]
 
 
@@ -83,6 +87,13 @@ class CutWork(RowWork, Protocol):
         ...
 
 
+class Kept(NamedTuple):
+    """The logits of a call's last tiles, from its forward pass."""
+
+    memory: Sequence[Memory]
+    stays: bool  # another backward pass may read them
+
+
 @dataclass(frozen=True, slots=True)
 class HeadCall:
     """One call: who computes, its rows, its work, its tiles, and the same in plain operations on all rows."""
@@ -120,6 +131,11 @@ class HeadCall:
         """How many classes a row has."""
         return self.sources[0].classes
 
+    @property
+    def kept_tiles(self) -> int:
+        """Of how many tiles, the last, the logits wait for the backward pass of values a row."""
+        return self.tiles.kept if self.work.reads_logits and any(self.differentiable) else 0
+
 
 def head_call(
     backend: Backend,
@@ -131,10 +147,12 @@ def head_call(
     least_dtype: torch.dtype,
     max_bytes: int | None,
     gradient: bool | None = None,
+    late: bool = False,
 ) -> HeadCall:
     """Plan a call: `least_dtype` is what the logits are widened to if anything asks for more than they have.
 
-    `gradient` says whether anything needs one; None: what the tensors and the grad mode say.
+    `gradient` says whether anything needs one; None: what the tensors and the grad mode say. `late` says that it is
+    made in the backward pass, for which logits may wait.
     """
     dtype = tile_dtype(sources, least_dtype)
     needed = gradient
@@ -143,15 +161,20 @@ def head_call(
     row_bytes = sum(HeadTiles.row_bytes(s, dtype, needed) for s in sources if isinstance(s, HeadRows))
     row_bytes += sum(DenseTiles.row_bytes(s, dtype) for s in sources if isinstance(s, DenseRows))
     row_bytes += sources[0].classes * work.extra_bytes
+    rules, kept_row_bytes = backend.tile_rules(), 0
+    if late and needed and rules.keeps_logits:
+        heads = [HeadTiles.kept_row_bytes(s, dtype) for s in sources if isinstance(s, HeadRows)]
+        kept_row_bytes = sum(heads) if all(heads) else 0
     tiles = tiling(
-        backend.tile_rules(),
+        rules,
         sources[0].rows,
         sources[0].classes,
         row_bytes,
         max_bytes=max_bytes,
         gradient=needed,
         cut_classes=_cuts_classes(type(work)),
-        class_major=work.class_major and backend.tile_rules().class_major,
+        class_major=work.class_major and rules.class_major,
+        kept_row_bytes=kept_row_bytes,
     )
     return HeadCall(backend, tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
 
@@ -190,12 +213,16 @@ def tile_dtype(sources: Sequence[LogitRows], least: torch.dtype) -> torch.dtype:
 def forecast(call: HeadCall) -> Forecast:
     """Return the tile of a call, and its peak memory beyond inputs and gradients, the backward pass included."""
     tiles, peak = call.tiles, call.tiles.buffer_bytes + call.backend.workspace_bytes()
+    kept = 0 if explains_a_graph() else call.kept_tiles  # an operator of a graph makes every tile again
+    if kept:
+        peak += tiles.kept_bytes - tiles.kept_bytes // kept
     rows = call.sources[0].rows
     for source in call.sources:
         if isinstance(source, HeadRows) and call.gradient:
             peak += HeadTiles.accumulator_bytes(call.backend, source, tiles)
     row_bytes = sum(8 + call.dtype.itemsize for _ in call.differentiable)  # outputs, and what the gradient needs
-    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes, _products(call))
+    kept_bytes = tiles.kept_bytes if kept else 0
+    return Forecast((tiles.rows, tiles.classes), peak + rows * row_bytes, _products(call), kept_bytes)
 
 
 def _products(call: HeadCall) -> str:
@@ -229,7 +256,7 @@ class _PerRow(torch.autograd.Function):
     def forward(
         ctx: Any, call: HeadCall, kept: Any, others: Sequence[Tensor], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        outputs, saved = row_values(call, tensors)
+        outputs, *saved = _row_values(call, tensors, call.kept_tiles)
         ctx.set_materialize_grads(False)
         ctx.states, states = taken_apart(saved)
         ctx.kept, ctx.parts = kept, (len(tensors), len(tensors) + len(others))
@@ -249,19 +276,28 @@ class _PerRow(torch.autograd.Function):
         with no_autocast(_first(tensors)):
             if needs_plain_backward(*grad_outputs):
                 return (None, None, None, *plain_backward(call.definition, tensors, needed, grad_outputs))
-        saved = put_together(ctx.states, everything[others:])
-        return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved))
+        saved, logits = put_together(ctx.states, everything[others:])
+        given = Kept(logits, stays=graph_is_kept())
+        return (None, None, None, *row_gradients(call, tensors, needed, grad_outputs, saved, given))
 
 
 _apply_per_row: Any = applied_directly(_PerRow)
 
 
 def row_values(call: HeadCall, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Saved]]:
-    """Return the work's outputs, without a graph, and what the gradient needs of each tile."""
+    """Return the work's outputs, without a graph, and what the gradient needs of each tile beside its logits."""
+    outputs, saved, _ = _row_values(call, tensors, 0)
+    return outputs, saved
+
+
+def _row_values(
+    call: HeadCall, tensors: Sequence[Tensor | None], keep: int
+) -> tuple[tuple[Tensor, ...], list[Saved], list[Memory]]:
+    """Return the same, and the memory of the logits of so many last tiles."""
     with no_autocast(_first(tensors)):
-        outputs, saved, _ = _sweep(call, tensors, [False] * len(tensors))
+        outputs, saved, _, memory = _sweep(call, tensors, [False] * len(tensors), keep=keep)
     # Of one tile too in memory of their own: what the gradient needs may be among them, and the caller may write to it.
-    return tuple(torch.cat(values) for values in zip(*outputs, strict=True)), saved
+    return tuple(torch.cat(values) for values in zip(*outputs, strict=True)), saved, memory
 
 
 def row_gradients(
@@ -270,15 +306,16 @@ def row_gradients(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | None],
     saved: Sequence[Saved],
+    kept: Kept | None = None,
 ) -> list[Tensor | None]:
-    """Return the gradients of the tensors that need one, each tile made again."""
+    """Return the gradients of the tensors that need one, each tile whose logits were not kept made again."""
     if call.classes == 0:
         return [
             torch.zeros_like(tensor) if need and tensor is not None else None
             for tensor, need in zip(tensors, needed, strict=True)
         ]
     with no_autocast(_first(tensors)):
-        _, _, grads = _sweep(call, tensors, needed, upstream, saved)
+        grads = _sweep(call, tensors, needed, upstream, saved, kept).gradients
     return _scaled(grads, tensors, 1.0, kept=False)
 
 
@@ -314,7 +351,7 @@ def factors(call: HeadCall, reduction: Reduction) -> Factors:
         factor = 1.0 / divisor if divisor else math.inf
         return Factors(factor, 1.0) if _LEAST <= abs(factor) <= _MOST else Factors(1.0, factor)
     device = left_out.device if left_out is not None else call.tensors[0].device  # type: ignore[union-attr] # never None
-    whole = torch.as_tensor(divisor, dtype=torch.float64, device=device).reciprocal()
+    whole = as_number(divisor, torch.float64, device).reciprocal()
     usual = (whole.abs() >= _LEAST) & (whole.abs() <= _MOST)
     early, late = torch.where(usual, whole, 1.0), torch.where(usual, 1.0, whole)
     return Factors(early, late if left_out is None else torch.where(left_out.all(), 0.0, late))
@@ -410,7 +447,7 @@ def value_and_gradients(
     if any(needed):
         upstream = [factors.early, *[None] * (len(call.differentiable) - 1)]
     with no_autocast(_first(tensors)):
-        outputs, _, grads = _sweep(call, tensors, needed, upstream)
+        outputs, _, grads, _ = _sweep(call, tensors, needed, upstream)
     first = [values[0] for values in outputs]
     return reduction.value(first[0] if len(first) == 1 else torch.cat(first)), grads
 
@@ -440,24 +477,33 @@ def _scaled(
     return rounded
 
 
+class _Swept(NamedTuple):
+    outputs: list[tuple[Tensor, ...]]  # of each tile
+    saved: list[Saved]  # what its gradient needs beside its logits
+    gradients: list[Tensor | None]
+    memory: list[Memory]  # of the logits of the tiles that were to be kept
+
+
 def _sweep(
     call: HeadCall,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None = None,
     saved: Sequence[Saved] | None = None,
-) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
-    """Pass over all tiles once; with upstream gradients also back. `saved` spares the rows' statistics.
+    kept: Kept | None = None,
+    keep: int = 0,
+) -> _Swept:
+    """Pass over all tiles once; with upstream gradients also back.
 
-    Returned are the outputs of each tile, what its gradient needs, and the gradients.
+    `saved` spares the rows' statistics, and `kept` the logits of the last tiles; `keep` is how many of these to keep.
     """
     windows = [source.window for source in call.sources if isinstance(source, HeadRows) and source.window is not None]
     if not windows:
-        return _swept(call, tensors, needed, upstream, saved)
+        return _swept(call, tensors, needed, upstream, saved, kept, keep)
     with ExitStack() as memory:
         for window in windows:
             memory.enter_context(opened(window, tensors))
-        return _swept(call, tensors, needed, upstream, saved)
+        return _swept(call, tensors, needed, upstream, saved, kept, keep)
 
 
 def _swept(
@@ -466,7 +512,9 @@ def _swept(
     needed: Sequence[bool],
     upstream: Sequence[Tensor | float | None] | None,
     saved: Sequence[Saved] | None,
-) -> tuple[list[tuple[Tensor, ...]], list[Saved], list[Tensor | None]]:
+    kept: Kept | None,
+    keep: int,
+) -> _Swept:
     makers: list[HeadTiles | DenseTiles] = []
     wanted = []
     class_major = call.work.class_major and call.backend.tile_rules().class_major
@@ -483,20 +531,31 @@ def _swept(
             assert isinstance(source, DenseRows)
             makers.append(DenseTiles(call.backend, source, part, flags, call.tiles, call.dtype))
     outputs: list[tuple[Tensor, ...]] = []
-    states = []
+    states: list[Saved] = []
+    memory: list[Memory] = []
     whole = call.tiles.classes >= call.classes
     ranges = [
         (first, min(first + call.tiles.classes, call.classes))
         for first in range(0, max(call.classes, 1), max(call.tiles.classes, 1))
     ]
-    for turn, (start, stop) in enumerate(call.ranges()):
+    turns = list(enumerate(call.ranges()))
+    first_kept = len(turns) - (keep if kept is None else len(kept.memory))
+    if saved is not None:
+        turns.reverse()  # what was kept gives its memory to what is made again
+    for turn, (start, stop) in turns:
         known = None if saved is None else saved[turn]
         if whole:
             made = saved is None or call.work.reads_logits
-            tiles = [(maker.logits if made else maker.place)(start, stop, 0, call.classes) for maker in makers]
+            if kept is not None and turn >= first_kept:
+                places = zip(makers, kept.memory[turn - first_kept], strict=True)
+                tiles = [maker.kept(place, start, stop, stays=kept.stays) for maker, place in places]
+            else:
+                tiles = [(maker.logits if made else maker.place)(start, stop, 0, call.classes) for maker in makers]
             if saved is None:
                 values, known = call.work.forward(tiles, start, stop)
                 outputs.append(values)
+                if turn >= first_kept:
+                    memory.append([maker.keep() for maker in makers])
             _back(call, makers, tiles, known, upstream, wanted, start, stop, 0, call.classes)
         else:
             (maker,), work = makers, call.work
@@ -513,7 +572,7 @@ def _swept(
                 _back(call, makers, [tile], known, upstream, wanted, start, stop, first, last)
         states.append(known)
     grads = [grad for maker in makers for grad in maker.finish()]
-    return outputs, states, grads
+    return _Swept(outputs, states, grads, memory)
 
 
 def _back(

@@ -29,6 +29,8 @@ from logitless.kernels.interface import Backend, TileRules
 
 # Of the bytes a caller allows; the rest is for what the products need and for a few numbers a row.
 _BUFFER_SHARE = 15 / 16
+# Of the rows that fit, so many at least are to be kept where not all can be, by tiles of a part of them.
+_KEPT_SHARE, _PIECES = 3 / 4, 4
 _SPARE_ROWS = 8192  # of a half-precision gradient, widened while it is in the cache
 _SCALE_ROWS = 256  # whose float64 copies stay small
 
@@ -38,13 +40,16 @@ class Tiling:
     """How a call's logits are cut: so many rows by so many classes at a time, in so many bytes of buffers.
 
     In a class-major tile each class has room for `line` rows at least: how a row is read, and so its last digits, must
-    not depend on how many there are.
+    not depend on how many there are. Where each row's gradient is made late, the logits of the `kept` last tiles may
+    wait for it: one in the buffers, and the others beside them, in as many bytes each as `kept_bytes` has for all.
     """
 
     rows: int
     classes: int
     buffer_bytes: int
     line: int = 1
+    kept: int = 0
+    kept_bytes: int = 0
 
 
 def tiling(
@@ -57,24 +62,44 @@ def tiling(
     gradient: bool,
     cut_classes: bool,
     class_major: bool,
+    kept_row_bytes: int = 0,
 ) -> Tiling:
-    """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer."""
+    """Return the tiles of a call; `row_bytes` is what one row of all classes takes in every buffer.
+
+    `kept_row_bytes` is what its logits take where they may wait for a gradient that is made late; 0: they may not.
+    """
     budget = _budget(rules, row_bytes, max_bytes, gradient)
     fit = room = rows_that_fit(rules, row_bytes, max_bytes=max_bytes, gradient=gradient)
-    unit = rules.round_rows
     if fit >= min(rows, rules.least_rows) or not cut_classes:
-        fit = max(1, min(fit, rows))
-        if rows > fit > unit:
-            fit = fit // unit * unit
-        even = math.ceil(rows / math.ceil(rows / fit)) if rows else 1
-        if even > unit:
-            even = min(fit, -(-even // unit) * unit)
         line = rules.line if class_major and room >= rules.line else 1
-        return Tiling(even, classes, max(even, line) * row_bytes, line)
+
+        def whole_rows(most: int) -> Tiling:
+            even = _even_rows(rows, most, rules.round_rows)
+            held = max(even, line)
+            room_for_kept = budget - held * (row_bytes - kept_row_bytes)  # the rest of a tile's buffers is there once
+            kept = min(-(-rows // even), room_for_kept // (held * kept_row_bytes)) if kept_row_bytes else 0
+            return Tiling(even, classes, held * row_bytes, line, max(0, kept), max(0, kept) * held * kept_row_bytes)
+
+        tiles = whole_rows(fit)
+        # As many rows again do not fit beside a large tile: smaller ones leave less of the bytes unused.
+        for pieces in range(2, min(_PIECES, fit // rules.least_rows) + 1):
+            if not tiles.kept or tiles.kept * tiles.rows >= min(rows, _KEPT_SHARE * fit):
+                break
+            tiles = whole_rows(fit // pieces)
+        return tiles
     number_bytes = max(1, row_bytes // classes)
     tile_rows = max(1, min(rows, rules.cut_rows, budget // (rules.least_classes * number_bytes)))
     tile_classes = max(1, min(classes, budget // (tile_rows * number_bytes)))
     return Tiling(tile_rows, tile_classes, tile_rows * tile_classes * number_bytes)
+
+
+def _even_rows(rows: int, fit: int, unit: int) -> int:
+    """Return the rows of tiles that are all alike, of so many rows that fit."""
+    fit = max(1, min(fit, rows))
+    if rows > fit > unit:
+        fit = fit // unit * unit
+    even = -(-rows // -(-rows // fit)) if rows else 1
+    return min(fit, -(-even // unit) * unit) if even > unit else even
 
 
 def rows_that_fit(rules: TileRules, row_bytes: int, *, max_bytes: int | None, gradient: bool) -> int:
@@ -143,8 +168,9 @@ class HeadTiles:
         self._line = shape.line if class_major else 1
         numbers = max(shape.rows, self._line) * shape.classes
         raw = _product_dtype(hidden.dtype, dtype)
-        self._raw = buffer(backend, numbers, raw, hidden.device) if memory is None else memory
-        self._wide = None if dtype == self._raw.dtype else buffer(backend, numbers, dtype, hidden.device)
+        self._numbers, self._product_dtype = numbers, raw
+        self._raw = memory
+        self._wide = None if dtype == raw else buffer(backend, numbers, dtype, hidden.device)
         self._slope = None
         if rows.softcap is not None and any(needed):
             self._slope = buffer(backend, numbers, dtype, hidden.device)
@@ -160,6 +186,11 @@ class HeadTiles:
         hidden = rows.tensors[0]
         assert hidden is not None
         return _product_dtype(hidden.dtype, dtype) == dtype
+
+    @staticmethod
+    def kept_row_bytes(rows: HeadRows, dtype: torch.dtype) -> int:
+        """Return what one row of logits takes that wait for the backward pass; 0: they are made again."""
+        return rows.classes * dtype.itemsize if HeadTiles.is_one_buffer(rows, dtype) else 0
 
     @staticmethod
     def row_bytes(rows: HeadRows, dtype: torch.dtype, gradient: bool) -> int:
@@ -202,7 +233,7 @@ class HeadTiles:
         if folded:
             hidden = hidden * self._scale
             bias = None if bias is None else bias * self._scale
-        raw = self._view(self._raw, stop - start, last - first)
+        raw = self._view(self._working(), stop - start, last - first)
         first_factor, second_factor = (weight, hidden.T) if self._class_major else (hidden, weight.T)
         if bias is None:
             multiply(self._backend, first_factor, second_factor, raw)
@@ -219,17 +250,31 @@ class HeadTiles:
             logits *= self._scale
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        if self._slope is not None:
-            gradient = self._view(self._slope, stop - start, last - first)
+        return self._tile(logits, stop - start, last - first)
+
+    def keep(self) -> Tensor:
+        """Return the memory of the tile that was made last, for its logits to stay in; the next is made in another."""
+        memory, self._raw = self._working(), None
+        return memory
+
+    def kept(self, memory: Tensor | None, start: int, stop: int, *, stays: bool) -> Tile:
+        """Return a tile of all classes whose logits were kept, in their memory, which then serves the next tiles.
+
+        With `stays` they are read again: the tile is a copy.
+        """
+        assert memory is not None
+        rows, classes = stop - start, self._weight.shape[0]
+        if stays:
+            self._view(self._working(), rows, classes).copy_(self._view(memory, rows, classes))
         else:
-            gradient = logits if self._narrow is None else self._narrowed(logits)
-        return Tile(logits, 0 if self._class_major else 1, gradient)
+            self._raw = memory
+        return self._tile(self._view(self._working(), rows, classes), rows, classes)
 
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return where a tile lies, for a gradient that is made without it; a softcap's own slope is of the logits."""
         if self._softcap is not None:
             return self.logits(start, stop, first, last)
-        logits = self._view(self._raw if self._wide is None else self._wide, stop - start, last - first)
+        logits = self._view(self._working() if self._wide is None else self._wide, stop - start, last - first)
         return Tile(logits, 0 if self._class_major else 1, logits)
 
     def take(self, tile: Tile, start: int, stop: int, first: int, last: int) -> None:
@@ -239,15 +284,29 @@ class HeadTiles:
             slope = tile.logits.div_(self._softcap)
             gradient *= slope.mul_(slope).neg_().add_(1)
             if self._narrow is not None:
-                gradient = self._narrowed(self._view(self._raw, stop - start, last - first)).copy_(gradient)
+                gradient = self._narrowed(tile.logits).copy_(gradient)
         if self._wide is not None:
-            gradient = self._view(self._raw, stop - start, last - first).copy_(gradient)
+            gradient = self._view(self._working(), stop - start, last - first).copy_(gradient)
         by_class = gradient if self._class_major else gradient.T
         self.gradients.add(by_class, self._hidden, self._weight, self._bias, start, stop, first, last)
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients of hidden, weight, bias and scale, in the dtypes they were accumulated in."""
         return self.gradients.finish(self._scale)
+
+    def _working(self) -> Tensor:
+        """Return the buffer that the tiles share."""
+        if self._raw is None:
+            self._raw = buffer(self._backend, self._numbers, self._product_dtype, self._hidden.device)
+        return self._raw
+
+    def _tile(self, logits: Tensor, rows: int, classes: int) -> Tile:
+        """Return the logits with the place of their gradient."""
+        if self._slope is not None:
+            gradient = self._view(self._slope, rows, classes)
+        else:
+            gradient = logits if self._narrow is None else self._narrowed(logits)
+        return Tile(logits, 0 if self._class_major else 1, gradient)
 
     def _narrowed(self, logits: Tensor) -> Tensor:
         """Return the first bytes of each row as numbers of the factors' dtype."""
@@ -379,6 +438,13 @@ class DenseTiles:
     def place(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows: they are there."""
         return self.logits(start, stop, first, last)
+
+    def keep(self) -> None:
+        """Keep nothing: the rows stay where they are."""
+
+    def kept(self, memory: Tensor | None, start: int, stop: int, *, stays: bool) -> Tile:
+        """Return the rows."""
+        return self.logits(start, stop, 0, 0)
 
     def logits(self, start: int, stop: int, first: int, last: int) -> Tile:
         """Return the rows; all their classes, always."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.tiles import Backward, Tile, stretch
+from logitless._rules.reduction import as_number
 from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
@@ -138,8 +139,8 @@ class CrossEntropyWork:
         """Return the sum of the class weights of each range."""
         weight = self.class_weight
         if weight is None:
-            counts = [last - first for first, last in ranges]
-            return torch.tensor(counts, dtype=torch.float64, device=device).unsqueeze(1)
+            counts = [as_number(float(last - first), torch.float64, device) for first, last in ranges]
+            return torch.stack(counts).unsqueeze(1)
         return torch.stack([weight[first:last].sum().double() for first, last in ranges]).unsqueeze(1)
 
     def gradient(self, tiles: Sequence[Tile], back: Backward) -> None:

@@ -134,9 +134,10 @@ class Measures(NamedTuple):
                 return token_call(backend, p, checked, _compute(self.p_dtype), self.top_k, gradient)
         assert p is not None
         if q is None:
-            return entropy_call(backend, p, _compute(self.p_dtype), gradient), None
+            return entropy_call(backend, p, _compute(self.p_dtype), gradient, late=True), None
         divergence = divergence_asked(self.divergence, self.weight)
-        return pair_call(backend, [p, q], names, target, divergence, self.compute, gradient), None
+        call = pair_call(backend, [p, q], names, target, divergence, self.compute, gradient, late=True)
+        return call, None
 
 
 _PART_SCHEMA = ", ".join(

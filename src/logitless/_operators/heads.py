@@ -28,7 +28,7 @@ from logitless._heads.sweep import (
 from logitless._heads.tiles import sum_dtype
 from logitless._operators.rows import Outputs, backend_of, check_shapes, one_at_a_time
 from logitless._rules.derivatives import plain_backward
-from logitless._rules.reduction import Empty, Normalizer
+from logitless._rules.reduction import Empty, Normalizer, as_number
 from logitless.kernels.interface import Backend, ClassTarget, RowStats
 
 _PARTS = 4  # hidden, weight, bias and scale: what gradients flow to
@@ -84,9 +84,9 @@ class Head(NamedTuple):
         """Return what is asked beside logits and target."""
         return HeadLoss(self.class_weight, self.label_smoothing, normalizer, self.max_bytes, None)
 
-    def call(self, backend: Backend, rows: LossRows, gradient: bool | None = None) -> HeadCall:
+    def call(self, backend: Backend, rows: LossRows, gradient: bool | None = None, *, late: bool) -> HeadCall:
         """Plan the pass over the rows."""
-        return loss_call(backend, rows, self.asked(), self.compute, gradient)
+        return loss_call(backend, rows, self.asked(), self.compute, gradient, late=late)
 
     def of_parts(self, parts: Sequence[Tensor | None]) -> Head:
         """Return the same call on other parts."""
@@ -95,7 +95,7 @@ class Head(NamedTuple):
     def defined(self, backend: Backend) -> tuple[LossRows, Sequence[Tensor]]:
         """Return the rows and what the call gives for each, in plain operations."""
         rows = self.rows(backend)
-        return rows, self.call(backend, rows).definition(*rows.source.tensors)
+        return rows, self.call(backend, rows, late=False).definition(*rows.source.tensors)
 
 
 class _Reduced(NamedTuple):
@@ -195,10 +195,10 @@ def _head_loss(*args: Any, backend: str | None = None) -> Outputs:
     head, reduced, needed = _loss_arguments(args)
     kernels = head.backend(backend)
     rows = head.rows(kernels)
-    call, how = head.call(kernels, rows, any(needed)), reduced.reduction_of(kernels, head, rows)
+    call, how = head.call(kernels, rows, any(needed), late=False), reduced.reduction_of(kernels, head, rows)
     parts = factors(call, how)
     value, grads = value_and_gradients(call, how, parts, rows.source.tensors, needed)
-    late = torch.as_tensor(parts.late, dtype=torch.float64, device=head.hidden.device)
+    late = as_number(parts.late, torch.float64, head.hidden.device)
     return value, *_outputs(head, rows.kept, grads, _sum_dtypes(head)), late
 
 
@@ -262,7 +262,7 @@ def _head_rows(*args: Any, backend: str | None = None) -> Outputs:
     head, gradient = Head._make(args[:_HEAD_FIELDS]), args[_HEAD_FIELDS]
     kernels = head.backend(backend)
     rows = head.rows(kernels)
-    outputs, states = row_values(head.call(kernels, rows, gradient), rows.source.tensors)
+    outputs, states = row_values(head.call(kernels, rows, gradient, late=True), rows.source.tensors)
     saved: list[Tensor] = []
     for name in _SAVED:
         values = [value for state in states if (value := getattr(state, name)) is not None]
@@ -291,7 +291,7 @@ def _head_rows_grad(*args: Any, backend: str | None = None) -> Outputs:
     *saved, grad = args[_HEAD_FIELDS:-_PARTS]
     kernels = head.backend(backend)
     rows = head.rows(kernels)
-    call = head.call(kernels, rows, gradient=True)
+    call = head.call(kernels, rows, gradient=True, late=True)
     if rows.kept is not None:
         saved, grad = [value[rows.kept] if value.numel() else value for value in saved], grad[rows.kept]
     row_max, log_sum, dense_mass = saved

@@ -30,12 +30,13 @@ WHOLE_CALLS: WholeCalls = cpu
 class Forecast(NamedTuple):
     """What a call on logits that are not built will hold: a tile (rows, classes), and at its peak so many bytes.
 
-    And who multiplies, with the reason.
+    And who multiplies, with the reason, and how many of the bytes are logits that wait for the backward pass.
     """
 
     tile: tuple[int, int]
     peak_bytes: int
     products: str
+    kept_bytes: int
 
 
 class _Answer(NamedTuple):
@@ -48,16 +49,19 @@ class Choice(_Answer):
 
     Of logits that are not built, also the `tile` (rows, classes), the `peak_bytes` beyond inputs and gradients, and
     whose `products` are taken and why; None where the call holds a few numbers a row, or the reference serves it.
+    `kept_bytes` of the peak are logits that wait for the backward pass of a loss of each row, so that it need not make
+    them again.
     """
 
     tile: tuple[int, int] | None
     peak_bytes: int | None
     products: str | None
+    kept_bytes: int
 
     def __new__(cls, backend: str, reason: str, forecast: Forecast | None = None) -> Choice:
         """Return the pair, with what was forecast beside it."""
         choice = super().__new__(cls, backend, reason)
-        choice.tile, choice.peak_bytes, choice.products = (None, None, None) if forecast is None else forecast
+        choice.tile, choice.peak_bytes, choice.products, choice.kept_bytes = forecast or (None, None, None, 0)
         return choice
 
     def __repr__(self) -> str:
@@ -65,6 +69,8 @@ class Choice(_Answer):
         held = ""
         if self.tile is not None:
             held = f", tile={self.tile}, peak_bytes={self.peak_bytes}, products={self.products!r}"
+        if self.kept_bytes:
+            held += f", kept_bytes={self.kept_bytes}"
         return f"Choice(backend={self.backend!r}, reason={self.reason!r}{held})"
 
 
@@ -82,6 +88,11 @@ class _Explained(Exception):  # noqa: N818 # it carries an answer, not an error
 
 
 _explaining: ContextVar[Literal["eager", "compiled"] | None] = ContextVar("_explaining", default=None)
+
+
+def explains_a_graph() -> bool:
+    """Say whether `explain` was asked about a call in a compiled graph."""
+    return _explaining.get() == "compiled"
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -94,6 +94,11 @@ def sum_dtype(rows: Tensor) -> torch.dtype | None:
     return torch.float64 if rows.device.type == "cpu" and rows.dtype.is_floating_point else None
 
 
+def as_number(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a 0-d tensor, made on its device: to copy one from the host would wait for the device."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
 def reduce_rows(
     rows: Tensor, reduction: str, *, denominator: Tensor | float, dtype: torch.dtype, empty: Empty = "nan"
 ) -> Tensor:
@@ -104,7 +109,7 @@ def reduce_rows(
     if reduction == "sum":
         return total.to(dtype)
     if empty == "zero":
-        divisor = torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+        divisor = as_number(denominator, total.dtype, total.device)
         nothing = divisor == 0
         mean = torch.where(nothing, total * 0, total / divisor.masked_fill(nothing, 1))
         return mean.to(dtype)

@@ -143,6 +143,7 @@ class TileRules(NamedTuple):
     class_major: bool  # [classes, rows] is the faster order where nothing else asks for one
     line: int  # rows that a class of such a tile has room for at least: fewer are read in another way
     default_rows: int = 0  # rows of a tile, of all classes, whatever they take, where its caller does not say
+    keeps_logits: bool = False  # logits wait for a backward pass, as far as these bytes go, rather than be made again
 
 
 class Backend(Protocol):

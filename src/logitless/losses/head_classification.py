@@ -38,8 +38,8 @@ def cross_entropy(
     """Return the reduced loss; a scalar makes its gradient in the forward pass where its divisor is known by then."""
     logits = _classes_last(logits, meaning)
     source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
-    backend = _picked(name, source, compute, meaning, asked, compiles=True)
     each_row = reduction == "none" or (reduction == "mean" and divisor_needs_rows(meaning, asked))
+    backend = _picked(name, source, compute, meaning, asked, each_row, compiles=True)
     shape = logits.shape[:-1]
     if backend.PLAIN:
         rows = LossRows.of_checked(source, checked_values(name, meaning), shape)
@@ -51,7 +51,7 @@ def cross_entropy(
         values = definitions.ClassRows(*(value.view(shape) for value in operators.rows(backend, head)))
     else:
         rows = LossRows.of(name, source, meaning, shape, backend)
-        call = loss_call(backend, rows, asked, compute)
+        call = loss_call(backend, rows, asked, compute, late=each_row)
         if not each_row:
             return reduced(call, loss_reduction(backend, rows, asked, reduction, result, empty))
         values = definitions.ClassRows(*map(rows.everywhere, per_row(call)))
@@ -63,11 +63,11 @@ def cross_entropy_rows(name: str, logits: LazyLogits, meaning: ClassTarget, aske
     """Return the rows of `definitions.cross_entropy` for a checked target, on logits made a tile at a time."""
     logits = _classes_last(logits, meaning)
     source, compute = logits.rows(), precision_of(logits, meaning.probabilities).compute
-    backend = _picked(name, source, compute, meaning, asked, compiles=False)
+    backend = _picked(name, source, compute, meaning, asked, True, compiles=False)
     rows = LossRows.of_checked(source, meaning, logits.shape[:-1])
     if backend.PLAIN:
         return _reference_rows(rows, logits, asked)
-    call = loss_call(backend, rows, asked, compute)
+    call = loss_call(backend, rows, asked, compute, late=True)
     return definitions.ClassRows(*map(rows.everywhere, per_row(call)))
 
 
@@ -83,13 +83,20 @@ def _classes_last(logits: LazyLogits, meaning: ClassTarget) -> LazyLogits:
 
 
 def _picked(
-    name: str, source: HeadRows, compute: torch.dtype, meaning: ClassTarget, asked: HeadLoss, *, compiles: bool
+    name: str,
+    source: HeadRows,
+    compute: torch.dtype,
+    meaning: ClassTarget,
+    asked: HeadLoss,
+    each_row: bool,
+    *,
+    compiles: bool,
 ) -> Backend:
     """Return who serves the call."""
 
     def foreseen(backend: Backend) -> dispatch.Forecast:
         rows = LossRows.of(name, source, meaning, torch.Size((source.rows,)), backend)
-        return forecast(loss_call(backend, rows, asked, compute))
+        return forecast(loss_call(backend, rows, asked, compute, late=each_row))
 
     tensors = (*source.tensors, meaning.indices, meaning.probabilities, asked.weight)
     return dispatch.pick(

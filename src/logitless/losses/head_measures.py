@@ -39,9 +39,9 @@ def token_plan(
     return plan
 
 
-def entropy_plan(source: LogitRows, wide: torch.dtype) -> Plan:
+def entropy_plan(source: LogitRows, wide: torch.dtype, reduction: str) -> Plan:
     """Return how a backend will make the entropy of each row."""
-    return partial(entropy_call, source=source, wide=wide)
+    return partial(entropy_call, source=source, wide=wide, late=reduction == "none")
 
 
 def pair_plan(
@@ -51,13 +51,14 @@ def pair_plan(
     names: tuple[str, ...],
     target: ClassTarget | None,
     divergence: Divergence | None,
+    reduction: str,
 ) -> Plan:
     """Return how a backend will make the measures of that name; the target is as given."""
 
     def plan(backend: Backend) -> HeadCall:
         if target is not None and backend.READS_VALUES:
             checked_values(name, target)
-        return pair_call(backend, given, names, target, divergence, wide)
+        return pair_call(backend, given, names, target, divergence, wide, late=reduction == "none")
 
     return plan
 

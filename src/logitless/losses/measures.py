@@ -331,7 +331,7 @@ def entropy(
     logits, scale = _scaled(_computed(logits), _inverse("entropy", temperature))
     given, plan = _given(logits, scale), None
     if not isinstance(given, Tensor):
-        plan = head_measures.entropy_plan(given, head_measures.wide_dtype(logits))
+        plan = head_measures.entropy_plan(given, head_measures.wide_dtype(logits), reduction)
     backend = _picked("entropy", _parts(given), _kernel_obstacle(logits), plan, _factors(deterministic, given))
     if backend.PLAIN:
         return _reduced(_entropy_rows(logits, scale)[0], reduction)
@@ -575,7 +575,7 @@ def _pair(
     if not all(isinstance(each, Tensor) for each in given):
         sources = [dense_rows(each) if isinstance(each, Tensor) else each for each in given]
         wide = head_measures.wide_dtype(p, q)
-        plan = head_measures.pair_plan(name, sources, wide, outputs, target, divergence)
+        plan = head_measures.pair_plan(name, sources, wide, outputs, target, divergence, reduction)
     obstacle = _kernel_obstacle(p, q if plan is None else None)
     if obstacle is None and divergence is not None and divergence.weight < _LEAST_WEIGHT:
         obstacle = f"p weighs less than {_LEAST_WEIGHT} in the mixture"

@@ -6,6 +6,7 @@ Nothing waits for the device: no value is read on the host, but where LOGITLESS_
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from logitless.kernels.triton.cosines import (
 from logitless.kernels.triton.element_losses import elements, elements_grad, elements_sum
 from logitless.kernels.triton.launching import DTYPES, INTERPRETED, MISSING
 from logitless.kernels.triton.pairs import PAIR_SAVED, pair_row_grad, pair_row_stats
-from logitless.kernels.triton.products import product
+from logitless.kernels.triton.products import adds_wide, product
 from logitless.kernels.triton.rows import row_grad, row_stats
 
 __all__ = [
@@ -78,6 +79,8 @@ FIXED_PRODUCTS: frozenset[torch.dtype] = frozenset()
 PRODUCTS_ARE_FIXED = False
 NARROWS = True
 
+LEAST_CAPABILITY = (8, 0)
+
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 
@@ -115,6 +118,7 @@ def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
     """Return why the kernels cannot take these tensors, or None if they can."""
     compiling = torch.compiler.is_compiling()
     devices = DEVICE_TYPES | {"cpu"} if INTERPRETED else DEVICE_TYPES
+    place = None
     for tensor in tensors:
         if tensor is None:
             continue
@@ -122,11 +126,30 @@ def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.device.type not in devices:
             return f"a tensor is on {tensor.device}"
+        if place is None:
+            place = tensor.device
+            there = place.type == "cuda" and not compiling and not isinstance(tensor, FakeTensor)
+            if there and (reason := _too_old(place)) is not None:
+                return reason
+        elif tensor.device != place:  # a kernel would read another device's addresses
+            return f"tensors are on {place} and on {tensor.device}"
         if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
             return f"no kernel for {tensor.dtype} in layout {tensor.layout}"
         if not compiling and tensor.is_neg():
             return "a tensor's memory holds its negative; resolve_neg() writes it out"
     return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Return why Triton has no code for a GPU: what came before Ampere it no longer compiles for."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    least, has = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+    return f"Triton compiles for compute capability {least} and later; {device} has {has}"
 
 
 def tile_rules() -> TileRules:
@@ -142,6 +165,7 @@ def tile_rules() -> TileRules:
         class_major=False,
         line=1,
         default_rows=1024,
+        keeps_logits=True,
     )
 
 
@@ -154,6 +178,8 @@ def product_facts() -> str:
     """Return how torch makes them; nothing is timed beside it."""
     if torch.version.hip is not None or INTERPRETED:
         return "half-precision factors by way of float32 copies, a part at a time"
+    if not adds_wide():
+        return "half-precision factors with sums and results in float32, which are added a part at a time"
     return "half-precision factors with sums and results in float32"
 
 

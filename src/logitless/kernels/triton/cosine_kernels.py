@@ -98,7 +98,7 @@ def cosine_kernel(
     if saved_ptr is not None:
         tl.store(saved_ptr + row, norm1 * large1, mask=there)
         tl.store(saved_ptr + rows + row, norm2 * large2, mask=there)
-        tl.store(saved_ptr + 2 * rows + row, cosine, mask=there)
+        tl.store(saved_ptr + rows + rows + row, cosine, mask=there)
     if target_ptr is not None:
         target = tl.load(target_ptr + row, mask=there, other=0).to(tl.float64)
         above = cosine - tl.full([ROWS], margin, tl.float64)
@@ -148,7 +148,7 @@ def cosine_grad_kernel(
     begin2 = x2_ptr + (row // inner) * outer_stride2 + (row % inner) * inner_stride2
     norm1 = tl.load(saved_ptr + row, mask=there, other=1.0)
     norm2 = tl.load(saved_ptr + rows + row, mask=there, other=1.0)
-    cosine = tl.load(saved_ptr + 2 * rows + row, mask=there, other=0.0)
+    cosine = tl.load(saved_ptr + rows + rows + row, mask=there, other=0.0)
     given = tl.full([ROWS], 1.0, tl.float64)
     if upstream_ptr is not None:
         given = tl.load(upstream_ptr + row * upstream_stride, mask=there, other=0.0).to(tl.float64)

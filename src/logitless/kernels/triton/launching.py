@@ -28,6 +28,11 @@ PART_CLASSES = 1 << 16
 GRADIENT_PART_CLASSES = 1 << 14
 
 
+# A row's classes are counted in 32 bits, a block at a time.
+_MOST_CLASSES = (1 << 31) - PART_CLASSES - 1
+_MOST_PARTS = (1 << 16) - 1  # of a grid's second axis
+
+
 # What compilers are told beside a program's shape: a product and a sum may be one operation, which nothing in these
 # kernels depends on.
 COMPILED = {"enable_fp_fusion": True}
@@ -61,6 +66,8 @@ def shape_of(
     Threads lie along what is consecutive in memory: the classes, or the rows where the classes are apart. Numbers of
     float64 take twice the registers, so a thread has half as many.
     """
+    if classes > _MOST_CLASSES:
+        raise ValueError(f"a GPU's kernels take rows of at most {_MOST_CLASSES} classes, got {classes}")
     if dtype == torch.float64:
         most, each = most // 2, max(1, each // 2)
     numbers = _NUMBERS_INTERPRETED if INTERPRETED else most
@@ -74,6 +81,14 @@ def shape_of(
 def parts_of(classes: int, part_classes: int) -> int:
     """Return in how many parts a row is folded."""
     return max(1, -(-classes // part_classes))
+
+
+def gradient_part(classes: int, shape: Shape) -> int:
+    """Return the classes of a part of a gradient's row: the parts lie on an axis of the grid that is a short one."""
+    part = max(GRADIENT_PART_CLASSES, shape.block)
+    while parts_of(classes, part) > _MOST_PARTS:
+        part *= 2
+    return part
 
 
 def blocks(rows: int, shape: Shape) -> int:

@@ -9,9 +9,9 @@ from logitless.kernels.checks import first_bad_row
 from logitless.kernels.interface import Divergence, DivergenceFamily, PairRowStats
 from logitless.kernels.layout import laid_out
 from logitless.kernels.triton.launching import (
-    GRADIENT_PART_CLASSES,
     PART_CLASSES,
     blocks,
+    gradient_part,
     launch,
     parts_of,
     power_of_two,
@@ -170,7 +170,7 @@ def pair_row_grad(
     shape = shape_of(classes, rows_are_next_to_each_other(layout), first.dtype, most=_NUMBERS)
     if same_bytes:
         shape = shape._replace(rows=1, block=min(power_of_two(classes), shape.rows * shape.block))
-    part = max(1, classes) if same_bytes else max(GRADIENT_PART_CLASSES, shape.block)
+    part = max(1, classes) if same_bytes else gradient_part(classes, shape)
     family, weight = _told(None if divergence_grad is None else divergence)
     launch(
         pair_kernels.pair_grad_kernel,

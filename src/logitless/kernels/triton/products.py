@@ -8,11 +8,17 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 # Numbers of a factor that are widened at a time.
 _WIDENED = 1 << 24
+_ADDS_WIDE = torch.__version__ >= "2.10"  # an earlier one wants what it adds to in the factors' dtype
 
 
 def writes_wide(device: torch.device) -> bool:
     """Say whether this device's products of half-precision factors may be written in float32 as they are."""
     return device.type == "meta" or (device.type == "cuda" and torch.version.hip is None)
+
+
+def adds_wide() -> bool:
+    """Say whether torch adds such a product to what is there in float32: from 2.10 on."""
+    return _ADDS_WIDE
 
 
 def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
@@ -35,6 +41,9 @@ def product(first: Tensor, second: Tensor, out: Tensor, *, accumulate: bool = Fa
             torch.mm(first, second, out=out)
     elif not writes_wide(out.device):
         _widened(first, second, out, accumulate)
+    elif accumulate and not adds_wide():
+        for place, part in zip(out.split(step := max(1, _WIDENED // out.shape[1])), first.split(step), strict=True):
+            place += torch.mm(part, second, out_dtype=torch.float32)
     elif accumulate:
         torch.addmm(out, first, second, out_dtype=torch.float32, out=out)
     else:

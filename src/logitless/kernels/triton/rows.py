@@ -13,10 +13,10 @@ from logitless.kernels.checks import first_bad_row
 from logitless.kernels.interface import RowStats
 from logitless.kernels.layout import Layout, laid_out, layout_of
 from logitless.kernels.triton.launching import (
-    GRADIENT_PART_CLASSES,
     NUMBERS,
     PART_CLASSES,
     blocks,
+    gradient_part,
     launch,
     parts_of,
     power_of_two,
@@ -190,7 +190,7 @@ def row_grad(
     shape = shape_of(classes, rows_are_next_to_each_other(layout), source.dtype)
     if same_bytes:  # a block of a row may be written once all of it was read, so a program has one row, and all of it
         shape = shape._replace(rows=1, block=min(power_of_two(classes), shape.rows * shape.block))
-    part = max(1, classes) if same_bytes else max(GRADIENT_PART_CLASSES, shape.block)
+    part = max(1, classes) if same_bytes else gradient_part(classes, shape)
     has_c, has_e = c_scale != 0 and target is not None, e_scale != 0 and dense_target is not None
     launch(
         row_kernels.row_grad_kernel,
