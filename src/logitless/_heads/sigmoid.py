@@ -83,7 +83,8 @@ def gradients_of_panels(
                     to_bias += gradient.sum(1, dtype=torch.float64).sum()
                 work.take(panel, rows, tile, gradient, to_left)
             if to_left is not None:
-                to_scale += (rows.left * to_left).sum(1, dtype=torch.float64).sum()
+                if needs_scale:
+                    to_scale += (rows.left * to_left).sum(1, dtype=torch.float64).sum()
                 work.add_left(panel, rows, to_left)
     return to_scale, to_bias
 
