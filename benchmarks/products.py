@@ -3,7 +3,9 @@
 A tile is so many rows by all classes, class-major. `logits` = weight @ hidden.T, `to hidden` adds weight.T @ gradient,
 `to weight` adds gradient @ hidden. Of bfloat16 the kernel writes and reads the tile in float32 and adds in float32;
 torch's writes bfloat16, and adds nothing. Medians, in turn, in milliseconds; a dash: the kernel does not serve here.
-Run: python benchmarks/products.py [--rows N] [--features N] [--classes N]
+Run: python benchmarks/products.py [--rows N] [--features N] [--classes N] [--orders]
+
+`--orders` times all three products of 2048 rows, torch's, in tiles of fewer rows, [classes, rows] and [rows, classes].
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,12 +65,46 @@ def kernel_products(hidden: Tensor, weight: Tensor) -> dict[str, Call]:
     }
 
 
+def orders(rows: int, features: int, classes: int) -> None:
+    hidden, weight = torch.randn(rows, features), torch.randn(classes, features)
+    to_hidden, to_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def by_class(tile_rows: int, memory: Tensor) -> None:
+        tile = memory.view(classes, tile_rows)
+        for part, to_part in zip(hidden.split(tile_rows), to_hidden.split(tile_rows), strict=True):
+            torch.mm(weight, part.T, out=tile)
+            to_part.T.addmm_(weight.T, tile)
+            to_weight.addmm_(tile, part)
+
+    def by_row(tile_rows: int, memory: Tensor) -> None:
+        tile = memory.view(tile_rows, classes)
+        for part, to_part in zip(hidden.split(tile_rows), to_hidden.split(tile_rows), strict=True):
+            torch.mm(part, weight.T, out=tile)
+            to_part.addmm_(tile, weight)
+            to_weight.T.addmm_(part.T, tile)
+
+    tile_rows = 128
+    while tile_rows <= rows:
+        memory = torch.empty(tile_rows * classes)
+        calls: dict[str, Call] = {
+            "[classes, rows]": partial(by_class, tile_rows, memory),
+            "[rows, classes]": partial(by_row, tile_rows, memory),
+        }
+        told = "   ".join(f"{order} {milliseconds:7.1f}" for order, milliseconds in medians(calls).items())
+        print(f"tiles of {tile_rows:5} rows: {told}", flush=True)
+        tile_rows *= 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=416)
     parser.add_argument("--features", type=int, default=576)
     parser.add_argument("--classes", type=int, default=49152)
+    parser.add_argument("--orders", action="store_true")
     asked = parser.parse_args()
+    if asked.orders:
+        orders(2048, asked.features, asked.classes)
+        return
     print(f"{asked.rows} x {asked.features} x {asked.classes}, {torch.get_num_threads()} threads")
     for dtype in (torch.float32, torch.bfloat16):
         factors = [torch.randn(lines, asked.features).to(dtype) for lines in (asked.rows, asked.classes)]

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless as ll
 import logitless.functional as LF
-from logitless._heads import multiplier
+from logitless._heads import multiplier, tiles
 from logitless._heads.multiplier import Times
 from logitless.kernels import cpu, reference
 from product_choice import pin_kernel, pin_torch
 
-KERNEL, TORCH = Times(1.0, 2.0), Times(2.0, 1.0)
+KERNEL, TORCH, TORCH_BY_ROW = Times(1.0, 2.0, 3.0), Times(2.0, 1.0, 1.5), Times(2.0, 1.5, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +61,37 @@ def test_the_faster_one_multiplies(found: Times, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(value, pinned)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_tiles_lie_in_the_order_that_suits_who_multiplies(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, target = head()
+    orders = []
+    make = tiles.HeadTiles.logits
+
+    def seen(self: tiles.HeadTiles, *stretch: int) -> tiles.Tile:
+        made = make(self, *stretch)
+        orders.append(made.class_dim)
+        return made
+
+    monkeypatch.setattr(tiles.HeadTiles, "logits", seen)
+    results = []
+    for found, class_dim in ((KERNEL, 0), (TORCH, 0), (TORCH_BY_ROW, 1)):
+        monkeypatch.setattr(multiplier, "_known", {})
+        monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+        times(monkeypatch, found)
+        orders.clear()
+        loss = LF.cross_entropy(ll.linear(hidden, weight), target, label_smoothing=smoothing)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight), torch.tensor(1.7))))
+        assert set(orders) == {class_dim}
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
 def test_torch_must_be_faster_by_more_than_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    times(monkeypatch, Times(1.0, 0.95))
+    times(monkeypatch, Times(1.0, 0.95, 0.95))
     assert multiplier.multiplier(cpu, torch.float32, 64) is cpu
     monkeypatch.setattr(multiplier, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    times(monkeypatch, Times(1.0, 0.85))
+    times(monkeypatch, Times(1.0, 0.85, 0.95))
     assert torch.float32 not in multiplier.multiplier(cpu, torch.float32, 64).PRODUCT_DTYPES
 
 
@@ -93,7 +118,9 @@ def test_a_depth_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(torch.float32, 64), (torch.float32, 128)]
 
 
-@pytest.mark.parametrize("broken", ["", "[]", "{", '{"cpu float32 64": 3}', '{"cpu float32 64": [1, "x"]}'])
+@pytest.mark.parametrize(
+    "broken", ["", "[]", "{", '{"cpu float32 64": 3}', '{"cpu float32 64": [1, "x", 2]}', '{"cpu float32 64": [1, 2]}']
+)
 def test_a_broken_file_is_written_again(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = times(monkeypatch, TORCH)
     file = multiplier._file(cpu)
@@ -101,7 +128,7 @@ def test_a_broken_file_is_written_again(broken: str, monkeypatch: pytest.MonkeyP
     file.write_text(broken)
     multiplier.multiplier(cpu, torch.float32, 40)
     assert asked == [(torch.float32, 64)]
-    assert json.loads(file.read_text()) == {"cpu float32 64": [2.0, 1.0]}
+    assert json.loads(file.read_text()) == {"cpu float32 64": [2.0, 1.0, 1.5]}
     assert [made.name for made in file.parent.iterdir()] == [file.name]
 
 
@@ -142,7 +169,7 @@ def test_the_times_are_of_both_and_change_nothing() -> None:
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("found", [KERNEL, TORCH], ids=["kernel", "torch"])
+@pytest.mark.parametrize("found", [KERNEL, TORCH, TORCH_BY_ROW], ids=["kernel", "torch", "torch by row"])
 def test_explain_says_which_and_why(found: Times, monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, found)
     hidden, weight, target = head()
@@ -151,8 +178,10 @@ def test_explain_says_which_and_why(found: Times, monkeypatch: pytest.MonkeyPatc
         return ll.explain(LF.cross_entropy, ll.linear(hidden, weight), target).products
 
     who = "the kernel multiplies: timed here, torch took 2.00 times as long as the kernel"
-    if found is TORCH:
+    if found is not KERNEL:
         who = "torch multiplies: timed here, torch took 0.50 times as long as the kernel"
+    if found is TORCH_BY_ROW:
+        who += ", on tiles of whole rows"
     assert said() == who
     torch.set_float32_matmul_precision("high")
     try:
@@ -170,7 +199,7 @@ def test_processes_find_each_others_times(tmp_path: Path) -> None:
     """As a user runs it: the first process times and writes, the second does not time."""
     script = """
 import torch, logitless as ll, logitless.functional as F
-from logitless._heads import multiplier
+from logitless._heads import multiplier, tiles
 real, timed = multiplier._timed, []
 multiplier._timed = lambda *asked: timed.append(asked) or real(*asked)
 print(ll.explain(F.cross_entropy, ll.linear(torch.randn(9, 50), torch.randn(70, 50)), torch.arange(9)).products)

@@ -2,10 +2,11 @@
 
 Neither is everywhere: torch's library is the faster one on some makers' processors and half as fast on others. So where
 a backend says that torch's product may be faster (`MEASURED_PRODUCTS`) both are timed when a head is first used, for
-some hundredths of a second, on the three products of a small tile; once for each dtype and each power of two of the
-depth, the one size that all ways to read one head's logits have in common. The times are kept in a file of the user's
-cache, by processor, instruction set and versions, so that other processes multiply in the same way. The backend's
-product promises bits that no call's shape changes (`products`), so torch's must be faster by a tenth to be taken.
+some hundredths of a second, on the three products of a small tile, torch's on tiles of either order; once for each
+dtype and each power of two of the depth, the one size that all ways to read one head's logits have in common. The times
+are kept in a file of the user's cache, by processor, instruction set and versions, so that other processes multiply in
+the same way. The backend's product promises bits that no call's shape changes (`products`), so torch's must be faster
+by a tenth to be taken.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ _LEAST_CLASSES, _MOST_CLASSES = 64, 8192
 
 
 class Times(NamedTuple):
-    """The seconds that a small tile's three products took."""
+    """The seconds that a small tile's three products took: torch's of a tile [classes, rows], and [rows, classes]."""
 
     backend: float
-    torch: float
+    by_class: float
+    by_row: float
+
+    @property
+    def torch(self) -> float:
+        """Torch's, of the order that suits it."""
+        return min(self.by_class, self.by_row)
 
     @property
     def torch_is_faster(self) -> bool:
@@ -50,11 +57,15 @@ _known: dict[tuple[str, torch.dtype, int], Times] = {}
 
 
 def multiplier(backend: Backend, dtype: torch.dtype, depth: int) -> Backend:
-    """Return the backend, or where torch's product of this dtype and depth is faster the same with torch's products."""
+    """Return the backend, or where torch's product of this dtype and depth is faster the same with torch's products.
+
+    Its tiles then lie in the order in which these are the faster ones.
+    """
     if dtype not in backend.MEASURED_PRODUCTS or depth == 0:
         return backend
-    if _times(backend, dtype, depth).torch_is_faster:
-        return multiplying(backend, backend.PRODUCT_DTYPES - {dtype})
+    times = _times(backend, dtype, depth)
+    if times.torch_is_faster:
+        return multiplying(backend, backend.PRODUCT_DTYPES - {dtype}, times.by_class <= times.by_row)
     return backend
 
 
@@ -71,7 +82,8 @@ def who_multiplies(backend: Backend, dtype: torch.dtype, depth: int) -> str:
     times = _times(backend, dtype, depth)
     ratio = times.torch / times.backend
     who = "torch" if times.torch_is_faster else "the kernel"
-    return f"{who} multiplies: timed here, torch took {ratio:.2f} times as long as the kernel"
+    order = ", on tiles of whole rows" if times.torch_is_faster and times.by_row < times.by_class else ""
+    return f"{who} multiplies: timed here, torch took {ratio:.2f} times as long as the kernel{order}"
 
 
 def _times(backend: Backend, dtype: torch.dtype, depth: int) -> Times:
@@ -117,12 +129,18 @@ def _timed_alone(backend: Backend, dtype: torch.dtype, depth: int) -> Times:
         backend.product(weight.T, tile, to_hidden.T, accumulate=True)
         backend.product(tile, hidden, to_weight, accumulate=True)
 
-    def torchs() -> None:
+    def by_class() -> None:
         torch.mm(weight, hidden.T, out=tile)
         to_hidden.T.addmm_(weight.T, tile)
         to_weight.addmm_(tile, hidden)
 
-    rounds = [(_seconds(ours, tile), _seconds(torchs, tile)) for _ in range(_ROUNDS)]
+    def by_row() -> None:
+        logits = tile.view(_TILE_ROWS, classes)
+        torch.mm(hidden, weight.T, out=logits)
+        to_hidden.addmm_(logits, weight)
+        to_weight.T.addmm_(hidden.T, logits)
+
+    rounds = [tuple(_seconds(each, tile) for each in (ours, by_class, by_row)) for _ in range(_ROUNDS)]
     return Times(*(min(spent) for spent in zip(*rounds, strict=True)))
 
 
@@ -157,7 +175,7 @@ def _read(file: Path) -> dict[str, list[float]]:
     """Return the times of a file that may be missing, unreadable or of another form: they are taken again then."""
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
-        return {str(name): [float(ours), float(torchs)] for name, (ours, torchs) in written.items()}
+        return {str(name): list(map(float, Times(*times))) for name, times in written.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -167,7 +185,12 @@ def _write(file: Path, times: dict[str, list[float]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as made:
-            json.dump(times, made)
-        os.replace(made.name, file)
+            try:
+                json.dump(times, made)
+                made.close()
+                os.replace(made.name, file)
+            except BaseException:
+                os.unlink(made.name)
+                raise
     except OSError:
         return

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from logitless._heads.multiplier import who_multiplies
+from logitless._heads.multiplier import multiplier, who_multiplies
 from logitless._heads.rows import DenseRows, HeadRows, LogitRows
 from logitless._heads.tiles import Backward, DenseTiles, HeadTiles, Tile, Tiling, tiling
 from logitless._heads.window import opened
@@ -106,6 +106,7 @@ class HeadCall:
     definition: Definition
     differentiable: tuple[bool, ...]  # of the outputs
     gradient: bool  # whether anything needs one
+    class_major: bool  # the order of its tiles
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -165,6 +166,7 @@ def head_call(
     if late and needed and rules.keeps_logits:
         heads = [HeadTiles.kept_row_bytes(s, dtype) for s in sources if isinstance(s, HeadRows)]
         kept_row_bytes = sum(heads) if all(heads) else 0
+    class_major = _is_class_major(backend, sources, work)
     tiles = tiling(
         rules,
         sources[0].rows,
@@ -173,10 +175,19 @@ def head_call(
         max_bytes=max_bytes,
         gradient=needed,
         cut_classes=_cuts_classes(type(work)),
-        class_major=work.class_major and rules.class_major,
+        class_major=class_major,
         kept_row_bytes=kept_row_bytes,
     )
-    return HeadCall(backend, tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed)
+    return HeadCall(backend, tuple(sources), work, dtype, tiles, definition, tuple(outputs), needed, class_major)
+
+
+def _is_class_major(backend: Backend, sources: Sequence[LogitRows], work: RowWork) -> bool:
+    """Say whether tiles lie [classes, rows]: the work leaves that open, and it suits whoever multiplies each head."""
+    if not work.class_major:
+        return False
+    factors = [source.tensors[0] for source in sources if isinstance(source, HeadRows)]
+    taken = [multiplier(backend, hidden.dtype, hidden.shape[1]) for hidden in factors if hidden is not None]
+    return all(each.tile_rules().class_major for each in taken or [backend])
 
 
 @functools.cache
@@ -517,14 +528,13 @@ def _swept(
 ) -> _Swept:
     makers: list[HeadTiles | DenseTiles] = []
     wanted = []
-    class_major = call.work.class_major and call.backend.tile_rules().class_major
     for source, part, need in zip(call.sources, call.split(tensors), call.split(needed), strict=True):
         wanted.append(upstream is not None and any(need))
         flags = need if upstream is not None else [False] * len(need)
         if isinstance(source, HeadRows):
             narrows = call.work.narrows
             tiles_of = HeadTiles(
-                call.backend, source, part, flags, call.tiles, call.dtype, class_major, narrows=narrows
+                call.backend, source, part, flags, call.tiles, call.dtype, call.class_major, narrows=narrows
             )
             makers.append(tiles_of)
         else:

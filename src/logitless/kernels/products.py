@@ -10,12 +10,17 @@ from logitless.kernels.interface import Backend, TileRules
 
 
 class _Multiplying:
-    """Another backend in all but the dtypes that it multiplies, which nobody measures any more."""
+    """Another backend in all but the dtypes that it multiplies, which nobody measures any more, and its tiles' order."""
 
-    def __init__(self, backend: Backend, dtypes: frozenset[torch.dtype]) -> None:
+    def __init__(self, backend: Backend, dtypes: frozenset[torch.dtype], class_major: bool | None = None) -> None:
         self._backend = backend
         self.PRODUCT_DTYPES = dtypes
         self.MEASURED_PRODUCTS: frozenset[torch.dtype] = frozenset()
+        self._class_major = class_major
+
+    def tile_rules(self) -> TileRules:
+        rules = self._backend.tile_rules()
+        return rules if self._class_major is None else rules._replace(class_major=self._class_major)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -34,9 +39,9 @@ class _Fixed(_Multiplying):
         return rules._replace(least_rows=rules.line)
 
 
-def multiplying(backend: Backend, dtypes: frozenset[torch.dtype]) -> Backend:
-    """Return the backend with its own products of these dtypes alone."""
-    return cast(Backend, _Multiplying(backend, dtypes))
+def multiplying(backend: Backend, dtypes: frozenset[torch.dtype], class_major: bool) -> Backend:
+    """Return the backend with its own products of these dtypes alone, and tiles in the order that suits the others."""
+    return cast(Backend, _Multiplying(backend, dtypes, class_major))
 
 
 def of_fixed_order(backend: Backend, name: str) -> Backend:
