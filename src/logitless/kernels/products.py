@@ -10,7 +10,7 @@ from logitless.kernels.interface import Backend, TileRules
 
 
 class _Multiplying:
-    """Another backend in all but the dtypes that it multiplies, which nobody measures any more, and its tiles' order."""
+    """Another backend in all but the dtypes that it multiplies, which nobody measures any more, and its tile order."""
 
     def __init__(self, backend: Backend, dtypes: frozenset[torch.dtype], class_major: bool | None = None) -> None:
         self._backend = backend
