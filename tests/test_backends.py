@@ -283,9 +283,18 @@ class NoHostReads(TorchDispatchMode):
             torch.ops.aten.equal.default,
             torch.ops.aten.repeat_interleave.Tensor,
             torch.ops.aten._unique2.default,
+            torch.ops.aten.unique_dim.default,
+            torch.ops.aten.unique_consecutive.default,
             torch.ops.aten.bincount.default,
+            torch.ops.aten._coalesce.default,
         )
     )
+
+    INDEXED = frozenset(
+        (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+    )
+
+    TO_SPARSE = frozenset((torch.ops.aten._to_sparse, torch.ops.aten._to_sparse_csr))
 
     def __enter__(self) -> Self:
         self._copies = _NoHostCopies()
@@ -301,12 +310,18 @@ class NoHostReads(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
             raise HostReadError(f"{func} from {args[0].device} to {kwargs['device']}")
+        if func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            raise HostReadError(f"{func} from {args[1].device} to {args[0].device}")
         sized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
         if func in self.FORBIDDEN and not sized:
             raise HostReadError(str(func))
-        indexes = args[1] if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) else ()
-        if any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indexes):
-            raise HostReadError(f"{func} with a mask")
+        if func.overloadpacket in self.TO_SPARSE and args[0].layout == torch.strided:
+            raise HostReadError(str(func))
+        for index in args[1] if func.overloadpacket in self.INDEXED else ():
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                raise HostReadError(f"{func} with a mask")
+            if isinstance(index, Tensor) and index.device != args[0].device:
+                raise HostReadError(f"{func} on {args[0].device} with numbers of {index.device}")
         return func(*args, **kwargs)
 
 

@@ -26,7 +26,7 @@ from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.precision import HALF, no_autocast
 from logitless._rules.targets import first_outside
-from logitless._rules.transforms import hold_data, transform_reason
+from logitless._rules.transforms import hold_data, may_be_waited_for, transform_reason, values_are_readable
 from logitless.kernels import definitions
 from logitless.kernels.interface import Backend, RowStats
 
@@ -123,8 +123,8 @@ def gather(backend: Backend, rows: HeadRows, dtype: torch.dtype, index: Tensor, 
     if _is_plain(rows):
         return _defined(rows, dtype, rows.tensors).gather(-1, index)
     _check_index(backend, index, rows.classes, dim)
-    few = 0 < index.shape[1] * _WHOLE <= rows.classes and backend.READS_VALUES
-    if few and shapes_do_not_matter(backend, rows.tensors):
+    few = 0 < index.shape[1] * _WHOLE <= rows.classes
+    if few and backend.READS_VALUES and values_are_readable(index) and shapes_do_not_matter(backend, rows.tensors):
         return _gathered_by_blocks(backend, rows, dtype, index)
     work = _GatherWork(dtype, index)
     return per_row(_call(backend, rows, dtype, work, lambda z: (z.gather(-1, index),), (True,)))[0]
@@ -223,7 +223,7 @@ def _call(
 
 def _check_index(backend: Backend, index: Tensor, classes: int, dim: int) -> None:
     """Raise where an index names no class and it can be read."""
-    if not backend.READS_VALUES:
+    if not ((backend.READS_VALUES and values_are_readable(index)) or may_be_waited_for(index)):
         return
     first = first_outside(index, classes)
     if first is not None:

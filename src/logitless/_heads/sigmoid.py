@@ -78,7 +78,7 @@ def gradients_of_panels(
                 z = tile.by_row
                 gradient = call.backend.elements_grad(_LOSS, z, zeros, scale=given, out=z)
                 for places, _ in tile.places:
-                    gradient[places] = -gradient[places]
+                    places.write(gradient, -places.of(gradient))
                 if needs_bias:
                     to_bias += gradient.sum(1, dtype=torch.float64).sum()
                 work.take(panel, rows, tile, gradient, to_left)
@@ -96,7 +96,7 @@ def _turned(work: Work, panel: Panel, rows: TileRows, bias: Tensor | float) -> I
         z = tile.by_row
         z += bias
         for places, _ in tile.places:
-            z[places] = -z[places]
+            places.write(z, -places.of(z))
         if zeros is None:
             zeros = torch.zeros(z.numel(), dtype=z.dtype, device=z.device)
         yield tile, view(zeros, tuple(z.shape))

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from logitless._heads.multiplier import multiplier
-from logitless._heads.pairs_of_rows import Pairs, Places
+from logitless._heads.pairs_of_rows import Entries, Pairs
 from logitless._heads.products import multiply
 from logitless._heads.tiles import buffer, view
 from logitless._heads.vectors import Vectors
+from logitless._rules.transforms import values_are_readable
 from logitless.kernels.interface import Backend
 
 # A tile: products of so many rows and columns run at nearly full speed (1024 rows are 6 % faster), and all buffers of a
@@ -148,7 +149,7 @@ class Tile(NamedTuple):
     right: Tensor
     first: int
     last: int
-    places: list[tuple[Places, Tensor]]  # the positives, with their logits in float64
+    places: list[tuple[Entries, Tensor]]  # the positives, with their logits in float64
 
 
 def fold(call: Contrast, scale: Tensor | float, vectors: Sequence[Tensor]) -> Partitions:
@@ -166,7 +167,7 @@ def fold_into(call: Contrast, work: Work, sums: Partitions, visitors: Sums | Non
             of_rows = sums.of(panel.rows)
             for tile in work.tiles(panel, rows):
                 for places, logits in tile.places:
-                    sums.positive.index_add_(0, places.rows + rows.top, logits)
+                    places.add_to(sums.positive[stretch], logits)
                 join(call.backend, tile.by_row, 1, of_rows.top[stretch], of_rows.log_sum[stretch])
                 if panel.columns is not None and tile.by_column is not None:
                     along = slice(tile.first, tile.first + tile.by_column.shape[1])
@@ -224,7 +225,7 @@ def gradients_into(
                 gradient = work.softmaxes(tile, row_sums, column_sums)
                 for places, logits in tile.places:
                     taken = shares.per_positive[places.rows + rows.top]
-                    gradient[places] = _of_positives(places, logits, taken, row_sums, column_sums).to(call.dtype)
+                    places.write(gradient, _of_positives(places, logits, taken, row_sums, column_sums))
                 work.take(panel, rows, tile, gradient, to_left)
             if to_left is not None:
                 if needs_scale:
@@ -271,7 +272,7 @@ class Shares(NamedTuple):
         return Side(self.top[partition], self.log_sum[partition], self.share)
 
 
-def _of_positives(places: Places, logits: Tensor, taken: Tensor, rows: Side, columns: Side | None) -> Tensor:
+def _of_positives(places: Entries, logits: Tensor, taken: Tensor, rows: Side, columns: Side | None) -> Tensor:
     """Return the gradient of positive logits, p - 1 of a sure one without cancellation.
 
     It is g_r p_r + g_c p_c - g = g_r (p_r - 1) + g_c (p_c - 1) + (g_r + g_c - g), and the last bracket is 0 where the
@@ -338,6 +339,7 @@ class Work:
         self.vectors = vectors
         features, device = vectors[0].given.shape[1], vectors[0].given.device
         self._products = multiplier(backend, dtype, features)
+        self._reads = backend.READS_VALUES and values_are_readable(vectors[0].given)
         sides = [_shape(panel) for panel in call.panels]
         rows, columns = max(side[0] for side in sides), max(side[1] for side in sides)
         numbers = max(height * width for height, width in sides)
@@ -374,9 +376,9 @@ class Work:
             found = (
                 ()
                 if panel.positives is None
-                else panel.positives.within(rows.top, rows.bottom, first, last, logits.device)
+                else panel.positives.within(rows.top, rows.bottom, first, last, logits.device, reads=self._reads)
             )
-            places = [(each, logits[each].double()) for each in found]
+            places = [(each, each.of(logits).double()) for each in found]
             by_column, columns = None, min(last, self._column_anchors) - first
             if panel.columns is not None and columns > 0:
                 by_column = logits
@@ -396,16 +398,16 @@ class Work:
         first: int,
         logits: Tensor,
         along: int,
-        places: Sequence[tuple[Places, Tensor]],
+        places: Sequence[tuple[Entries, Tensor]],
     ) -> None:
         """Leave out and add what an anchor's rule says, and put its positives back."""
         guide = None
         if rule.margin is not None and rule.margin.guide is not None:
             guide = self._guided(panel, rule.margin.guide, rows, first, logits)
-        edit(rule, logits, self.scale, rows.top, first, along, guide)
+        edit(rule, logits, self.scale, rows.top, first, along, guide, reads=self._reads)
         if not rule.changes_nothing:
             for each, kept in places:
-                logits[each] = kept.to(logits.dtype)
+                each.write(logits, kept)
 
     def _guided(self, panel: Panel, guide: tuple[Tensor, Tensor], rows: TileRows, first: int, logits: Tensor) -> Tensor:
         """Return a tile of the guide's similarities."""
@@ -465,7 +467,15 @@ class Work:
 
 
 def edit(
-    rule: Rule, logits: Tensor, scale: Tensor | float, top: int, first: int, along: int, guide: Tensor | None
+    rule: Rule,
+    logits: Tensor,
+    scale: Tensor | float,
+    top: int,
+    first: int,
+    along: int,
+    guide: Tensor | None,
+    *,
+    reads: bool,
 ) -> None:
     """Leave out of a tile what a rule says, and add to it, in place; `along` 1: the rows are the anchors."""
     height, width = logits.shape
@@ -478,33 +488,32 @@ def edit(
         thresholds = of_anchors.unsqueeze(along)
         left_out = logits > thresholds * scale if guide is None else guide > thresholds
     if rule.hardness is not None:
-        _harden(rule.hardness, logits, scale, top, first)
+        _harden(rule.hardness, logits, scale, top, first, reads=reads)
     if left_out is not None:
         logits.masked_fill_(left_out, -torch.inf)
     if rule.mask is not None:
         mask = rule.mask[first:last] if rule.mask.dim() == 1 else rule.mask[top:bottom, first:last]
         logits.masked_fill_(mask, -torch.inf)
     for pairs in rule.pairs:
-        for places in pairs.within(top, bottom, first, last, logits.device):
-            logits[places] = -torch.inf
+        for places in pairs.within(top, bottom, first, last, logits.device, reads=reads):
+            places.fill(logits, -torch.inf)
 
 
-def _harden(hardness: Hardness, logits: Tensor, scale: Tensor | float, top: int, first: int) -> None:
-    own = (
-        []
-        if hardness.own is None
-        else list(hardness.own.within(top, top + len(logits), first, first + logits.shape[1], logits.device))
-    )
-    kept = [logits[places] for places in own]
+def _harden(hardness: Hardness, logits: Tensor, scale: Tensor | float, top: int, first: int, *, reads: bool) -> None:
+    own: list[tuple[Entries, Tensor]] = []
+    if hardness.own is not None:
+        bottom, last = top + logits.shape[0], first + logits.shape[1]
+        found = hardness.own.within(top, bottom, first, last, logits.device, reads=reads)
+        own = [(places, places.of(logits)) for places in found]
     factor = 1 + hardness.strength / scale
     if hardness.which == "hard_negatives":
-        for places, values in zip(own, kept, strict=True):
-            logits[places] = values * factor
+        for places, values in own:
+            places.write(logits, values * factor)
         return
     logits.mul_(factor)
     if hardness.which == "in_batch_negatives":
-        for places, values in zip(own, kept, strict=True):
-            logits[places] = values
+        for places, values in own:
+            places.write(logits, values)
 
 
 def _softmax(backend: Backend, logits: Tensor, along: int, side: Side, out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logitless._heads.tiles import Backward, Tile, stretch
 from logitless._rules.reduction import as_number
+from logitless._rules.transforms import values_are_readable
 from logitless.kernels.interface import Backend, Divergence, ElementLoss, RowStats, times_zero_safe
 
 # No row of a tile is ignored: those were left out before the tile was made.
@@ -364,12 +365,12 @@ class ClassLists(NamedTuple):
             return cls(sparse.crow_indices(), sparse.col_indices(), sparse.values())
         sparse = sparse.coalesce()
         rows, classes = sparse.indices()
-        counts = torch.bincount(rows, minlength=sparse.shape[0])
-        return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), classes, sparse.values())
+        offsets = torch.searchsorted(rows.contiguous(), torch.arange(sparse.shape[0] + 1, device=rows.device))
+        return cls(offsets, classes, sparse.values())
 
     def tile(self, start: int, stop: int, first: int, last: int, *, reads: bool = True) -> Tensor:
         """Return some rows and classes as a dense matrix; `reads`: the offsets may be read, which looks at less."""
-        if not reads:
+        if not (reads and values_are_readable(self.offsets)):
             return self._tile_of_all(start, stop, first, last)
         offsets = self.offsets[start : stop + 1]
         begin, end = int(offsets[0]), int(offsets[-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -65,11 +67,24 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
 
 
 def dense_of(sparse: Tensor) -> Tensor:
-    """Return a sparse tensor written out. No transform can wrap one in rows (CSR): it is a constant of what runs."""
+    """Return a sparse tensor written out."""
+    with _outside_of_transforms(sparse):
+        return sparse.to_dense()
+
+
+def entries_of(sparse: Tensor) -> Tensor:
+    """Return a sparse tensor as COO, with each place once; one that was not coalesced is waited for."""
+    with _outside_of_transforms(sparse):
+        entries: Tensor = sparse.to_sparse_coo().coalesce()
+        return entries
+
+
+def _outside_of_transforms(sparse: Tensor) -> AbstractContextManager[object]:
+    """No transform can wrap a tensor that is sparse in rows (CSR): it is a constant of what runs."""
     if sparse.layout == torch.sparse_csr and torch._C._are_functorch_transforms_active():
-        with temporarily_clear_interpreter_stack():
-            return sparse.to_dense()
-    return sparse.to_dense()
+        context: AbstractContextManager[object] = temporarily_clear_interpreter_stack()
+        return context
+    return nullcontext()
 
 
 def hold_data(*tensors: Tensor | None) -> bool:

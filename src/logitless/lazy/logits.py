@@ -20,6 +20,7 @@ from logitless._rules import dispatch
 from logitless._rules.precision import check_real, no_autocast, under_autocast
 from logitless._rules.reduction import count_of
 from logitless._rules.targets import first_outside
+from logitless._rules.transforms import may_be_waited_for, values_are_readable
 from logitless.lazy.class_fills import classes_filled, classes_of_mask
 from logitless.lazy.gradient import Form
 from logitless.lazy.moves import MOVES, axis_of
@@ -267,8 +268,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def check_classes(index: Tensor, classes: int) -> None:
-    """Raise, as torch's gather does, if an index is no class."""
-    if torch.compiler.is_compiling() or not is_eager(index):
+    """Raise, as torch's gather does, if an index is no class and may be looked at."""
+    if torch.compiler.is_compiling() or not (values_are_readable(index) or may_be_waited_for(index)):
         return
     first = first_outside(index, classes)
     if first is not None:

@@ -19,7 +19,7 @@ from logitless._rules import dispatch
 from logitless._rules.precision import check_real, no_autocast, precision_of
 from logitless._rules.reduction import Empty, reduce_rows, resolve_reduction
 from logitless._rules.sharding import of_the_whole
-from logitless._rules.transforms import transform_reason, values_are_readable
+from logitless._rules.transforms import entries_of, transform_reason, values_are_readable
 from logitless.losses.contrastive_group import KEYS, NEGATIVES, Seen, losses_over_ranks, sigmoid_over_ranks
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -666,10 +666,11 @@ def _positive_pairs(positives: Positives, rows: int, keys: int, device: torch.de
     if positives.layout != torch.strided:
         if positives.shape != (rows, keys):
             raise ValueError(f"info_nce: sparse positives must be ({rows}, {keys}), got {tuple(positives.shape)}")
-        entries = positives.to_sparse_coo().coalesce()
-        there = entries.values() != 0
-        found, columns = entries.indices()[:, there]
-        return Listed.of(found, columns, keys)
+        entries = entries_of(positives)
+        (found, columns), there = entries.indices(), entries.values() != 0
+        if values_are_readable(there):
+            return Listed.of(found[there], columns[there], keys)
+        return Listed(found.masked_fill(~there, rows), columns)
     return _indices("positives", positives, rows, keys)
 
 
