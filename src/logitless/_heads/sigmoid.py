@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from logitless._heads.square import Contrast, Panel, Tile, TileRows, Work, as_sides
-from logitless._heads.tiles import view
 from logitless.kernels.interface import ElementLoss
 
 _LOSS: ElementLoss = "binary_cross_entropy_with_logits"
@@ -90,13 +89,10 @@ def gradients_of_panels(
 
 
 def _turned(work: Work, panel: Panel, rows: TileRows, bias: Tensor | float) -> Iterator[tuple[Tile, Tensor]]:
-    """Yield tiles whose pairs' logits are turned round, each with as many zeros: the answer of every entry is no."""
-    zeros: Tensor | None = None
+    """Yield tiles whose pairs' logits are turned round, each with a zero for all: the answer of every entry is no."""
     for tile in work.tiles(panel, rows):
         z = tile.by_row
         z += bias
         for places, _ in tile.places:
             places.write(z, -places.of(z))
-        if zeros is None:
-            zeros = torch.zeros(z.numel(), dtype=z.dtype, device=z.device)
-        yield tile, view(zeros, tuple(z.shape))
+        yield tile, z.new_zeros(()).expand(z.shape)
