@@ -550,13 +550,14 @@ def _batches(d: _Draw, name: str) -> Case:
             return torch.cat([apart.reshape(-1), scores.new_zeros(1)]).logsumexp(0)
     else:
         margin = d.one("margin", (0.5, 50.0))
-        same = labels.unsqueeze(1) == labels
+        every, own = labels.repeat(2), torch.eye(2 * rows, dtype=torch.bool)
+        same = every.unsqueeze(1) == every
 
         def ours(x: Tensor, y: Tensor) -> Tensor:
-            return ll.batch_triplet_loss(x + y, labels, kind="all", margin=margin)
+            return ll.batch_triplet_loss(torch.cat([x, y]), every, kind="all", margin=margin)
 
         def truth(x: Tensor, y: Tensor) -> Tensor:
-            v = x + y
+            v = torch.cat([x, y])  # their sum, in a half, would be rounded to where another vector lies
             squares = (v.unsqueeze(1) - v).square().sum(-1)
             apart = torch.where(squares > 0, squares.masked_fill(squares == 0, 1).sqrt(), 0)
             each = apart.unsqueeze(2) - apart.unsqueeze(1) + margin
@@ -568,8 +569,6 @@ def _batches(d: _Draw, name: str) -> Case:
     if shared and dtype in (torch.float16, torch.bfloat16):
         way = "no gradient"  # of two ways that are each rounded to a half
     factor = 8.0 if scale > 1 else 4.0
-    if name == "batch_triplet_loss" and dtype == torch.float64:
-        factor = 1e4  # the distance of two equal vectors is the root of a rounding: 1e-8 of their length
     lengths = torch.cat([tensor.double().norm(dim=1) for tensor in tensors])
     shortest = float(lengths[lengths > 0].min()) if bool((lengths > 0).any()) else 1.0
     floor = 1e-2 * (1 + scale) / min(1.0, shortest)  # what turns a vector of length 1 is divided by its length

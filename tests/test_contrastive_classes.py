@@ -186,3 +186,30 @@ def test_supcon_is_that_of_pytorch_metric_learning(dtype: torch.dtype) -> None:
         torch.testing.assert_close(value, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
         limit = (2e-6 if dtype == torch.float32 else 1e-11) * of_theirs.abs().max().item()
         assert (gradient - of_theirs).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("kind", ["hard", "semi_hard", "all"])
+@pytest.mark.parametrize("apart", [0.0, 1e-12, 1e-7])
+def test_vectors_that_are_close_to_each_other(apart: float, kind: str) -> None:
+    """Distances far below a rounding of the vectors' squares, with the gradient that their differences give."""
+    draw = torch.Generator().manual_seed(5)
+    center = torch.randn(1, 33, generator=draw, dtype=torch.float64)
+    shift = torch.randn(8, 33, generator=draw, dtype=torch.float64)
+    near = (center + apart * shift).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1])
+    loss = ll.batch_triplet_loss(near, labels, kind=kind, margin=0.5)
+    upstream = torch.tensor(-1.7, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(loss, near, upstream, retain_graph=True)
+    (batched,) = torch.autograd.grad(loss, near, upstream.expand(1), is_grads_batched=True)
+    if apart == 0:
+        assert loss == 0.5
+        assert not grad.any()
+        assert not batched.any()
+        return
+    # The same triplets, `apart` of each other in place of 1: from the differences as they were rounded.
+    scaled = ((near.detach() - near.detach()[:1]) / apart).requires_grad_()
+    truth = ll.batch_triplet_loss(scaled, labels, kind=kind, margin=0.5 / apart)
+    (expected,) = torch.autograd.grad(truth, scaled, upstream)
+    assert float(loss.detach() - 0.5) == pytest.approx(float(truth.detach() * apart - 0.5), abs=2e-16)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(batched[0], expected, rtol=0, atol=4e-16 / apart)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitless._heads.triplets import Distance, Kind, add_gradient, distances, mined, strips
+from logitless._heads.triplets import Distance, Kind, between, distances, mined, strip_gradients, strips
 from logitless._rules.derivatives import needs_plain_backward, plain_backward
 from logitless._rules.transforms import transform_reason
 
@@ -45,23 +45,29 @@ class _Triplets(torch.autograd.Function):
             return plain_backward(value, [vectors], [True], [grad_output])[0], None, None, None, None
         gradient = torch.zeros_like(vectors)
         for top, bottom in strips(len(vectors)):
-            apart = distances(vectors, top, bottom, distance)
-            times = mined(kind, apart, labels, top, margin).times
-            add_gradient(vectors, gradient, top, bottom, apart, times, distance)
+            own, others = strip_gradients(vectors, labels, top, bottom, kind, margin, distance)
+            gradient[top:bottom] += own
+            gradient += others
         return gradient * (grad_output / counted.clamp(min=1)), None, None, None, None
 
 
 def definition(vectors: Tensor, labels: Tensor, kind: Kind, margin: float, distance: Distance) -> Tensor:
     """Return the same from the matrix of distances, which is built: each as often as its triplets count it."""
-    products = vectors @ vectors.T
-    if distance == "cosine":
-        apart = 1 - products
-    else:
-        squares = vectors.square().sum(1)
-        squared = squares.unsqueeze(1) + squares - 2 * products
-        apart = torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
+    apart = between(vectors, vectors, distance) if distance == "cosine" else _euclidean(vectors)
     strip = mined(kind, apart.detach(), labels, 0, margin)
     linear = strip.times * apart
     total = linear.sum()
     # The margins are constants: what the strip's sum has beside its distances.
     return (total + (strip.total - total.detach())) / strip.counted.clamp(min=1)
+
+
+def _euclidean(vectors: Tensor) -> Tensor:
+    """Return all distances, differentiable as often as asked: torch differentiates `cdist` once.
+
+    The numbers are `between`'s, and the derivatives those of the products that squared distances are made of.
+    """
+    apart = between(vectors.detach(), vectors.detach(), "euclidean")
+    squares = vectors.square().sum(1)
+    squared = squares.unsqueeze(1) + squares - 2 * vectors @ vectors.T
+    exact = apart.square() + (squared - squared.detach())
+    return torch.where(apart > 0, exact, 1).sqrt() * (apart > 0)

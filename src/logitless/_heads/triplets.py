@@ -1,8 +1,9 @@
 """Triplets of a batch: their losses and the gradients of distances, a strip of anchors at a time.
 
 Of every kind a loss is a sum of distances, each some times over: the sum over all triplets of an anchor is read from
-its negatives in order, with their running sum, and no triplet is listed. Distances are float64: the difference of two
-close vectors is not lost in a product of long ones, and which negative is the nearest is not left to rounding.
+its negatives in order, with their running sum, and no triplet is listed. Distances are float64, and Euclidean ones and
+their gradient are made of the vectors' differences: what two close vectors differ by is not lost in a product of long
+ones, equal vectors are at a distance of 0, and which negative is the nearest is not left to rounding.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def strips(anchors: int) -> Iterator[tuple[int, int]]:
 
 def distances(vectors: Tensor, top: int, bottom: int, kind: Distance) -> Tensor:
     """Return the distances of some float64 vectors (of length 1 for cosines) from all."""
-    products = vectors[top:bottom] @ vectors.T
+    return between(vectors[top:bottom], vectors, kind)
+
+
+def between(first: Tensor, second: Tensor, kind: Distance) -> Tensor:
+    """Return the distances of each of the first vectors from each of the second."""
     if kind == "cosine":
-        return 1 - products
-    squares = vectors.square().sum(1)
-    found = squares[top:bottom].unsqueeze(1) + squares - 2 * products
-    return found.clamp(min=0).sqrt()
+        return 1 - first @ second.T
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def mined(kind: Kind, apart: Tensor, labels: Tensor, top: int, margin: float) -> Strip:
@@ -94,15 +97,13 @@ def _all(apart: Tensor, positive: Tensor, negative: Tensor, ordered: Tensor, mar
     return Strip(losses.masked_fill(~positive, 0).sum(), closer.sum(), times.to(apart.dtype))
 
 
-def add_gradient(
-    vectors: Tensor, gradient: Tensor, top: int, bottom: int, apart: Tensor, times: Tensor, kind: Distance
-) -> None:
-    """Add the gradient of the sum of a strip's distances, each some times over, to that of the vectors."""
-    if kind == "cosine":
-        gradient[top:bottom] -= times @ vectors
-        gradient.addmm_(times.T, vectors[top:bottom], alpha=-1)
-        return
-    pull = times / apart.masked_fill(apart == 0, torch.inf)
-    gradient[top:bottom] += pull.sum(1, keepdim=True) * vectors[top:bottom] - pull @ vectors
-    gradient += pull.sum(0).unsqueeze(1) * vectors
-    gradient.addmm_(pull.T, vectors[top:bottom], alpha=-1)
+def strip_gradients(
+    vectors: Tensor, labels: Tensor, top: int, bottom: int, kind: Kind, margin: float, distance: Distance
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the sum of some anchors' losses: of their own vectors, and of all as the others'."""
+    with torch.enable_grad():
+        own, others = vectors[top:bottom].detach().requires_grad_(), vectors.detach().requires_grad_()
+        apart = between(own, others, distance)
+    times = mined(kind, apart.detach(), labels, top, margin).times
+    first, second = torch.autograd.grad(apart, (own, others), times)
+    return first, second
