@@ -22,6 +22,7 @@ from logitless._heads.across import (
 )
 from logitless._heads.exchange import Peers
 from logitless._heads.square import Partitions, row_losses
+from logitless._rules.derivatives import is_differentiated_again
 from logitless._rules.keeping import put_together, taken_apart
 from logitless._rules.transforms import transform_reason
 
@@ -142,7 +143,7 @@ def _refuse_transforms(peers: Peers, *tensors: Tensor | None) -> None:
 
 
 def _refuse_higher(peers: Peers, grad_output: Tensor) -> None:
-    if torch.is_grad_enabled() or transform_reason(grad_output) is not None:
+    if is_differentiated_again(grad_output):
         raise RuntimeError(
             f"{peers.name}: with group= the gradient cannot be differentiated again, nor be asked for in batches; "
             "leave out create_graph=True and is_grads_batched=True, or take the loss of one process (group=None)"

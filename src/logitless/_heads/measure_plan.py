@@ -60,15 +60,7 @@ def token_call(
     work = TokenWork(backend, indices, ignore_index, wide, top_k)
     outputs = (True, True, True, False, False, *((False, False) if top_k else ()))
     call = head_call(
-        backend,
-        [source],
-        work,
-        definition,
-        outputs=outputs,
-        least_dtype=wide,
-        max_bytes=None,
-        gradient=gradient,
-        late=True,
+        backend, [source], work, definition, outputs=outputs, least_dtype=wide, gradient=gradient, late=True
     )
     return call, kept
 
@@ -93,15 +85,7 @@ def entropy_call(
 
     work = TokenWork(backend, None, NO_INDEX, wide)
     return head_call(
-        backend,
-        [source],
-        work,
-        definition,
-        outputs=(True,),
-        least_dtype=wide,
-        max_bytes=None,
-        gradient=gradient,
-        late=late,
+        backend, [source], work, definition, outputs=(True,), least_dtype=wide, gradient=gradient, late=late
     )
 
 
@@ -138,15 +122,7 @@ def pair_call(
     class_major = all(isinstance(source, HeadRows) for source in sources)
     work = PairWork(backend, names, divergence, indices, ignore_index, class_major, wide)
     return head_call(
-        backend,
-        sources,
-        work,
-        definition,
-        outputs=outputs,
-        least_dtype=wide,
-        max_bytes=None,
-        gradient=gradient,
-        late=late,
+        backend, sources, work, definition, outputs=outputs, least_dtype=wide, gradient=gradient, late=late
     )
 
 

@@ -146,7 +146,7 @@ def head_call(
     *,
     outputs: Sequence[bool],
     least_dtype: torch.dtype,
-    max_bytes: int | None,
+    max_bytes: int | None = None,
     gradient: bool | None = None,
     late: bool = False,
 ) -> HeadCall:

@@ -58,14 +58,14 @@ def rows(
 
     `turned` is what `crossed` says of them.
     """
-    if turned is not None and _are_many(sizes):
-        dtype = compute_dtype(x1)
-        made = cosine_matrix(multiplier(backend, dtype, sizes[2]), dtype, *_matrices(x1, x2, turned), eps)
-        return CosineRows(made, made.new_empty(0, dtype=torch.float64) if save else None)
-    first, second = _expanded(x1, sizes), _expanded(x2, sizes)
     if turned is not None:
-        out = backend.cosine_similarity(first, second, dim, eps, save=False).out
+        if _are_many(sizes):
+            dtype = compute_dtype(x1)
+            out = cosine_matrix(multiplier(backend, dtype, sizes[2]), dtype, *_matrices(x1, x2, turned), eps)
+        else:
+            out = backend.cosine_similarity(_expanded(x1, sizes), _expanded(x2, sizes), dim, eps).out
         return CosineRows(out, out.new_empty(0, dtype=torch.float64) if save else None)
+    first, second = _expanded(x1, sizes), _expanded(x2, sizes)
     if target is None:
         return backend.cosine_similarity(first, second, dim, eps, save=save)
     return backend.cosine_embedding(first, second, _expanded(target, sizes[:-1]), margin, save=save)

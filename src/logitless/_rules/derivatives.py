@@ -24,17 +24,18 @@ def applied_directly(function: type[torch.autograd.Function]) -> Callable[..., A
     return apply
 
 
+def is_differentiated_again(*grad_outputs: Tensor | None) -> bool:
+    """Say whether a gradient is being made that will be differentiated itself, or many of them in a batch."""
+    return torch.is_grad_enabled() or transform_reason(*grad_outputs) is not None
+
+
 def needs_plain_backward(*grad_outputs: Tensor | None) -> bool:
     """Say whether a backward pass must be made of plain differentiable operations.
 
     So it is of an upstream gradient whose memory holds its negative, as a conjugate's imaginary part does: kernels read
     memory.
     """
-    return (
-        torch.is_grad_enabled()
-        or transform_reason(*grad_outputs) is not None
-        or any(grad is not None and grad.is_neg() for grad in grad_outputs)
-    )
+    return is_differentiated_again(*grad_outputs) or any(grad is not None and grad.is_neg() for grad in grad_outputs)
 
 
 def plain_backward(
