@@ -123,6 +123,10 @@ def test_lengths_at_the_ends_of_the_range() -> None:
     torch.testing.assert_close(
         small.double(), expected, rtol=1e-4, atol=1e-4
     )  # the vectors have lost their last digits
+    for scale in (1e300, 1e-300):
+        torch.testing.assert_close(
+            ll.info_nce(x[:70] * scale, y, temperature=0.1), ll.info_nce(x[:70], y, temperature=0.1), rtol=1e-13, atol=0
+        )
     x[0, 1] = torch.nan
     assert ll.pairwise_cosine(x, y)[0].isnan().all()
     assert F.cosine_similarity(x.unsqueeze(1), y.unsqueeze(0), dim=-1)[0].isnan().all()

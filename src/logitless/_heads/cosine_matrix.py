@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from logitless._heads.products import multiply
+from logitless._heads.vectors import lengths
 from logitless.kernels.interface import Backend
 
 _BLOCK_ROWS = 256  # vectors whose float64 copies stay small
@@ -59,7 +60,8 @@ def cosine_matrix_gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of the vectors that are wanted, in their dtypes."""
     given = upstream.to(dtype)
-    sides = [_units(first, dtype, eps), _units(second, dtype, eps)]
+    one = _units(first, dtype, eps)
+    sides = [one, one if first is second else _units(second, dtype, eps)]
     found: list[Tensor | None] = []
     for number, vectors in enumerate((first, second)):
         if not wanted[number]:
@@ -82,14 +84,11 @@ def _units(vectors: Tensor, dtype: torch.dtype, eps: float) -> _Units:
     norms, share = (torch.empty(len(vectors), 1, dtype=torch.float64, device=vectors.device) for _ in range(2))
     blocks = (tensor.split(_BLOCK_ROWS) for tensor in (vectors, units, norms, share))
     for given, unit, norm, part in zip(*blocks, strict=True):
-        wide = given.double()
-        largest = wide.abs().amax(1, keepdim=True) if wide.shape[1] else norm.new_zeros(norm.shape)
-        exponent = (torch.frexp(largest)[1] - 1).clamp_(-1000, 1000)
-        scaled = torch.ldexp(wide, -exponent)
-        length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-        norm.copy_(torch.ldexp(length, exponent))
+        measured = lengths(given)
+        norm.copy_(measured.norms)
         short = norm <= eps  # not so of NaN
-        unit.copy_(torch.where(short, wide / eps if eps else torch.zeros_like(wide), scaled / length))
+        within = given.double() / eps if eps else torch.zeros_like(measured.vectors)
+        unit.copy_(torch.where(short, within, measured.vectors / measured.lengths))
         part.copy_((~short).double() + (norm == eps) * 0.5)
         norm.masked_fill_(short, eps if eps else torch.inf)
     return _Units(units, norms, share)

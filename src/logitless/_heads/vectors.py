@@ -6,6 +6,8 @@ Precision policy: half precisions are widened to float32, a block at a time; nor
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,31 @@ from logitless.kernels.interface import Backend
 BLOCK_ROWS = 1024  # vectors whose copies stay small
 
 
+class Lengths(NamedTuple):
+    """Vectors as they were measured, in float64 times a power of two each, their lengths then, and their own."""
+
+    vectors: Tensor
+    lengths: Tensor  # [rows, 1]
+    norms: Tensor  # [rows, 1]
+
+
+def lengths(vectors: Tensor) -> Lengths:
+    """Return the lengths of vectors, of which no square overflows or vanishes: in float64 only its own can."""
+    wide = vectors.double()
+    if vectors.dtype != torch.float64 or not wide.shape[1]:
+        norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return Lengths(wide, norms, norms)
+    exponent = (torch.frexp(wide.abs().amax(1, keepdim=True))[1] - 1).clamp(-1000, 1000)
+    scaled = torch.ldexp(wide, -exponent)
+    found = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return Lengths(scaled, found, torch.ldexp(found, exponent))
+
+
 def inverse_norms(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 / |x| of each vector [rows, 1], and 0 of a zero vector."""
     # What is traced has no blocks: their number would be a constant.
     blocks = (vectors,) if transform_reason(vectors) is not None else vectors.split(BLOCK_ROWS // 4)
-    norms = torch.cat([torch.linalg.vector_norm(block.double(), dim=1, keepdim=True) for block in blocks])
+    norms = torch.cat([lengths(block).norms for block in blocks])
     return norms.reciprocal().masked_fill_(norms == 0, 0).to(dtype)
 
 
