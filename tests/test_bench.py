@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import itertools
 import json
 import mmap
 import sys
@@ -248,14 +249,75 @@ def test_a_peer_that_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.
         measure(case(ours(fails)), FORWARD, 1, notes.append)
 
 
-def test_providers_that_disagree_on_all_the_rows_are_not_timed() -> None:
-    def wrong_later(x: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(x, target) + (0.1 if len(x) == 5 else 0.0)
+def wrong_on(rows: int, wrong: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a cross-entropy that is `wrong` of so many rows and right of others."""
 
-    with pytest.raises(GateError, match="peer gives"):
-        measure(case(ours(LF.cross_entropy), eager(wrong_later, "peer")), FORWARD, 1, pytest.fail)
-    with pytest.raises(GateError, match="gradients of peer"):
-        measure(case(ours(LF.cross_entropy), eager(changed(slope=1.1), "peer")), BOTH, 1, pytest.fail)
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return (wrong if len(x) == rows else F.cross_entropy)(x, target)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mode", "said"),
+    [
+        (changed(value=1.1), FORWARD, "its value is"),
+        (changed(value=float("nan")), BOTH, "its value is nan"),
+        (changed(slope=1.1), BOTH, "its gradients are off by"),
+    ],
+)
+def test_a_peer_that_is_wrong_on_all_the_rows_is_left_out(
+    wrong: Callable[[Tensor, Tensor], Tensor], mode: str, said: str
+) -> None:
+    notes: list[str] = []
+    one = case(ours(LF.cross_entropy), eager(wrong_on(5, wrong), "peer"), eager(F.cross_entropy))
+    assert [row.provider for row in measure(one, mode, 1, notes.append)] == ["logitless", "torch eager"]
+    assert len(notes) == 1
+    assert f"{mode}: peer left out: it is wrong: {said}" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mode"),
+    [(changed(value=1.1), FORWARD), (changed(slope=1.1), BOTH)],
+)
+def test_ours_that_is_wrong_on_all_the_rows_ends_the_run(wrong: Callable[[Tensor, Tensor], Tensor], mode: str) -> None:
+    with pytest.raises(GateError, match="logitless is wrong by float64, torch eager differs"):
+        measure(case(ours(wrong_on(5, wrong)), eager(F.cross_entropy)), mode, 1, pytest.fail)
+    with pytest.raises(GateError, match="second and logitless differ"):
+        measure(case(ours(LF.cross_entropy), ours(wrong_on(5, wrong), "second")), mode, 1, pytest.fail)
+
+
+def test_providers_that_differ_by_more_than_either_from_float64_end_the_run() -> None:
+    more, less = (wrong_on(5, changed(value=value)) for value in (1.0008, 0.9992))
+    with pytest.raises(GateError, match="differ by more than either"):
+        measure(case(ours(more), eager(less, "peer")), FORWARD, 1, pytest.fail)
+
+
+def test_a_sample_is_taken_when_the_process_has_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([0.0, 0.04, 0.04, 0.05, 0.05, 0.051])  # two processors, half of one, then a rest
+    slept: list[float] = []
+    monkeypatch.setattr(protocol.time, "process_time", lambda: next(used))
+    monkeypatch.setattr(protocol.time, "sleep", slept.append)
+    protocol._come_to_rest()
+    assert slept == [protocol._REST_SECONDS] * 3
+    with pytest.raises(StopIteration):
+        next(used)
+
+
+def test_threads_that_never_rest_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    slept: list[float] = []
+    monkeypatch.setattr(protocol.time, "process_time", lambda: float(next(clock)))
+    monkeypatch.setattr(protocol.time, "sleep", slept.append)
+    protocol._come_to_rest()
+    assert len(slept) == protocol._MOST_RESTS
+
+
+def test_every_sample_waits_for_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch, logitless=1.0, peer=2.0)
+    monkeypatch.setattr(protocol, "_come_to_rest", lambda: recorder.log.append("rest"))
+    measure(case(*recorder.providers), FORWARD, 2, pytest.fail)
+    assert recorder.log[4:] == ["rest", "logitless", "rest", "peer", "rest", "peer", "rest", "logitless"]
 
 
 def row(provider: str, kind: str, median: float, *, classes: int = 7, section: str = "logits") -> Row:
