@@ -159,11 +159,11 @@ def tile_rules() -> TileRules:
     return TileRules(
         default_bytes=interface.DEFAULT_MAX_BYTES,
         gradient_share=0.7,
-        value_share=0.455,
+        value_share=0.47,
         least_rows=32,
         cut_rows=256,
         least_classes=64,
-        round_rows=16,  # a vector of rows
+        round_rows=32,  # the columns of a tile of a product
         class_major=True,  # the product then reads the weight in the order in which it lies
         line=8,  # half a vector of the widest: lie_in_lanes in csrc/rows/lane_fold.h
     )
