@@ -18,6 +18,7 @@
 //   5. Reduce the lanes and take the unit's drift out.
 #pragma once
 
+#include "parallel.h"
 #include "rows/row_unit.h"
 
 namespace logitless::LL_ISA {
@@ -80,6 +81,7 @@ __attribute__((noinline)) bool fold_long(const T* z, int64_t n, Compute<T> targe
   const auto add = [&](auto count, int64_t i) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
     V x[K];
+    if constexpr (K == 8) ask_ahead(z + i, K * L);
     load_block<K>(z, i, n, x);
     if constexpr ((Flags & kToken) != 0) {
       LL_UNROLL

@@ -55,6 +55,10 @@ LL_INLINE void feed(RowState<Compute<T>, Flags, false>& state, const T* z, const
   const auto step = [&](auto count, auto first, int64_t i, int64_t valid) __attribute__((always_inline)) {
     constexpr int K = decltype(count)::value;
     Vec<Real> zs[K], ws[K], ts[K];
+    if constexpr (K == 8) {
+      ask_ahead(z + i, K * L);
+      if constexpr (kTargets) ask_ahead(t + i, K * L);
+    }
     LL_UNROLL
     for (int k = 0; k < K; ++k) {
       const bool whole = K > 1 || valid == L;

@@ -117,11 +117,16 @@ template <class T, int Flags> struct Job : GradRows<T, Flags> {
         store_partial(out + i, at(i, head - i), head - i);
         i = head;
       }
-      for (; i + L <= n; i += L) stream(out + i, at(i, L));
+      for (; i + L <= n; i += L) {
+        ask_ahead(z + i, L);
+        if constexpr ((Flags & kTargets) != 0) ask_ahead(t + i, L);
+        stream(out + i, at(i, L));
+      }
     } else {
       if constexpr (kPlainRow && (Flags & (kConstant | kTargets)) == 0) {
         for (; i + 2 * L <= n; i += 2 * L) {
           V a, b;
+          ask_ahead(z + i, 2 * L);
           load_pair(z + i, a, b);
           store_pair(out + i, value_of(c, exp(a), a, V{}, V{}), value_of(c, exp(b), b, V{}, V{}));
         }

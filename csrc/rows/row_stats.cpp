@@ -22,8 +22,10 @@
 namespace logitless::LL_ISA {
 namespace {
 
-inline constexpr int64_t kItemBytes = 256 * 1024;  // logits of one parallel item, at most
-inline constexpr int64_t kSplitClasses = 32768;    // classes of one part of a long row
+inline constexpr int64_t kItemBytes = 256 * 1024;        // logits of one parallel item, at most
+inline constexpr int64_t kLargeItemBytes = 1024 * 1024;  // where there are many: each begins with lines in no cache
+inline constexpr int64_t kManyItems = 64;
+inline constexpr int64_t kSplitClasses = 32768;  // classes of one part of a long row
 inline constexpr int64_t kLongRow = 2 * kSplitClasses;
 inline constexpr int64_t kFewRows = 16;  // of so few long rows the parts are items
 
@@ -122,7 +124,8 @@ template <class T, int Flags> void by_rows(const StatsJob<T>& job) {
   constexpr bool kMayHoldTarget = Flags == 0 && sizeof(Compute<T>) == 4;
   const bool is_loss = kMayHoldTarget && a.target && a.tile.class_stride == 1 && !a.row_max && !a.lse && !a.argmax;
   const int64_t part = a.tile.classes >= kLongRow ? kSplitClasses : a.tile.classes;
-  int64_t per_item = item_bytes(rows * row_bytes, kItemBytes) / (row_bytes ? row_bytes : 1);
+  const int64_t most_bytes = bounded(rows * row_bytes / kManyItems, kItemBytes, kLargeItemBytes);
+  int64_t per_item = item_bytes(rows * row_bytes, most_bytes) / (row_bytes ? row_bytes : 1);
   per_item = bounded(per_item, 1, 16 * kMaxRows);
   if (is_short) per_item = pieces(per_item, L) * L;
   [[maybe_unused]] bool clamps = false;  // whether logits were met that ask for it: a hint that items share
@@ -130,12 +133,18 @@ template <class T, int Flags> void by_rows(const StatsJob<T>& job) {
     if constexpr (kMayHoldTarget)
       if (is_short && is_loss) return all_short_losses(job, begin, end, clamps);
     RowBatch<T> batch(job);
+    // The target's logit lies where no other read of its row has been, so it is asked for a row ahead.
+    const auto ask_for_target = [&](int64_t r) {
+      if (is_loss && r < end && job.status(r) == RowStatus::kRead) __builtin_prefetch(job.row(r) + a.target[r]);
+    };
     if (is_short) {
       for (int64_t r = begin; r < end; r += L) batch.push_short(r, smaller(end - r, L));
       batch.flush();
       return;
     }
+    ask_for_target(begin);
     for (int64_t r = begin; r < end; ++r) {
+      ask_for_target(r + 1);
       const RowStatus status = job.status(r);
       RowSums sums = kUnread;
       bool folded = status != RowStatus::kRead;

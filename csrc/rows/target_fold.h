@@ -26,8 +26,7 @@
 
 namespace logitless::LL_ISA {
 
-inline constexpr int64_t kMaxRows = 64;      // rows that are finished together
-inline constexpr int64_t kLongAhead = 2048;  // bytes of a long row that are asked for ahead
+inline constexpr int64_t kMaxRows = 64;  // rows that are finished together
 // Nats that the target may lie below the guess while exp of it can be formed at all.
 inline constexpr int kLowestTarget = 500;
 // As many vectors are summed plainly. Terms of 16-bit logits are exact to 2^-21, and so may their sum be.
