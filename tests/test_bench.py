@@ -459,6 +459,19 @@ def test_only_takes_an_expression_and_says_what_there_is(tmp_path, monkeypatch, 
     assert "is not a regular expression" in refused(monkeypatch, capsys, tmp_path, "bench", "--only", "(")
 
 
+@pytest.mark.usefixtures("tiny_suite")
+def test_without_leaves_peers_out_and_nothing_else(tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "bench.json"
+    assert command(monkeypatch, "bench", "--rounds", 1, "--without", "EAGER|logitless|sum|optax", "--json", out) == 0
+    report = json.loads(out.read_text("utf-8"))
+    present = {found["provider"] for found in report["rows"]}
+    assert "torch eager" not in present
+    assert {"logitless", "one read (sum)"} <= present
+    assert report["left_out"] == []
+    wrong = refused(monkeypatch, capsys, tmp_path, "bench", "--without", "(")
+    assert "--without '(' is not a regular expression" in wrong
+
+
 def test_a_wrong_result_ends_it_before_anything_is_timed_or_written(tmp_path, monkeypatch, capsys) -> None:
     recorder = Recorder(monkeypatch, logitless=1.0)
     right = case(*(replace(provider, plain=False) for provider in recorder.providers))

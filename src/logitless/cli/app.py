@@ -158,6 +158,9 @@ def bench(
     only: Annotated[
         str | None, typer.Option("--only", metavar="PATTERN", help="Only cases whose name this expression finds.")
     ] = None,
+    without: Annotated[
+        str | None, typer.Option("--without", metavar="PATTERN", help="No peers whose name this expression finds.")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples of each; slow cases take fewer.")] = 7,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; torch's own number if none.")
@@ -166,7 +169,7 @@ def bench(
     """Time every loss side by side with torch, torch.compile and optax, once its result is checked."""
     from logitless.cli.bench import run_bench
 
-    run_bench(json, html, rounds=rounds, quick=quick, only=only, threads=threads)
+    run_bench(json, html, rounds=rounds, quick=quick, only=only, without=without, threads=threads)
 
 
 def run() -> None:

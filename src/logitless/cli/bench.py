@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,10 +34,11 @@ def run_bench(
     rounds: int,
     quick: bool,
     only: str | None,
+    without: str | None = None,
     threads: int | None,
 ) -> None:
     """Check every case, time it, print the medians and ratios, and write the files asked for."""
-    chosen = _chosen(only, quick)
+    chosen = [_contested(case, without) for case in _chosen(only, quick)]
     outputs = Outputs({"--json": json_path, "--html": html_path})
     torch.set_num_threads(threads or torch.get_num_threads())
     steps, notes = Steps(), list[str]()
@@ -68,10 +70,7 @@ def _chosen(only: str | None, quick: bool) -> list[Case]:
     everything = list(suite.cases(quick=quick))
     if only is None:
         return everything
-    try:
-        pattern = re.compile(only, re.IGNORECASE)
-    except re.error as error:
-        raise InputError(f"--only {only!r} is not a regular expression: {error}") from None
+    pattern = _expression("--only", only)
     chosen = [case for case in everything if pattern.search(case.name)]
     if not chosen:
         sections = ", ".join(dict.fromkeys(case.section for case in everything))
@@ -80,6 +79,22 @@ def _chosen(only: str | None, quick: bool) -> list[Case]:
             f"sections are {sections}"
         )
     return chosen
+
+
+def _contested(case: Case, without: str | None) -> Case:
+    """Return the case without the peers that are not asked for."""
+    if without is None:
+        return case
+    pattern = _expression("--without", without)
+    kept = [provider for provider in case.providers if provider.kind != "peer" or not pattern.search(provider.name)]
+    return replace(case, providers=kept)
+
+
+def _expression(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"{option} {text!r} is not a regular expression: {error}") from None
 
 
 def _report(rows: Sequence[Row], notes: Sequence[str], quick: bool) -> dict[str, Any]:
