@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from logitless._operators import rows as operators
 from logitless._rules import dispatch
@@ -179,14 +178,13 @@ def whole_cross_entropy(
     each way. `definition` is `cross_entropy` itself, for the derivatives that the kernels do not have.
     """
     if (
-        is_compiling()
+        surroundings() is not None
         or type(logits) not in _PLAIN
         or type(target) is not Tensor
         or not (weight is None or type(weight) in _PLAIN)
         or reduction not in _REDUCTIONS
         or not 0.0 <= smoothing <= 1.0
         or (backend := dispatch.whole_calls()) is None
-        or surroundings() is not None
     ):
         return None
     assert isinstance(logits, Tensor)

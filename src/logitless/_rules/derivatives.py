@@ -35,7 +35,12 @@ def needs_plain_backward(*grad_outputs: Tensor | None) -> bool:
     So it is of an upstream gradient whose memory holds its negative, as a conjugate's imaginary part does: kernels read
     memory.
     """
-    return is_differentiated_again(*grad_outputs) or any(grad is not None and grad.is_neg() for grad in grad_outputs)
+    if is_differentiated_again(*grad_outputs):
+        return True
+    for grad in grad_outputs:  # noqa: SIM110 # any() of a generator takes as long as the rest of this function
+        if grad is not None and grad.is_neg():
+            return True
+    return False
 
 
 def plain_backward(

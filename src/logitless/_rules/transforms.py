@@ -18,6 +18,7 @@ from logitless.kernels.checks import waits
 _is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
 _key_is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _transforms_are_active = torch._C._are_functorch_transforms_active
+_is_of_a_batch = torch._C._functorch.is_legacy_batchedtensor
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _RECORDED = "make_fx records plain operations"
@@ -61,7 +62,7 @@ def transform_reason(*tensors: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     for tensor in tensors:
-        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
+        if tensor is not None and _is_of_a_batch(tensor):
             return "upstream gradients come in a batch"
     return None
 
